@@ -1,0 +1,205 @@
+"""The whole configuration, typed. Defaults here are the library's; recipes state their choices.
+
+`configs/<group>/*.yaml` describe the keys for readers; this file is what validates them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class TargetConfig:
+    """The frozen model that is drafted for."""
+
+    path: str = MISSING
+    revision: str | None = None
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    layer_ids: list[int] | None = None
+    num_layer_ids: int = 5
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class FieldsConfig:
+    """Where a data row keeps its parts; the first listed name that is present wins."""
+
+    messages: list[str] = field(default_factory=lambda: ["messages", "conversations", "turns"])
+    role: list[str] = field(default_factory=lambda: ["role", "from"])
+    content: list[str] = field(default_factory=lambda: ["content", "value"])
+    id: list[str] = field(default_factory=lambda: ["id", "sample_id", "question_id", "uid"])
+
+
+@dataclass
+class DataConfig:
+    """Conversations or prompts to train on."""
+
+    path: list[str] = MISSING
+    split: str = "train"
+    subset: str | None = None
+    streaming: bool = False
+    limit: int | None = None
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+    max_length: int = 4096
+    thinking: bool = False
+    system_prompt: str | None = None
+
+
+@dataclass
+class RegenerateConfig:
+    """Answers by the target itself, replacing the data's assistant turns."""
+
+    enabled: bool = True
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 20
+    max_new_tokens: int = 2048
+    samples_per_prompt: int = 1
+    batch_size: int = 32
+    seed: int = 0
+    server: str | None = None
+    server_model: str | None = None
+    concurrency: int = 32
+    retries: int = 5
+    timeout: float = 600.0
+
+
+@dataclass
+class DrafterConfig:
+    """The drafter's shape. A null is taken from the target."""
+
+    kind: str = "dspark"  # dspark | dflash
+    num_layers: int = 5
+    block_size: int = 7
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    markov_head: str = "vanilla"  # vanilla | gated | rnn
+    markov_rank: int = 256
+    confidence_head: bool = True
+    confidence_with_markov: bool = True
+    mask_token_id: int | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    """Loss weights (paper: 0.1, 0.9, 1.0) and how the loss is computed."""
+
+    ce_weight: float = 0.1
+    l1_weight: float = 0.9
+    confidence_weight: float = 1.0
+    decay: float | None = None
+    implementation: str = "fused"  # fused | eager
+    chunk_size: int = 1024
+    detach_confidence: bool = False
+
+
+@dataclass
+class TrainingConfig:
+    """The optimizer, the schedule, and when to look and save."""
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 512
+    micro_batch_size: int = 1
+    anchors_per_sample: int = 512
+    learning_rate: float = 6e-4
+    min_learning_rate: float = 0.0
+    warmup_ratio: float = 0.04
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    precision: str = "bf16"  # bf16 | fp32
+    validation_samples: int = 64
+    evaluate_every: int = 500
+    save_every: int = 500
+    keep_last: int = 2
+    log_every: int = 10
+    resume: str = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class EngineConfig:
+    """How the optimizer state and gradients are laid out over processes."""
+
+    kind: str = "single"  # single | zero1 | zero2 | zero3
+    offload: str = "none"  # none | cpu
+    device: str = "auto"  # auto | cpu | cuda
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    trackers: list[str] = field(default_factory=list)  # wandb, tensorboard
+    project: str = "deepspec"
+    wandb_mode: str = "offline"
+
+
+@dataclass
+class DecodingConfig:
+    """The verifying decoder."""
+
+    max_new_tokens: int = 2048
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 1
+    stop_token_ids: list[int] | None = None
+
+
+@dataclass
+class EvaluationConfig:
+    """What the acceptance report is measured on."""
+
+    benchmarks: list[str] = field(default_factory=lambda: ["gsm8k", "math500", "mbpp"])
+    limit: int | None = 64
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    baseline_prompts: int = 8
+    enabled: bool = True
+
+
+@dataclass
+class ExportConfig:
+    """Files for serving engines."""
+
+    format: str = "flat"
+    profile: str = "serving"  # serving | full
+
+
+@dataclass
+class RunConfig:
+    """Everything a run is made of; goes resolved into every checkpoint and report."""
+
+    recipe: str = MISSING
+    description: str = ""
+    out: str = "runs/${recipe}"
+    seed: int = 0
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config (dataclass or OmegaConf node) as plain, resolved containers."""
+    from omegaconf import OmegaConf
+
+    node = config if OmegaConf.is_config(config) else OmegaConf.structured(config)
+    container = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

@@ -1,0 +1,41 @@
+"""Every error a user can cause.
+
+Each message says what was found, what was expected, and which key or file to change. The command
+line prints the message alone and exits with code 2; library callers catch `DeepSpecError`.
+"""
+
+
+class DeepSpecError(Exception):
+    """Base of all errors a user can mend. Printed without a traceback, exit code 2."""
+
+
+class ConfigError(DeepSpecError):
+    """A key is unknown, of the wrong type, out of range, or in conflict with another key."""
+
+
+class DataError(DeepSpecError):
+    """Prompts or conversations are missing, malformed, or none of them is usable."""
+
+
+class TemplateError(DeepSpecError):
+    """The tokenizer's chat template is missing or gives no usable loss mask."""
+
+
+class TargetError(DeepSpecError):
+    """The target is missing, of an unsupported kind, or cannot give what was asked of it."""
+
+
+class CheckpointError(DeepSpecError):
+    """A checkpoint or export is missing, corrupt, or made for another target."""
+
+
+class ServerError(DeepSpecError):
+    """A generation server is unreachable or answers with something unusable."""
+
+
+class TrainingError(DeepSpecError):
+    """Training cannot go on: NaN loss, no usable samples, or a run folder in use."""
+
+
+class MissingDependencyError(DeepSpecError):
+    """An optional package is needed for what was asked; the message says how to install it."""

@@ -1,0 +1,137 @@
+"""The records that cross rooms: frozen, plain, and the only shapes other rooms may rely on.
+
+Legend: B rows, T context tokens, N blocks (one an anchor), K block size, D hidden size,
+L captured layers, V vocabulary, R Markov rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Gives a record of tensors `.to(device)`; fields that are not tensors stay as they are."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same record with every tensor on `device`."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Sample(_Movable):
+    """One tokenised conversation.
+
+    `input_ids` [T] int64; `loss_mask` [T] bool, true where the assistant wrote the token (end of
+    turn included); `sample_id` is stable across runs, processes and epochs.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    sample_id: str
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class TargetFeatures(_Movable):
+    """What the frozen target computed for one sample, or for several packed end to end.
+
+    `context` [T, L*D]: outputs of the captured layers, concatenated in the order of the layer ids.
+    `final` [T, D]: the LM head's input (post-norm).
+    """
+
+    context: Tensor
+    final: Tensor
+
+
+@dataclass(frozen=True)
+class BlockBatch(_Movable):
+    """Blocks of several samples, packed: sample after sample in both context and blocks.
+
+    context side
+        `document_ids` [T] int64: which sample a context token belongs to (0, 1, ...)
+        `positions` [T] int64: a context token's position inside its sample
+    block side (blocks of a sample are contiguous, samples in order)
+        `block_documents` [N] int64: which sample a block belongs to
+        `anchors` [N] int64: the anchor's position inside its sample; the block sees context < it
+        `rows` [N] int64: the anchor's index into the packed context [T]
+        `inputs` [N, K] int64: anchor token, then K-1 mask tokens
+        `previous` [N, K] int64: the true token before each label (teacher forcing)
+        `labels` [N, K] int64: slot j is the token at anchor + j + 1; 0 where weight is 0
+        `weights` [N, K] float32: exp(-j / decay) while supervised, else 0
+    `sample_ids`: names of the samples, by document id.
+    """
+
+    document_ids: Tensor
+    positions: Tensor
+    block_documents: Tensor
+    anchors: Tensor
+    rows: Tensor
+    inputs: Tensor
+    previous: Tensor
+    labels: Tensor
+    weights: Tensor
+    sample_ids: tuple[str, ...]
+
+    @property
+    def slot_rows(self) -> Tensor:
+        """[N, K] packed row of the position whose target distribution slot j is held against.
+
+        Slot j predicts the token at anchor + j + 1, so the target's prediction of it stands at
+        anchor + j. Rows past the end of the pack (weight 0) are clamped.
+        """
+        steps = torch.arange(self.inputs.shape[1], device=self.rows.device)
+        return (self.rows[:, None] + steps).clamp(max=self.document_ids.shape[0] - 1)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """K draft tokens a row.
+
+    `tokens` [B, K] int64. `probabilities` [B, K, V] the distribution each token was drawn from, or
+    None where the draft is deterministic (a point mass). `confidence` [B, K] probability that a
+    draft survives given that all earlier ones did, or None.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor | None
+    confidence: Tensor | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`accepted` [B] int64 drafts accepted; `next_token` [B] int64 the bonus or corrected token."""
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeTrace:
+    """One decoding round of one request. Metrics, calibration and the simulator read only these.
+
+    `position`: the anchor's position. `proposed` drafts made, `scheduled` of them verified,
+    `accepted` of those kept (the round emits accepted + 1 tokens before stop tokens cut it).
+    `emitted`: tokens of this round that reached the output. `confidences`: one a proposed draft,
+    empty without a confidence head. `seconds`: the round's wall time divided by its batch size.
+    """
+
+    request: str
+    round: int
+    position: int
+    proposed: int
+    scheduled: int
+    accepted: int
+    emitted: int
+    confidences: tuple[float, ...]
+    seconds: float
