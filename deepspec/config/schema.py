@@ -83,6 +83,7 @@ class DrafterConfig:
     markov_rank: int = 256
     confidence_head: bool = True
     confidence_with_markov: bool = True
+    confidence_detached: bool = False
     mask_token_id: int | None = None
 
 
@@ -96,7 +97,6 @@ class ObjectiveConfig:
     decay: float | None = None
     implementation: str = "fused"  # fused | eager
     chunk_size: int = 1024
-    detach_confidence: bool = False
 
 
 @dataclass

@@ -19,7 +19,9 @@ class RowKV:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
-    def write(self, keys: Tensor, values: Tensor, starts: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    def write(
+        self, keys: Tensor, values: Tensor, starts: Tensor, end: int
+    ) -> tuple[Tensor, Tensor]:
         """Write `[B, H, Q, head_dim]` at positions `starts[b] + q`; return everything below `end`.
 
         `starts` [B] int64. `end` is at least `max(starts) + Q`, known to the caller on the host so

@@ -1,0 +1,157 @@
+"""Block attention: every block sees its sample's context before the anchor, and itself.
+
+One function, two implementations of the same mask. SDPA goes sample by sample, so the mask it
+builds is [n*K, T_sample + n*K]; FlexAttention takes the whole pack and skips empty tiles (CUDA:
+it has no backward on CPU). Legend: N blocks, K block size, T context tokens, H heads,
+G key/value heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepspec.records import BlockBatch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sample's stretch of the pack: context rows, blocks, and who may see whom."""
+
+    context: slice
+    blocks: slice
+    mask: Tensor  # [n*K, T_sample + n*K] bool
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The attention mask of a batch, built once and used by every layer."""
+
+    segments: tuple[Segment, ...] | None
+    block_mask: Any | None
+
+
+def build_visibility(batch: BlockBatch, implementation: str | None = None) -> Visibility:
+    """The mask of dspark.md ("Backbone"): context < anchor of the same sample, and own block.
+
+    `implementation`: "sdpa" or "flex"; None chooses flex on CUDA, sdpa elsewhere.
+    """
+    implementation = implementation or ("flex" if batch.rows.is_cuda else "sdpa")
+    if implementation == "flex":
+        return Visibility(None, _flex_mask(batch))
+    return Visibility(tuple(_segments(batch)), None)
+
+
+def block_attention(
+    queries: Tensor,
+    context_keys: Tensor,
+    context_values: Tensor,
+    block_keys: Tensor,
+    block_values: Tensor,
+    visibility: Visibility,
+) -> Tensor:
+    """Attention of blocks over context and themselves.
+
+    `queries` [N, K, H, E]; `context_*` [T, G, E]; `block_*` [N, K, G, E] -> [N, K, H, E].
+    """
+    if visibility.segments is None:
+        return _flex(
+            queries, context_keys, context_values, block_keys, block_values, visibility.block_mask
+        )
+    outputs = []
+    group = queries.shape[2] // context_keys.shape[1]
+    for segment in visibility.segments:
+        keys = torch.cat((context_keys[segment.context], block_keys[segment.blocks].flatten(0, 1)))
+        values = torch.cat(
+            (context_values[segment.context], block_values[segment.blocks].flatten(0, 1))
+        )
+        block = queries[segment.blocks]
+        attended = F.scaled_dot_product_attention(
+            block.flatten(0, 1).transpose(0, 1)[None],
+            keys.repeat_interleave(group, dim=1).transpose(0, 1)[None],
+            values.repeat_interleave(group, dim=1).transpose(0, 1)[None],
+            attn_mask=segment.mask,
+        )
+        outputs.append(attended[0].transpose(0, 1).reshape(block.shape))
+    return torch.cat(outputs)
+
+
+def _segments(batch: BlockBatch) -> list[Segment]:
+    samples = len(batch.sample_ids)
+    context_counts = torch.bincount(batch.document_ids, minlength=samples).tolist()
+    block_counts = torch.bincount(batch.block_documents, minlength=samples).tolist()
+    block_size = batch.inputs.shape[1]
+    segments, row, block = [], 0, 0
+    for context_count, count in zip(context_counts, block_counts, strict=True):
+        if count:
+            anchors = batch.anchors[block : block + count]
+            device = anchors.device
+            sees_context = torch.arange(context_count, device=device) < anchors[:, None]
+            own_block = torch.eye(count, dtype=torch.bool, device=device)
+            mask = torch.cat((sees_context, own_block.repeat_interleave(block_size, 1)), dim=1)
+            segments.append(
+                Segment(
+                    slice(row, row + context_count),
+                    slice(block, block + count),
+                    mask.repeat_interleave(block_size, 0),
+                )
+            )
+        row, block = row + context_count, block + count
+    return segments
+
+
+def _flex_mask(batch: BlockBatch) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    block_size = batch.inputs.shape[1]
+    context = batch.document_ids.shape[0]
+    queries = batch.anchors.shape[0] * block_size
+    document_ids, positions = batch.document_ids, batch.positions
+    block_documents, anchors = batch.block_documents, batch.anchors
+
+    def visible(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // block_size
+        token = key.clamp(max=context - 1)
+        in_context = (
+            (key < context)
+            & (document_ids[token] == block_documents[block])
+            & (positions[token] < anchors[block])
+        )
+        return in_context | ((key >= context) & ((key - context) // block_size == block))
+
+    return create_block_mask(
+        visible, None, None, queries, context + queries, device=str(batch.anchors.device)
+    )
+
+
+@functools.cache
+def _flex_kernel(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def _flex(
+    queries: Tensor,
+    context_keys: Tensor,
+    context_values: Tensor,
+    block_keys: Tensor,
+    block_values: Tensor,
+    block_mask: Any,
+) -> Tensor:
+    def heads_first(states: Tensor) -> Tensor:
+        return states.transpose(0, 1)[None]
+
+    attended = _flex_kernel(queries.is_cuda)(
+        heads_first(queries.flatten(0, 1)),
+        heads_first(torch.cat((context_keys, block_keys.flatten(0, 1)))),
+        heads_first(torch.cat((context_values, block_values.flatten(0, 1)))),
+        block_mask=block_mask,
+        enable_gqa=queries.shape[2] != context_keys.shape[1],
+    )
+    return attended[0].transpose(0, 1).reshape(queries.shape)

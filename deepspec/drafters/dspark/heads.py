@@ -1,0 +1,109 @@
+"""The sequential heads: low-rank Markov bias and confidence (dspark.md, "Sequential heads").
+
+Every kind turns (hidden, previous token, state) into a latent [.., R]; the bias on the logits is
+`latent @ markov_w2.T`. Training runs a block's slots with the true previous tokens, decoding one
+slot at a time with the sampled one; both go through `step`. Weight names are those of the flat
+checkpoint layout. Legend: D hidden size, R rank, V vocabulary, N blocks, K block size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MarkovHead(nn.Module):
+    """Vanilla: B_j = W2 W1[x_{j-1}]."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+
+    def step(
+        self, hidden: Tensor, embedded: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One slot: `hidden` [.., D], `embedded` = W1[x_{j-1}] [.., R] -> (latent [.., R], state).
+
+        `state` is None at a block's first slot.
+        """
+        return embedded, state
+
+    def forward(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """All slots, teacher-forced: `hidden` [N, K, D], `previous` [N, K].
+
+        Returns the latent and W1[x_{j-1}] (the confidence head reads the latter), [N, K, R] each.
+        """
+        embedded = self.markov_w1(previous)
+        return self.step(hidden, embedded, None)[0], embedded
+
+
+class GatedMarkovHead(MarkovHead):
+    """B_j = W2 (sigmoid(W_g [h_j; W1[x_{j-1}]]) * W1[x_{j-1}])."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
+        super().__init__(hidden_size, vocab_size, rank)
+        self.gate_proj = nn.Linear(hidden_size + rank, rank)
+
+    def step(
+        self, hidden: Tensor, embedded: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `MarkovHead.step`."""
+        gate = torch.sigmoid(self.gate_proj(torch.cat((hidden, embedded), dim=-1)))
+        return gate * embedded, state
+
+
+class RnnMarkovHead(MarkovHead):
+    """(g, c, o) = W [s; W1[x_{j-1}]; h_j] + b; s' = g s + (1 - g) tanh(c); B_j = W2 tanh(o).
+
+    g goes through a sigmoid; s is zero at the start of every block.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
+        super().__init__(hidden_size, vocab_size, rank)
+        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
+
+    def step(
+        self, hidden: Tensor, embedded: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `MarkovHead.step`."""
+        if state is None:
+            state = torch.zeros_like(embedded)
+        joint = self.joint_proj(torch.cat((state, embedded, hidden), dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        state = gate * state + (1 - gate) * torch.tanh(candidate)
+        return torch.tanh(output), state
+
+    def forward(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """See `MarkovHead.forward`; the slots of a block depend on each other here."""
+        embedded = self.markov_w1(previous)
+        state: Tensor | None = None
+        latents = []
+        for slot in range(hidden.shape[1]):
+            latent, state = self.step(hidden[:, slot], embedded[:, slot], state)
+            latents.append(latent)
+        return torch.stack(latents, dim=1), embedded
+
+
+class ConfidenceHead(nn.Module):
+    """Logit of c_j = sigmoid(w [h_j ; W1[x_{j-1}]] + b): the draft survives, given those before."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(inputs, 1)
+
+    def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
+        """`hidden` [.., D], `embedded` [.., R] or None -> logits [..]."""
+        if embedded is not None:
+            hidden = torch.cat((hidden, embedded), dim=-1)
+        return F.linear(hidden, self.proj.weight, self.proj.bias).squeeze(-1)
+
+
+MARKOV_KINDS: dict[str, type[MarkovHead]] = {
+    "vanilla": MarkovHead,
+    "gated": GatedMarkovHead,
+    "rnn": RnnMarkovHead,
+}

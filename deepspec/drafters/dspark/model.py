@@ -1,0 +1,221 @@
+"""The DSpark drafter: a block-parallel backbone over the target's features, and its heads.
+
+Parameter names are those of the flat checkpoint layout. The frozen embedding and LM head belong to
+the target and are passed in, so only trainable parameters live here. Training (`forward`) and
+decoding (`context_keys_values`, `draft_hidden`) go through the same layers; a test compares them.
+Legend: B rows, Q new context tokens, T context tokens, N blocks, K block size, D hidden size,
+L captured layers, H heads, G key/value heads, E head dimension, R Markov rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.drafters.attention import Visibility, block_attention, build_visibility
+from deepspec.drafters.base import DraftOutput
+from deepspec.drafters.dspark.config import DSparkConfig
+from deepspec.drafters.dspark.heads import MARKOV_KINDS, ConfidenceHead, MarkovHead
+from deepspec.drafters.rotary import Rotary, Rotation, rotate
+from deepspec.records import BlockBatch
+
+# (queries [.., K, H, E], keys [.., K, G, E], values) of the block -> attended [.., K, H, E]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Queries from the block; keys and values from the projected context and from the block."""
+
+    def __init__(self, config: DSparkConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        shared = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def keys_values(self, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """`states` [.., D] at `rotation` [.., E] -> keys and values [.., G, E]."""
+        keys = self.k_proj(states).unflatten(-1, (-1, self.head_dim))
+        values = self.v_proj(states).unflatten(-1, (-1, self.head_dim))
+        return rotate(self.k_norm(keys), rotation), values
+
+    def forward(self, states: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """`states` [.., K, D] -> [.., K, D]."""
+        queries = self.q_proj(states).unflatten(-1, (-1, self.head_dim))
+        queries = rotate(self.q_norm(queries), rotation)
+        keys, values = self.keys_values(states, rotation)
+        return self.o_proj(attend(queries, keys, values).flatten(-2))
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DSparkConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[.., D] -> [.., D]."""
+        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+class DraftLayer(nn.Module):
+    """Pre-norm transformer layer. The context enters as keys and values only, un-normed here:
+    it was normed once by `hidden_norm` and is the same for every layer."""
+
+    def __init__(self, config: DSparkConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = Mlp(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, states: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """`states` [.., K, D] -> [.., K, D]."""
+        states = states + self.self_attn(self.input_layernorm(states), rotation, attend)
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+
+class DSparkDrafter(nn.Module):
+    """Backbone, Markov head and confidence head (dspark.md). Rank 0 without confidence: DFlash."""
+
+    def __init__(self, config: DSparkConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, rank = config.hidden_size, config.markov_rank
+        self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
+        self.hidden_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.markov_head: MarkovHead | None = None
+        if rank:
+            self.markov_head = MARKOV_KINDS[config.markov_head](size, config.vocab_size, rank)
+        self.confidence_head: ConfidenceHead | None = None
+        if config.confidence_head:
+            self.confidence_head = ConfidenceHead(
+                size + (rank if config.confidence_with_markov else 0)
+            )
+        self.rotary = Rotary(
+            config.head_dim, config.rope_parameters, config.max_position_embeddings
+        )
+        self.apply(self._initialise)
+        if self.markov_head is not None:
+            # A zero bias makes the untrained drafter a DFlash one; W2 learns from the first step.
+            nn.init.zeros_(self.markov_head.markov_w2.weight)
+            nn.init.normal_(self.markov_head.markov_w1.weight, std=rank**-0.5)
+
+    @property
+    def draft_layers(self) -> list[DraftLayer]:
+        """The decoder layers, first to last."""
+        return [cast(DraftLayer, layer) for layer in self.layers]
+
+    @property
+    def bias_weight(self) -> Tensor | None:
+        """W2 [V, R]: turns a latent into a bias on the logits; None at rank 0."""
+        return None if self.markov_head is None else self.markov_head.markov_w2.weight
+
+    def forward(
+        self,
+        context: Tensor,
+        batch: BlockBatch,
+        embedding: Tensor,
+        visibility: Visibility | None = None,
+    ) -> DraftOutput:
+        """Training forward. `context` [T, L*D] packed features; `embedding` [V, D] frozen."""
+        visibility = visibility or build_visibility(batch)
+        offsets = torch.arange(batch.inputs.shape[1], device=batch.inputs.device)
+        states = F.embedding(batch.inputs, embedding).to(self.fc.weight.dtype)
+        projected = self.project(context)
+        context_rotation = self.rotary(batch.positions, states.dtype)
+        block_rotation = self.rotary(batch.anchors[:, None] + offsets, states.dtype)
+
+        for layer in self.draft_layers:
+            past_keys, past_values = layer.self_attn.keys_values(projected, context_rotation)
+
+            def attend(
+                queries: Tensor,
+                keys: Tensor,
+                values: Tensor,
+                past: tuple[Tensor, Tensor] = (past_keys, past_values),
+            ) -> Tensor:
+                return block_attention(queries, *past, keys, values, visibility)
+
+            states = layer(states, block_rotation, attend)
+        return self.heads(self.norm(states), batch.previous)
+
+    def heads(self, hidden: Tensor, previous: Tensor) -> DraftOutput:
+        """Teacher-forced heads: `hidden` [N, K, D], `previous` [N, K]."""
+        latent = embedded = confidence = None
+        if self.markov_head is not None:
+            latent, embedded = self.markov_head(hidden, previous)
+        if self.confidence_head is not None:
+            confidence = self.confidence(hidden, embedded)
+        return DraftOutput(hidden, latent, confidence)
+
+    def confidence(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
+        """Confidence logits [..] from `hidden` [.., D] and W1[x_{j-1}] [.., R]."""
+        assert self.confidence_head is not None
+        if self.config.confidence_detached:
+            hidden = hidden.detach()
+            embedded = None if embedded is None else embedded.detach()
+        return self.confidence_head(
+            hidden, embedded if self.config.confidence_with_markov else None
+        )
+
+    def project(self, context: Tensor) -> Tensor:
+        """Target features [.., L*D] -> what every layer's keys and values are made of [.., D]."""
+        return self.hidden_norm(self.fc(context.to(self.fc.weight.dtype)))
+
+    def context_keys_values(
+        self, context: Tensor, positions: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Decoding: features [B, Q, L*D] at `positions` [B, Q] -> a layer's (keys, values).
+
+        Each [B, G, Q, E], as `RowKV.write` takes them.
+        """
+        projected = self.project(context)
+        rotation = self.rotary(positions, projected.dtype)
+        pairs = (layer.self_attn.keys_values(projected, rotation) for layer in self.draft_layers)
+        return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pairs]
+
+    def draft_hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        embedding: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Decoding: one block a row, `tokens` [B, K] at `positions` [B, K] -> hidden [B, K, D].
+
+        `attend(layer, queries, keys, values)` adds the cached context to the block's own keys.
+        """
+        states = F.embedding(tokens, embedding).to(self.fc.weight.dtype)
+        rotation = self.rotary(positions, states.dtype)
+        for index, layer in enumerate(self.draft_layers):
+
+            def attend_layer(
+                queries: Tensor, keys: Tensor, values: Tensor, index: int = index
+            ) -> Tensor:
+                return attend(index, queries, keys, values)
+
+            states = layer(states, rotation, attend_layer)
+        return self.norm(states)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)

@@ -1,0 +1,105 @@
+"""DSpark inside the decoding loop: one parallel backbone pass, then K cheap sequential steps.
+
+Legend: B rows, K block size, D hidden size, V vocabulary, R Markov rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.drafters.base import Draw, Observation
+from deepspec.drafters.cache import RowKV
+from deepspec.drafters.dspark.model import DSparkDrafter
+from deepspec.records import Proposal
+
+
+class DSparkProposer:
+    """Keeps a row of context keys and values for *every* verified position.
+
+    `embedding` [V, D] and `head` are the target's, frozen. The block's own keys are written behind
+    the context and overwritten by the next observation, so the mask is one comparison.
+    """
+
+    def __init__(self, drafter: DSparkDrafter, embedding: Tensor, head: nn.Module) -> None:
+        self.drafter = drafter
+        self.block_size = drafter.config.block_size
+        self._embedding = embedding
+        self._head = head
+        self._caches: list[RowKV] = []
+        self._offsets = torch.arange(self.block_size, device=embedding.device)
+        config = drafter.config
+        self._group = config.num_attention_heads // config.num_key_value_heads
+
+    def start(self, rows: int) -> None:
+        """Forget everything and expect `rows` requests."""
+        self._caches = [RowKV() for _ in self.drafter.layers]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the requests `rows` [B'], in this order."""
+        for cache in self._caches:
+            cache.select(rows)
+
+    def observe(self, seen: Observation) -> None:
+        """Append the context keys and values of one target forward; see `Observation`."""
+        offsets = torch.arange(seen.tokens.shape[1], device=seen.tokens.device)
+        pairs = self.drafter.context_keys_values(seen.context, seen.starts[:, None] + offsets)
+        for cache, (keys, values) in zip(self._caches, pairs, strict=True):
+            cache.write(keys, values, seen.starts, seen.end)
+
+    def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
+        """Draft K tokens after `anchors` [B] at `positions` [B]; see `Proposer.propose`."""
+        rows, size = anchors.shape[0], self.block_size
+        tokens = anchors.new_full((rows, size), self.drafter.config.mask_token_id)
+        tokens[:, 0] = anchors
+        last = end - 1 + size
+        mask = None
+        if rows > 1:  # one row ends exactly at its block: nothing behind it to hide
+            limit = positions[:, None, None, None] + size
+            mask = torch.arange(last, device=anchors.device) < limit
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            all_keys, all_values = self._caches[layer].write(
+                keys.transpose(1, 2), values.transpose(1, 2), positions, last
+            )
+            attended = F.scaled_dot_product_attention(
+                queries.transpose(1, 2),
+                all_keys,
+                all_values,
+                attn_mask=mask,
+                enable_gqa=self._group > 1,
+            )
+            return attended.transpose(1, 2)
+
+        hidden = self.drafter.draft_hidden(
+            tokens, positions[:, None] + self._offsets, self._embedding, attend
+        )
+        return self._sample(hidden, anchors, draw)
+
+    def _sample(self, hidden: Tensor, anchors: Tensor, draw: Draw) -> Proposal:
+        """Slots left to right: the sampled token biases the next slot's logits."""
+        markov = self.drafter.markov_head
+        base = self._head(hidden)
+        tokens, probabilities, embeddings = [], [], []
+        previous, state = anchors, None
+        for slot in range(self.block_size):
+            logits = base[:, slot]
+            if markov is not None:
+                embedded = F.embedding(previous, markov.markov_w1.weight)
+                latent, state = markov.step(hidden[:, slot], embedded, state)
+                logits = logits + F.linear(latent, markov.markov_w2.weight)
+                embeddings.append(embedded)
+            previous, distribution = draw(logits)
+            tokens.append(previous)
+            if distribution is not None:
+                probabilities.append(distribution)
+        confidence = None
+        if self.drafter.confidence_head is not None:
+            embedded_all = torch.stack(embeddings, dim=1) if embeddings else None
+            confidence = torch.sigmoid(self.drafter.confidence(hidden, embedded_all).float())
+        return Proposal(
+            tokens=torch.stack(tokens, dim=1),
+            probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
+            confidence=confidence,
+        )
