@@ -1,0 +1,16 @@
+"""The frozen target model and its features."""
+
+from deepspec.targets.families import require_croppable
+from deepspec.targets.features import check_layer_ids, default_layer_ids
+from deepspec.targets.head import FrozenHead
+from deepspec.targets.target import Target, TargetOutput, load_target
+
+__all__ = [
+    "FrozenHead",
+    "Target",
+    "TargetOutput",
+    "check_layer_ids",
+    "default_layer_ids",
+    "load_target",
+    "require_croppable",
+]

@@ -1,0 +1,88 @@
+"""Shared by every test: a tiny tokenizer with a Qwen-style template, and tiny random targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from deepspec.config.schema import TargetConfig
+from deepspec.targets import Target, load_target
+
+torch.set_num_threads(1)
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+MARKED = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}
+{%- else -%}{{- message['content'] + '<|im_end|>\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+UNMARKED = MARKED.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
+def make_tokenizer(template: str | None = MARKED) -> PreTrainedTokenizerFast:
+    """Bytes and four markers: 260 entries."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        mask_token=SPECIAL[3],
+        additional_special_tokens=[SPECIAL[1]],
+    )
+    wrapped.chat_template = template
+    return wrapped
+
+
+def make_model(vocabulary: int = 260, layers: int = 6, seed: int = 0) -> Qwen3ForCausalLM:
+    """A random Qwen3 in fp32, peaked enough that greedy choices are not all ties."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random target as a Hugging Face checkpoint on disk."""
+    folder = tmp_path_factory.mktemp("target")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def target(target_folder: Path) -> Target:
+    """That checkpoint, loaded."""
+    config = TargetConfig(path=str(target_folder), dtype="float32", num_layer_ids=3)
+    return load_target(config, "cpu")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose template has generation markers."""
+    return make_tokenizer()

@@ -1,0 +1,96 @@
+"""Captured features are the layers' true outputs; mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepspec.config.schema import TargetConfig
+from deepspec.errors import TargetError
+from deepspec.records import Sample
+from deepspec.targets import FrozenHead, Target, check_layer_ids, default_layer_ids, load_target
+
+
+def samples_of(*lengths: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Sample(torch.randint(4, 260, (n,), generator=generator), torch.ones(n).bool(), str(n))
+        for n in lengths
+    ]
+
+
+def test_default_ids_are_the_released_ones() -> None:
+    assert default_layer_ids(36, 5) == [1, 9, 17, 25, 33]
+    assert default_layer_ids(8, 4) == [1, 2, 4, 5]
+    with pytest.raises(TargetError, match="num_layer_ids=5"):
+        default_layer_ids(6, 5)
+
+
+@pytest.mark.parametrize("ids", [[2, 1], [1, 1], [], [-2, 1], [4, 5], [1, 9]])
+def test_bad_layer_ids(ids: list[int]) -> None:
+    with pytest.raises(TargetError, match=r"target\.layer_ids"):
+        check_layer_ids(ids, 6)
+
+
+def test_features_equal_hidden_states_and_the_final_gives_the_logits(target_folder: Path) -> None:
+    config = TargetConfig(path=str(target_folder), dtype="float32", layer_ids=[-1, 0, 3])
+    target = load_target(config, "cpu")
+    samples = samples_of(5, 11, 2)
+    packed = target.features(samples)
+    row = 0
+    for sample in samples:
+        with torch.no_grad():
+            out = target.model(sample.input_ids[None], output_hidden_states=True)
+        own = slice(row, row + len(sample))
+        expected = torch.cat([out.hidden_states[k + 1][0] for k in (-1, 0, 3)], dim=-1)
+        torch.testing.assert_close(packed.context[own], expected, rtol=1e-5, atol=1e-5)
+        logits = target.head(packed.final[own])
+        torch.testing.assert_close(logits, out.logits[0], rtol=1e-5, atol=1e-4)
+        row += len(sample)
+    assert row == packed.context.shape[0] == packed.final.shape[0]
+    assert not packed.context.requires_grad
+
+
+def test_nothing_of_the_target_is_trainable(target: Target) -> None:
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert not list(target.head.parameters())
+    assert not target.head.state_dict()
+
+
+def test_soft_cap() -> None:
+    weight, hidden = torch.randn(7, 4), 30 * torch.randn(3, 4)
+    expected = 5 * torch.tanh(hidden @ weight.T / 5)
+    torch.testing.assert_close(FrozenHead(weight, 5.0)(hidden), expected)
+
+
+def test_identity_knows_weights_and_template_but_not_dtype(target_folder: Path) -> None:
+    def identity(**options: object) -> dict[str, str]:
+        return load_target(
+            TargetConfig(path=str(target_folder), num_layer_ids=3, **options), "cpu"
+        ).identity
+
+    base = identity(dtype="float32")
+    assert identity(dtype="bfloat16") == base
+    other = load_target(TargetConfig(path=str(target_folder), num_layer_ids=3), "cpu")
+    other.model.model.layers[2].mlp.up_proj.weight += 0.1
+    other.tokenizer.chat_template += " "
+    changed = {key for key in base if other.identity[key] != base[key]}
+    assert changed == {"weights", "template"}
+
+
+def test_mistakes_are_named(target_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"no config\.json"):
+        load_target(TargetConfig(path=str(tmp_path / "nowhere")), "cpu")
+    with pytest.raises(TargetError, match=r"target\.dtype=fp8"):
+        load_target(TargetConfig(path=str(target_folder), dtype="fp8"), "cpu")
+    for file in target_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(TargetError, match="could not be loaded"):
+        load_target(TargetConfig(path=str(tmp_path), num_layer_ids=3), "cpu")
+    save_file(load_file(target_folder / "model.safetensors"), weights)
+    load_target(TargetConfig(path=str(tmp_path), num_layer_ids=3), "cpu")
