@@ -64,6 +64,6 @@ def require_croppable(model: Any, family: str) -> None:
     if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
         raise TargetError(
             f"target family {family!r} keeps a recurrent or compressed state "
-            f"({', '.join(sorted(kinds))}) that cannot be rolled back by position; the verifying decoder supports full and "
-            "sliding-window attention. Training a drafter for it works; evaluation.enabled=false"
+            f"({', '.join(sorted(kinds))}) that cannot be rolled back by position; the "
+            "verifying decoder supports full and sliding-window attention. Training a drafter for it works; evaluation.enabled=false"
         )

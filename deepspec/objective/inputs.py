@@ -1,0 +1,58 @@
+"""What the objective takes and gives. Legend: S slots (N*K flattened), D hidden size of the draft,
+E hidden size of the target, R Markov rank, V vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deepspec.drafters.base import DraftOutput
+from deepspec.records import BlockBatch, TargetFeatures
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """One micro-batch's slots.
+
+    `hidden` [S, D]; `latent` [S, R] and `bias_weight` [V, R] or both None (rank 0);
+    `confidence_logits` [S] or None; `target_final` [S, E]; `labels` [S]; `weights` [S], 0 where a
+    slot does not count. Gradients flow to the first four.
+    """
+
+    hidden: Tensor
+    latent: Tensor | None
+    bias_weight: Tensor | None
+    confidence_logits: Tensor | None
+    target_final: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss`: scalar, its terms' weighted sums over the *step's* denominator. The sums are
+    detached; `acceptance` [S] = 1 - 0.5 ||p_draft - p_target||_1, 0 where the weight is 0."""
+
+    loss: Tensor
+    ce_sum: Tensor
+    l1_sum: Tensor
+    confidence_sum: Tensor
+    acceptance: Tensor
+
+
+def slots_of(
+    output: DraftOutput, bias_weight: Tensor | None, batch: BlockBatch, features: TargetFeatures
+) -> LossInputs:
+    """A drafter's output and the target's features, slot by slot."""
+    return LossInputs(
+        hidden=output.hidden.flatten(0, 1),
+        latent=None if output.latent is None else output.latent.flatten(0, 1),
+        bias_weight=bias_weight,
+        confidence_logits=(
+            None if output.confidence_logits is None else output.confidence_logits.flatten()
+        ),
+        target_final=features.final[batch.slot_rows.flatten()],
+        labels=batch.labels.flatten(),
+        weights=batch.weights.flatten(),
+    )
