@@ -65,5 +65,6 @@ def require_croppable(model: Any, family: str) -> None:
         raise TargetError(
             f"target family {family!r} keeps a recurrent or compressed state "
             f"({', '.join(sorted(kinds))}) that cannot be rolled back by position; the "
-            "verifying decoder supports full and sliding-window attention. Training a drafter for it works; evaluation.enabled=false"
+            "verifying decoder supports full and sliding-window attention. Training a drafter "
+            "for it works: set evaluation.enabled=false"
         )

@@ -1,0 +1,8 @@
+"""The verifying decoder: drafts, verifies, and changes not one token of the target's output."""
+
+from deepspec.decoding.decoder import Decoder
+from deepspec.decoding.plain import plain_decode
+from deepspec.decoding.results import Completion, DecodeResult
+from deepspec.decoding.sampling import Sampling
+
+__all__ = ["Completion", "DecodeResult", "Decoder", "Sampling", "plain_decode"]

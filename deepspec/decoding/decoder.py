@@ -1,0 +1,200 @@
+"""The decode loop: propose, schedule, verify, repeat (dspark.md, "The cycle").
+
+The anchor is the newest token: chosen, but not yet seen by the target. A round drafts behind it,
+runs [anchor, drafts] through the target once, keeps the accepted prefix and one more token, which
+is the next anchor. The features of *every* verified position go back to the drafter.
+Legend: B running rows, K block size, W verified drafts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deepspec.decoding.results import Completion, DecodeResult
+from deepspec.decoding.rows import Rows
+from deepspec.decoding.sampling import RandomRows, Sampling, draw
+from deepspec.decoding.verification import verify
+from deepspec.drafters.base import Draw, Observation, Proposer
+from deepspec.records import DecodeTrace, Proposal
+from deepspec.targets import Target, TargetOutput, require_croppable
+
+Schedule = Callable[[Proposal], Sequence[int]]
+"""How many drafts of each row to verify; may look at the proposal's confidences, never at a token
+that it would admit (that is what keeps it lossless)."""
+
+
+class Decoder:
+    """A frozen target with a proposer. Greedy output equals plain decoding token by token;
+    sampled output has the target's distribution."""
+
+    def __init__(
+        self,
+        target: Target,
+        proposer: Proposer,
+        batch_size: int = 1,
+        stop_token_ids: Sequence[int] | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        require_croppable(target.model, target.family)
+        self.target = target
+        self.proposer = proposer
+        self.batch_size = batch_size
+        self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
+        self._schedule = schedule
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int = 0,
+        requests: Sequence[str] | None = None,
+    ) -> DecodeResult:
+        """Continue each prompt (token ids) by at most `max_new_tokens`, `batch_size` at a time.
+
+        `requests` name the prompts in traces and seed their random streams.
+        """
+        names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
+        begun = time.perf_counter()
+        completions: dict[str, Completion] = {}
+        traces: list[DecodeTrace] = []
+        # neighbours in length share a batch: less padding in the prefill
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for first in range(0, len(order), self.batch_size):
+            group = order[first : first + self.batch_size]
+            rows = Rows(
+                self.target,
+                [names[i] for i in group],
+                [prompts[i] for i in group],
+                max_new_tokens,
+                self.stop_token_ids,
+            )
+            random = RandomRows(seed, rows.requests, self.target.device)
+            self._run(rows, random, sampling, traces)
+            completions.update((completion.request, completion) for completion in rows.finished)
+        seconds = time.perf_counter() - begun
+        return DecodeResult([completions[name] for name in names], traces, seconds)
+
+    def _run(
+        self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]
+    ) -> None:
+        """Prefill one group, then rounds until its last row has finished."""
+        tokens, output = rows.prefill(with_context=True)
+        self.proposer.start(len(rows))
+        self._observe(tokens, output, rows.prompt_lengths, [0] * len(rows))
+        logits = rows.last_logits(output)
+        first = (
+            logits.argmax(-1)
+            if sampling.greedy
+            else draw(sampling.probabilities(logits), random.uniforms(1)[:, 0])
+        )
+        for row, token in enumerate(first.tolist()):
+            rows.emit(row, [token])
+        self._let_go(rows, random)
+        number = 0
+        while len(rows):
+            traces += self._round(rows, random, sampling, number)
+            self._let_go(rows, random)
+            number += 1
+
+    def _round(
+        self, rows: Rows, random: RandomRows, sampling: Sampling, number: int
+    ) -> list[DecodeTrace]:
+        """One round of every running row."""
+        begun = time.perf_counter()
+        device, size = self.target.device, self.proposer.block_size
+        starts = rows.positions()
+        positions = torch.tensor(starts, device=device)
+        anchors = torch.tensor([tokens[-1] for tokens in rows.emitted], device=device)
+        uniforms = None if sampling.greedy else random.uniforms(2 * size + 1)
+
+        proposal = self.proposer.propose(
+            anchors, positions, max(starts) + 1, _draw_by(sampling, uniforms)
+        )
+        # a round emits at most scheduled + 1 tokens: nothing behind the limit is verified
+        scheduled = [min(size, left - 1) for left in rows.remaining()]
+        if self._schedule is not None:
+            wished = self._schedule(proposal)
+            scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
+        width = max(scheduled)
+
+        block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
+        output = rows.forward(block, positions, max(starts) + width + 1, with_context=True)
+        verdict = verify(
+            proposal.tokens[:, :width],
+            None if proposal.probabilities is None else proposal.probabilities[:, :width],
+            self.target.head(output.final),
+            torch.tensor(scheduled, device=device),
+            sampling,
+            None if uniforms is None else uniforms[:, size : size + width + 1],
+        )
+        # the round's only synchronisation: what was accepted, and the tokens
+        confidence = proposal.confidence
+        accepted = verdict.accepted.tolist()
+        chosen = torch.cat((block[:, 1:], verdict.next_token[:, None]), dim=1).tolist()
+        confidences = [()] * len(rows) if confidence is None else confidence.tolist()
+
+        emitted = [
+            rows.emit(row, chosen[row][:count] + chosen[row][-1:])
+            for row, count in enumerate(accepted)
+        ]
+        self._observe(block, output, [count + 1 for count in accepted], starts)
+        seconds = (time.perf_counter() - begun) / len(rows)
+        return [
+            DecodeTrace(
+                request=rows.requests[row],
+                round=number,
+                position=starts[row],
+                proposed=size,
+                scheduled=scheduled[row],
+                accepted=accepted[row],
+                emitted=emitted[row],
+                confidences=tuple(confidences[row]),
+                seconds=seconds,
+            )
+            for row in range(len(rows))
+        ]
+
+    def _observe(
+        self, tokens: Tensor, output: TargetOutput, counts: Sequence[int], starts: Sequence[int]
+    ) -> None:
+        device = tokens.device
+        assert output.context is not None
+        self.proposer.observe(
+            Observation(
+                tokens=tokens,
+                context=output.context,
+                final=output.final,
+                starts=torch.tensor(starts, device=device),
+                counts=torch.tensor(counts, device=device),
+                end=max(starts) + tokens.shape[1],
+            )
+        )
+
+    def _let_go(self, rows: Rows, random: RandomRows) -> None:
+        stay = rows.leave()
+        if stay:
+            self.proposer.select(torch.tensor(stay, device=self.target.device))
+        if stay is not None:
+            random.select(stay)
+
+
+def _draw_by(sampling: Sampling, uniforms: Tensor | None) -> Draw:
+    """The drafter's sampling rule: the target's own, on the row's own random numbers."""
+    slot = 0
+
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        nonlocal slot
+        if uniforms is None:
+            return logits.argmax(-1), None
+        probabilities = sampling.probabilities(logits)
+        tokens = draw(probabilities, uniforms[:, slot])
+        slot += 1
+        return tokens, probabilities
+
+    return choose

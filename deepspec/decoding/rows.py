@@ -1,0 +1,104 @@
+"""The requests of a batch while they run: the target's side of a round, shared by both decoders.
+
+Legend: B running rows, Q new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepspec.decoding.kv_cache import RowCache, attention_masks
+from deepspec.decoding.results import Completion
+from deepspec.targets import Target, TargetOutput
+
+
+class Rows:
+    """Prompts being continued: tokens and lengths on the host, keys and values on the device."""
+
+    def __init__(
+        self,
+        target: Target,
+        requests: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+    ) -> None:
+        self.target = target
+        self.requests = list(requests)
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.emitted: list[list[int]] = [[] for _ in prompts]
+        self._stop = set(stop_token_ids)
+        self._limit = max_new_tokens
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._cache = RowCache(target.num_layers)
+        self._finished: list[Completion] = []
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def prefill(self, with_context: bool) -> tuple[Tensor, TargetOutput]:
+        """Run the prompts, right-padded: (tokens [B, P], output). No real token sees padding."""
+        width = max(self.prompt_lengths)
+        padded = [prompt + [0] * (width - len(prompt)) for prompt in self._prompts]
+        tokens = torch.tensor(padded, device=self.target.device)
+        starts = torch.zeros(len(self), dtype=torch.int64, device=self.target.device)
+        return tokens, self.forward(tokens, starts, width, with_context)
+
+    def forward(self, tokens: Tensor, starts: Tensor, end: int, with_context: bool) -> TargetOutput:
+        """One target forward of `tokens` [B, Q] from positions `starts` [B]."""
+        positions = starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        self._cache.begin(starts, end)
+        masks = attention_masks(self.target.config, positions, end)
+        return self.target.forward(tokens, positions, self._cache, masks, with_context=with_context)
+
+    def last_logits(self, output: TargetOutput) -> Tensor:
+        """[B, V] at the end of each prompt, after `prefill`."""
+        row = torch.arange(len(self), device=output.final.device)
+        last = torch.tensor(self.prompt_lengths, device=output.final.device) - 1
+        return self.target.head(output.final[row, last])
+
+    def positions(self) -> list[int]:
+        """Position of each row's anchor: its newest token, which the target has not seen."""
+        return [
+            length + len(tokens) - 1
+            for length, tokens in zip(self.prompt_lengths, self.emitted, strict=True)
+        ]
+
+    def remaining(self) -> list[int]:
+        """Tokens each row may still emit."""
+        return [self._limit - len(tokens) for tokens in self.emitted]
+
+    def emit(self, row: int, tokens: Sequence[int]) -> int:
+        """Append until a stop token; how many were taken."""
+        for count, token in enumerate(tokens, start=1):
+            self.emitted[row].append(token)
+            if token in self._stop or len(self.emitted[row]) >= self._limit:
+                return count
+        return len(tokens)
+
+    def leave(self) -> list[int] | None:
+        """Let finished rows go; the indices that stay, or None when nobody left."""
+        stay = []
+        for row, tokens in enumerate(self.emitted):
+            stopped = tokens[-1] in self._stop
+            if stopped or len(tokens) >= self._limit:
+                reason = "stop" if stopped else "length"
+                self._finished.append(Completion(self.requests[row], tuple(tokens), reason))
+            else:
+                stay.append(row)
+        if len(stay) == len(self):
+            return None
+        self.requests = [self.requests[row] for row in stay]
+        self.prompt_lengths = [self.prompt_lengths[row] for row in stay]
+        self.emitted = [self.emitted[row] for row in stay]
+        if stay:
+            self._cache.select(torch.tensor(stay, device=self.target.device))
+        return stay
+
+    @property
+    def finished(self) -> list[Completion]:
+        """Completions so far, in the order they ended."""
+        return self._finished

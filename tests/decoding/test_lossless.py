@@ -1,0 +1,228 @@
+"""The proof of losslessness.
+
+Greedy: token by token against transformers' own `generate`, for proposers that are always, never
+and sometimes right, at several batch sizes. Sampled: chi-square over thousands of seeds against
+the target's exact joint distribution on a small vocabulary, which must also *reject* when the
+residual sampling is broken on purpose.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from deepspec.decoding import Decoder, Sampling, plain_decode, verification
+from deepspec.decoding.exactness import first_difference
+from deepspec.decoding.sampling import draw
+from deepspec.targets import Target
+from tests.conftest import make_model, make_tokenizer
+from tests.decoding.proposers import PerfectProposer, RandomProposer
+
+GREEDY = Sampling()
+
+
+def prompts_of(count: int, vocabulary: int = 260) -> list[list[int]]:
+    g = torch.Generator().manual_seed(3)
+    return [
+        torch.randint(4, vocabulary, (3 + 5 * (i % 4),), generator=g).tolist() for i in range(count)
+    ]
+
+
+def generate(target: Target, prompt: list[int], count: int, stop: list[int]) -> tuple[int, ...]:
+    out = target.model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=stop or None,
+        pad_token_id=0,
+    )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@pytest.fixture(scope="module")
+def stop(target: Target) -> list[int]:
+    """Tokens that greedy decoding does reach, so that stopping in mid-block is exercised."""
+    reached = [generate(target, prompt, 24, []) for prompt in prompts_of(9)]
+    return [reached[0][9], reached[1][5]]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("quality", ["rubbish", "perfect", "half"])
+def test_greedy_equals_generate(target: Target, stop: list[int], batch: int, quality: str) -> None:
+    proposer = {
+        "rubbish": lambda: RandomProposer(target.vocab_size),
+        "perfect": lambda: PerfectProposer(target),
+        "half": lambda: PerfectProposer(target, good=2),
+    }[quality]()
+    prompts = prompts_of(9)
+    decoder = Decoder(target, proposer, batch, stop)
+    result = decoder.generate(prompts, GREEDY, 24)
+    for prompt, completion in zip(prompts, result.completions, strict=True):
+        assert completion.tokens == generate(target, prompt, 24, stop)
+        ended = completion.tokens[-1] in stop
+        assert completion.finish_reason == ("stop" if ended else "length")
+    accepted = {trace.accepted for trace in result.traces if trace.scheduled == 4}
+    assert accepted == {"rubbish": {0}, "perfect": {4}, "half": {2}}[quality]
+
+
+def test_traces_account_for_every_token(target: Target, stop: list[int]) -> None:
+    result = Decoder(target, PerfectProposer(target, good=3), 4, stop).generate(
+        prompts_of(9), GREEDY, 24
+    )
+    for completion in result.completions:
+        own = [trace for trace in result.traces if trace.request == completion.request]
+        assert 1 + sum(trace.emitted for trace in own) == len(completion.tokens)
+        assert [trace.round for trace in own] == list(range(len(own)))
+    for trace in result.traces:
+        assert trace.emitted <= trace.accepted + 1 <= trace.scheduled + 1 <= trace.proposed + 1
+
+
+def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None:
+    prompts = prompts_of(9)
+    for batch in (1, 4):
+        result = plain_decode(target, prompts, GREEDY, 24, batch_size=batch, stop_token_ids=stop)
+        expected = [generate(target, prompt, 24, stop) for prompt in prompts]
+        assert [completion.tokens for completion in result.completions] == expected
+
+
+def test_variable_schedules_change_nothing(target: Target, stop: list[int]) -> None:
+    lengths = itertools.cycle([0, 3, 1, 4, 2])
+
+    def schedule(proposal):
+        return [next(lengths) for _ in range(len(proposal.tokens))]
+
+    prompts = prompts_of(9)
+    decoder = Decoder(target, PerfectProposer(target, good=3), 4, stop, schedule)
+    result = decoder.generate(prompts, GREEDY, 24)
+    expected = [generate(target, prompt, 24, stop) for prompt in prompts]
+    assert [completion.tokens for completion in result.completions] == expected
+    assert {trace.scheduled for trace in result.traces} == {0, 1, 2, 3, 4}
+
+
+def test_every_verified_position_is_observed(target: Target) -> None:
+    """What the proposer is shown equals the features of one forward over the whole text."""
+    proposer = RandomProposer(target.vocab_size)
+    prompt = prompts_of(1)[0]
+    result = Decoder(target, proposer, 1, []).generate([prompt], GREEDY, 12)
+    text = prompt + list(result.completions[0].tokens)
+    from deepspec.records import Sample
+
+    whole = target.features([Sample(torch.tensor(text), torch.ones(len(text)).bool(), "x")])
+    rows = [
+        (int(seen.starts[0]) + i, seen.context[0, i])
+        for seen in proposer.seen
+        for i in range(int(seen.counts[0]))
+    ]
+    assert [position for position, _ in rows] == list(range(len(text) - 1))
+    shown = torch.stack([context for _, context in rows])
+    torch.testing.assert_close(shown, whole.context[:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_output_does_not_depend_on_batch_mates(target: Target) -> None:
+    prompts, names = prompts_of(8), [f"r{i}" for i in range(8)]
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=50)
+    outputs = [
+        Decoder(target, RandomProposer(target.vocab_size), batch, []).generate(
+            prompts, sampling, 16, seed=5, requests=names
+        )
+        for batch in (1, 3, 8)
+    ]
+    tokens = [[completion.tokens for completion in output.completions] for output in outputs]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+# ------------------------------------------------------------------------------------ chi-square
+
+VOCABULARY, LENGTH, DRAWS = 7, 3, 4000
+
+
+@pytest.fixture(scope="module")
+def small() -> Target:
+    return Target(make_model(VOCABULARY, layers=5, seed=1), make_tokenizer(), 2, "small")
+
+
+def exact_joint(target: Target, prompt: list[int], sampling: Sampling) -> torch.Tensor:
+    """P(x_1..x_LENGTH) of the target, [V ** LENGTH]."""
+    joint = torch.ones(1, dtype=torch.float64)
+    texts = [prompt]
+    for _ in range(LENGTH):
+        with torch.no_grad():
+            logits = target.model(torch.tensor(texts)).logits[:, -1]
+        step = sampling.probabilities(logits).double()
+        joint = (joint[:, None] * step).flatten()
+        texts = [[*text, token] for text in texts for token in range(VOCABULARY)]
+    return joint
+
+
+def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Chi-square with cells of fewer than 5 expected pooled; impossible cells must be empty."""
+    expected = probabilities * counts.sum()
+    assert not counts[probabilities == 0].any()
+    large = expected >= 5
+    observed = [*counts[large].tolist(), counts[~large].sum().item()]
+    wanted = [*expected[large].tolist(), expected[~large].sum().item()]
+    if wanted[-1] < 1e-9:
+        observed, wanted = observed[:-1], wanted[:-1]
+    return float(chisquare(observed, wanted, sum_check=False).pvalue)
+
+
+def decode_counts(target: Target, sampling: Sampling, schedule=None) -> torch.Tensor:
+    prompt = [1, 4, 2, 5]
+    proposer = RandomProposer(VOCABULARY, block_size=2)
+    decoder = Decoder(target, proposer, 1000, [], schedule)
+    names = [f"s{i}" for i in range(DRAWS)]
+    result = decoder.generate([prompt] * DRAWS, sampling, LENGTH, requests=names)
+    tokens = torch.tensor([completion.tokens for completion in result.completions])
+    index = tokens @ torch.tensor([VOCABULARY**i for i in reversed(range(LENGTH))])
+    return torch.bincount(index, minlength=VOCABULARY**LENGTH)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(1.3, top_k=4)],
+    ids=["t1", "top_p", "top_k"],
+)
+def test_sampled_output_has_the_targets_distribution(small: Target, sampling: Sampling) -> None:
+    exact = exact_joint(small, [1, 4, 2, 5], sampling)
+    assert p_value(decode_counts(small, sampling), exact) > 1e-3
+
+
+def test_confidence_like_schedule_keeps_the_distribution(small: Target) -> None:
+    """A schedule that depends on the round, not on the tokens it admits."""
+    flip = itertools.cycle([[0, 2, 1], [1, 0, 2]])
+
+    def schedule(proposal):
+        pattern = next(flip)
+        return [pattern[row % 3] for row in range(len(proposal.tokens))]
+
+    sampling = Sampling(1.0)
+    exact = exact_joint(small, [1, 4, 2, 5], sampling)
+    assert p_value(decode_counts(small, sampling, schedule), exact) > 1e-3
+
+
+def test_broken_residual_is_rejected(small: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling from the target instead of the residual after a rejection is the classic mistake."""
+    monkeypatch.setattr(verification, "residual", lambda target, draft: target)
+    exact = exact_joint(small, [1, 4, 2, 5], Sampling(1.0))
+    assert p_value(decode_counts(small, Sampling(1.0)), exact) < 1e-6
+
+
+def test_draw_is_the_inverse_cdf() -> None:
+    weights = torch.tensor([[0.0, 2.0, 0.0, 6.0, 0.0]]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 1 - 1e-12], dtype=torch.float64)
+    assert draw(weights, uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_exactness_tells_rounding_from_error(target: Target) -> None:
+    prompt = prompts_of(1)[0]
+    expected = generate(target, prompt, 8, [])
+    assert first_difference(target, "r", prompt, expected, expected) is None
+    wrong = (*expected[:3], (expected[3] + 1) % 260, *expected[4:])
+    difference = first_difference(target, "r", prompt, expected, wrong)
+    assert difference.index == 3
+    assert difference.gap > difference.noise
+    assert not difference.explained
