@@ -261,7 +261,8 @@ def main() -> None:
         print(f"{name}: {len(pool)} texts, {sum(len(ids) for ids, _ in pool)} tokens", flush=True)
     model = Qwen3ForCausalLM(model_config(tokenizer))
     print(
-        f"{sum(p.numel() for p in model.parameters())} parameters; ln V = {math.log(VOCABULARY):.2f}"
+        f"{sum(p.numel() for p in model.parameters())} parameters; a guess costs "
+        f"{math.log(VOCABULARY):.2f} nats"
     )
     args.out.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, args.out)

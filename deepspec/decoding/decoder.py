@@ -131,7 +131,7 @@ class Decoder:
             self.target.head(output.final),
             torch.tensor(scheduled, device=device),
             sampling,
-            None if uniforms is None else uniforms[:, size : size + width + 1],
+            None if uniforms is None else uniforms[:, size:],
         )
         # the round's only synchronisation: what was accepted, and the tokens
         confidence = proposal.confidence

@@ -27,7 +27,8 @@ def verify(
 
     `draft` [B, W, V]: the distribution each token was drawn from, None for point masses.
     `target_logits` [B, W + 1, V]: the target's, at the anchor and at each draft.
-    `uniforms` [B, W + 1] in [0, 1): one an acceptance, one for the last token; unused when greedy.
+    `uniforms` [B, >= W + 1] in [0, 1): one an acceptance; the last column, whatever W, for the last
+    token, so that a row's draws do not depend on its batch mates' widths. Unused when greedy.
     """
     width = tokens.shape[1]
     looked_at = torch.arange(width, device=tokens.device) < scheduled[:, None]
@@ -53,7 +54,7 @@ def verify(
             proposed = draft[row, place]
         rejected = (accepted < scheduled)[:, None]
         last = torch.where(rejected, residual(last, proposed), last)
-    return Verification(accepted, draw(last, uniforms[:, width]))
+    return Verification(accepted, draw(last, uniforms[:, -1]))
 
 
 def residual(target: Tensor, draft: Tensor) -> Tensor:
