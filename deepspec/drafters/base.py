@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspec.records import Proposal
 
@@ -27,6 +27,18 @@ class DraftOutput:
     hidden: Tensor
     latent: Tensor | None
     confidence_logits: Tensor | None
+
+
+class Drafter(nn.Module):
+    """A trainable drafter. `config` is its resolved shape (`block_size`, `mask_token_id`,
+    `to_dict`); forward(context, batch, embedding) gives a DraftOutput."""
+
+    config: Any
+
+    @property
+    def bias_weight(self) -> Tensor | None:
+        """[V, R], turns a latent into a bias on the logits; None without a sequential head."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from deepspec.config.schema import DrafterConfig
 from deepspec.drafters import dspark
-from deepspec.drafters.base import Proposer
+from deepspec.drafters.base import Drafter, Proposer
 from deepspec.errors import ConfigError
 
 
@@ -24,7 +22,7 @@ class DrafterKind:
 
     resolve: Callable[[DrafterConfig, Any], Any]
     load: Callable[[dict[str, Any]], Any]
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], Drafter]
     proposer: Callable[[Any, Any], Proposer]
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.drafters.attention import Visibility, block_attention, build_visibility
-from deepspec.drafters.base import DraftOutput
+from deepspec.drafters.base import Drafter, DraftOutput
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.heads import MARKOV_KINDS, ConfidenceHead, MarkovHead
 from deepspec.drafters.rotary import Rotary, Rotation, rotate
@@ -87,7 +87,7 @@ class DraftLayer(nn.Module):
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
-class DSparkDrafter(nn.Module):
+class DSparkDrafter(Drafter):
     """Backbone, Markov head and confidence head (dspark.md). Rank 0 without confidence: DFlash."""
 
     def __init__(self, config: DSparkConfig) -> None:

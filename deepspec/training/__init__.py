@@ -1,0 +1,1 @@
+"""Training: the loop, the engine under it, and checkpoints."""

@@ -1,0 +1,188 @@
+"""Checkpoints: atomic, versioned, self-describing, free of any world size.
+
+    checkpoints/step-00000400/
+        drafter.safetensors     parameters, fp32, names of the flat layout
+        optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>
+        checkpoint.json         format, step, shape, target identity, config, sha256 of the files
+
+Written beside, synced, renamed: a half-written one never has a name that is looked at. Only
+safetensors and JSON are read; no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepspec.drafters.base import Drafter
+from deepspec.drafters.registry import drafter_kind
+from deepspec.errors import CheckpointError, TrainingError
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
+NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder's description. `metrics` are those of the validation before it."""
+
+    folder: Path
+    step: int
+    kind: str
+    shape: dict[str, Any]
+    identity: dict[str, str]
+    target: str
+    config: dict[str, Any]
+    metrics: dict[str, float]
+
+    @property
+    def acceptance(self) -> float:
+        """Expected accepted length on the validation samples, by which the best is kept."""
+        return self.metrics.get("validation_accept_length", float("-inf"))
+
+    def check_target(self, identity: dict[str, str]) -> None:
+        """Raises CheckpointError unless `identity` is the target this was trained for."""
+        different = [key for key, value in self.identity.items() if identity.get(key) != value]
+        if different:
+            raise CheckpointError(
+                f"{self.folder} was trained for another target than this one: the "
+                f"{', '.join(different)} differ(s) (it was trained for {self.target}); set "
+                "target.path to that target, or train a drafter for this one"
+            )
+
+
+def save_checkpoint(
+    folder: Path,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    description: dict[str, Any],
+) -> Path:
+    """Write `folder`/step-N whole or not at all. `description` needs the fields of Checkpoint.
+
+    Raises TrainingError when it cannot be written (a full disk); older checkpoints stay as they
+    are.
+    """
+    final = folder / f"step-{description['step']:08d}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(weights, partial / WEIGHTS)
+        if optimizer:
+            save_file(optimizer, partial / OPTIMIZER)
+        hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        text = json.dumps({"format": FORMAT, **description, "sha256": hashes}, indent=2)
+        (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"could not save {final}: {error}; earlier checkpoints are untouched. Free disk space "
+            "and start the same command again: it resumes from the last one"
+        ) from error
+    return final
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The description in `folder`. Raises CheckpointError when it is not a checkpoint."""
+    file = folder / DESCRIPTION
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint ({DESCRIPTION} is missing); give a step-... folder"
+        ) from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is unreadable: {error}") from None
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {raw.get('format')}, this version reads {FORMAT}; install the "
+            "DeepSpec version that wrote it"
+        )
+    names = ("step", "kind", "shape", "identity", "target", "config", "metrics")
+    missing = [name for name in names if name not in raw]
+    if missing:
+        raise CheckpointError(f"{file} misses {', '.join(missing)}")
+    return Checkpoint(folder, **{name: raw[name] for name in names})
+
+
+def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Tensors of file `name`, checked against the recorded hash.
+
+    Raises CheckpointError for a missing, truncated or altered file.
+    """
+    file = checkpoint.folder / name
+    recorded = json.loads((checkpoint.folder / DESCRIPTION).read_text())["sha256"].get(name)
+    if not file.is_file() or recorded is None:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete")
+    if _sha256(file) != recorded:
+        raise CheckpointError(
+            f"{file} is corrupt: its sha256 is not the recorded one; use another checkpoint of "
+            f"{checkpoint.folder.parent}"
+        )
+    return load_file(file)
+
+
+def load_drafter(checkpoint: Checkpoint) -> Drafter:
+    """The trained drafter, fp32, in evaluation mode."""
+    kind = drafter_kind(checkpoint.kind)
+    drafter = kind.build(kind.load(checkpoint.shape))
+    try:
+        drafter.load_state_dict(read_tensors(checkpoint, WEIGHTS))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.folder / WEIGHTS}: {error}") from None
+    return drafter.eval()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry for entry in folder.iterdir() if NAME.fullmatch(entry.name))
+
+
+def best_checkpoint(folder: Path) -> Checkpoint:
+    """The one with the largest validation acceptance; the newer of equals."""
+    found = [read_checkpoint(entry) for entry in list_checkpoints(folder)]
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint; train first")
+    return max(found, key=lambda checkpoint: (checkpoint.acceptance, checkpoint.step))
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` and the best."""
+    entries = list_checkpoints(folder)
+    if entries:
+        best = best_checkpoint(folder).folder
+        for entry in entries[: -max(keep_last, 1)]:
+            if entry != best:
+                shutil.rmtree(entry)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""The engine under the loop: device, precision, optimizer, and the optimizer's state by name.
+
+Accelerate moves models and gradients. Only the drafter's parameters enter it; the target stays
+outside (house plan, decision 6).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from deepspec.config.schema import EngineConfig, TrainingConfig
+from deepspec.errors import CheckpointError, ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """One process, AdamW, fp32 parameters; bf16 by autocast."""
+
+    def __init__(self, config: EngineConfig, training: TrainingConfig) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "engine.device=cuda, but torch sees no CUDA device; see deepspec doctor"
+            )
+        self._training = training
+        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        self.device: torch.device = self.accelerator.device
+        self.is_main: bool = self.accelerator.is_main_process
+
+    def prepare(self, drafter: nn.Module) -> nn.Module:
+        """Place the drafter and make its optimizer; returns the module to call."""
+        self._drafter = drafter.to(self.device)
+        optimizer = torch.optim.AdamW(
+            drafter.parameters(),
+            lr=self._training.learning_rate,
+            betas=(self._training.betas[0], self._training.betas[1]),
+            weight_decay=self._training.weight_decay,
+        )
+        self._module, self._optimizer = self.accelerator.prepare(self._drafter, optimizer)
+        return self._module
+
+    def autocast(self) -> Any:
+        """bf16 arithmetic where `training.precision` asks for it."""
+        enabled = self._training.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-batch's share of the loss."""
+        self.accelerator.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, forget gradients; the gradient's norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(
+            self._module.parameters(), self._training.max_grad_norm
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full fp32 parameters by name, on CPU."""
+        return {
+            name: parameter.detach().float().cpu().contiguous()
+            for name, parameter in self._drafter.named_parameters()
+        }
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Full moments by `<moment>/<parameter>`, on CPU; the step count is the checkpoint's."""
+        state = self._optimizer.optimizer.state
+        return {
+            f"{moment}/{name}": state[parameter][moment].detach().cpu().contiguous()
+            for name, parameter in self._drafter.named_parameters()
+            for moment in MOMENTS
+            if parameter in state
+        }
+
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
+        """Put back what `weights` and `optimizer_state` gave after `step` steps."""
+        try:
+            self._drafter.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint does not fit this drafter: {error}") from None
+        for name, parameter in self._drafter.named_parameters():
+            self._optimizer.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                **{moment: moments[f"{moment}/{name}"].to(self.device) for moment in MOMENTS},
+            }

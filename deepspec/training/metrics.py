@@ -1,0 +1,77 @@
+"""Metrics of optimizer steps: (numerator, denominator) pairs, summed first and divided last."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.objective import LossOutput
+from deepspec.records import BlockBatch
+
+
+class Ratios:
+    """Sums of named (numerator, denominator) pairs."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, numerator: float | Tensor, denominator: float | Tensor) -> None:
+        """One more share of `name`."""
+        pair = self._sums[name]
+        pair[0] += float(numerator)
+        pair[1] += float(denominator)
+
+    def add_loss(self, output: LossOutput, batch: BlockBatch) -> None:
+        """A micro-batch: the loss's terms, and the expected accepted length."""
+        weight = batch.weights.sum()
+        self.add("ce", output.ce_sum, weight)
+        self.add("l1", output.l1_sum, weight)
+        self.add("confidence", output.confidence_sum, weight)
+        lengths = expected_accept_length(output.acceptance, batch.weights)
+        self.add("accept_length", lengths.sum(), lengths.shape[0])
+
+    def divided(self) -> dict[str, float]:
+        """Every ratio whose denominator is not zero."""
+        return {name: a / b for name, (a, b) in self._sums.items() if b}
+
+
+def expected_accept_length(acceptance: Tensor, weights: Tensor) -> Tensor:
+    """Tokens a round yields in expectation, bonus counted, [N].
+
+    `acceptance` [N*K], `weights` [N, K]: 1 + sum_j prod_{i<=j} (1 - 0.5 ||p_d - p_t||_1), along the
+    target's own text. Slots behind the end of the answer count as rejected.
+    """
+    kept = torch.where(weights > 0, acceptance.view_as(weights), 0)
+    return 1 + kept.cumprod(dim=1).sum(dim=1)
+
+
+class MetricsLog:
+    """metrics.jsonl: one row an event, always written; a resumed run drops what it will repeat."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a half-written last line is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,246 @@
+"""The training loop. Start at `Trainer.train_step`: that is the whole algorithm.
+
+What a step sees is a function of (seed, step): batches, anchors and the learning rate have no state
+of their own, so a resumed run goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from deepspec.config.schema import RunConfig, TrainingConfig, as_dict
+from deepspec.data.anchors import draw_anchors
+from deepspec.data.batching import epoch_batches, split_batch
+from deepspec.data.blocks import build_blocks
+from deepspec.drafters.base import Drafter
+from deepspec.errors import TrainingError
+from deepspec.objective import LossOutput, compute_loss, slots_of
+from deepspec.progress import Progress
+from deepspec.records import BlockBatch, Sample
+from deepspec.targets import Target
+from deepspec.training.checkpoint import (
+    OPTIMIZER,
+    WEIGHTS,
+    Checkpoint,
+    list_checkpoints,
+    prune,
+    read_tensors,
+    save_checkpoint,
+)
+from deepspec.training.engine import Engine
+from deepspec.training.metrics import MetricsLog, Ratios
+
+VALIDATION_EPOCH = -1  # anchors of validation samples are drawn once and for all
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C, after the checkpoint was saved. Exit code 128 + signal number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+class Trainer:
+    """Distils one drafter from one frozen target."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        target: Target,
+        drafter: Drafter,
+        samples: Sequence[Sample],
+        validation: Sequence[Sample],
+        folder: Path,
+        engine: Engine,
+    ) -> None:
+        if not samples:
+            raise TrainingError("no sample to train on; see the skipped rows above and data.path")
+        self.config, self.target = config, target
+        self.samples, self.validation = samples, validation
+        self.checkpoints = folder / "checkpoints"
+        self._metrics_path = folder / "metrics.jsonl"
+        self.engine = engine
+        self.shape = drafter.config
+        self.drafter: Any = engine.prepare(drafter)
+        self._drafter = drafter
+        training = config.training
+        self.steps_an_epoch = math.ceil(len(samples) / training.batch_size)
+        self.total_steps = max(1, round(training.epochs * self.steps_an_epoch))
+        if training.max_steps is not None:
+            self.total_steps = min(self.total_steps, training.max_steps)
+        self.step = 0
+        self._signal: int | None = None
+        self._last_validation: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------- one step
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step: sample anchors, capture features, forward, objective, update."""
+        micro_batches = [self.blocks_of(samples) for samples in self.micro_batches(self.step)]
+        # decision 2: every term is divided by the weight of the whole step, known beforehand
+        denominator = sum(float(batch.weights.sum()) for _, batch in micro_batches)
+        ratios, loss = Ratios(), 0.0
+        for samples, batch in micro_batches:
+            if not batch.weights.any():
+                continue
+            output, batch = self.loss_of(samples, batch, denominator)
+            self._require_finite(output, batch)
+            self.engine.backward(output.loss)
+            loss += float(output.loss.detach())
+            ratios.add_loss(output, batch)
+        rate = learning_rate(self.step, self.total_steps, self.config.training)
+        norm = self.engine.step(rate)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": loss,
+            **ratios.divided(),
+            "learning_rate": rate,
+            "gradient_norm": norm,
+        }
+
+    def micro_batches(self, step: int) -> list[list[Sample]]:
+        """The samples of `step`, cut into micro-batches."""
+        epoch, index = divmod(step, self.steps_an_epoch)
+        training = self.config.training
+        batch = epoch_batches(len(self.samples), training.batch_size, self.config.seed, epoch)[
+            index
+        ]
+        lengths = [len(sample) for sample in self.samples]
+        own = split_batch(batch, lengths, 1, training.micro_batch_size)[0]
+        return [[self.samples[index] for index in micro] for micro in own]
+
+    def blocks_of(
+        self, samples: Sequence[Sample], epoch: int | None = None
+    ) -> tuple[Sequence[Sample], BlockBatch]:
+        """Blocks of `samples` at this epoch's anchors."""
+        epoch = self.step // self.steps_an_epoch if epoch is None else epoch
+        count = self.config.training.anchors_per_sample
+        anchors = [draw_anchors(sample, count, self.config.seed, epoch) for sample in samples]
+        decay = self.config.objective.decay or float(self.shape.block_size)
+        batch = build_blocks(
+            samples, anchors, self.shape.block_size, self.shape.mask_token_id, decay
+        )
+        return samples, batch
+
+    def loss_of(
+        self, samples: Sequence[Sample], batch: BlockBatch, denominator: float
+    ) -> tuple[LossOutput, BlockBatch]:
+        """Features of the frozen target, the drafter's forward, and the objective."""
+        batch = batch.to(self.engine.device)
+        features = self.target.features(samples)
+        with self.engine.autocast():
+            output = self.drafter(features.context, batch, self.target.embedding)
+        inputs = slots_of(output, self._drafter.bias_weight, batch, features)
+        head = self.target.head
+        loss = compute_loss(inputs, head, head, self.config.objective, denominator)
+        return loss, batch
+
+    # ------------------------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """Train to the last step, with validation, checkpoints and a clean stop on a signal."""
+        training = self.config.training
+        log = MetricsLog(self._metrics_path, self.step)
+        handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with Progress("train", self.total_steps, "steps", done=self.step) as progress:
+                while self.step < self.total_steps:
+                    metrics = self.train_step()
+                    last = self.step == self.total_steps
+                    if last or self.step % training.log_every == 0:
+                        log.write(metrics)
+                    progress.advance(1, _note(metrics))
+                    if last or self.step % training.evaluate_every == 0:
+                        log.write(self.validate())
+                    if last or self._signal or self.step % training.save_every == 0:
+                        self.save()
+                    if self._signal:
+                        raise Interrupted(self._signal)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def validate(self) -> dict[str, float]:
+        """Loss terms and expected accepted length on the held-out samples."""
+        ratios = Ratios()
+        size = self.config.training.micro_batch_size
+        self._drafter.eval()
+        with torch.no_grad():
+            for first in range(0, len(self.validation), size):
+                samples = self.validation[first : first + size]
+                _, batch = self.blocks_of(samples, VALIDATION_EPOCH)
+                if batch.weights.any():
+                    ratios.add_loss(*self.loss_of(samples, batch, 1.0))
+        self._drafter.train()
+        self._last_validation = {
+            f"validation_{name}": value for name, value in ratios.divided().items()
+        }
+        return {"step": self.step, **self._last_validation}
+
+    def save(self) -> Path:
+        """A checkpoint of the current step; old ones beyond `keep_last` and the best go."""
+        description = {
+            "step": self.step,
+            "kind": self.config.drafter.kind,
+            "shape": self.shape.to_dict(),
+            "identity": self.target.identity,
+            "target": self.target.name,
+            "config": as_dict(self.config),
+            "metrics": self._last_validation,
+        }
+        saved = save_checkpoint(
+            self.checkpoints, self.engine.weights(), self.engine.optimizer_state(), description
+        )
+        prune(self.checkpoints, self.config.training.keep_last)
+        return saved
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from `checkpoint`: same weights, moments and place in the data."""
+        checkpoint.check_target(self.target.identity)
+        if checkpoint.shape != self.shape.to_dict():
+            changed = [k for k, v in self.shape.to_dict().items() if checkpoint.shape.get(k) != v]
+            raise TrainingError(
+                f"{checkpoint.folder} holds a drafter of another shape ({', '.join(changed)} "
+                "differ); set out= to a new folder, or training.resume=never"
+            )
+        self.engine.restore(
+            read_tensors(checkpoint, WEIGHTS), read_tensors(checkpoint, OPTIMIZER), checkpoint.step
+        )
+        self.step = checkpoint.step
+        self._last_validation = checkpoint.metrics
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number  # acted on after the step, when weights and step agree
+
+    def _require_finite(self, output: LossOutput, batch: BlockBatch) -> None:
+        if not torch.isfinite(output.loss):
+            kept = [entry.name for entry in list_checkpoints(self.checkpoints)]
+            raise TrainingError(
+                f"the loss is {float(output.loss)} at step {self.step + 1}; samples of the "
+                f"micro-batch: {', '.join(batch.sample_ids)}. Lower training.learning_rate, raise "
+                "training.warmup_ratio, or try training.precision=fp32; the last checkpoint is "
+                f"{kept[-1] if kept else 'none'}"
+            )
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """Linear warm-up over `warmup_ratio` of the steps, then cosine to `min_learning_rate`."""
+    warmup = max(1, round(config.warmup_ratio * total))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    low = config.min_learning_rate
+    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _note(metrics: dict[str, float]) -> str:
+    return f"loss {metrics['loss']:.3f}  accept {metrics.get('accept_length', 1.0):.2f}"
