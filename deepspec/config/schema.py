@@ -121,16 +121,13 @@ class TrainingConfig:
     keep_last: int = 2
     log_every: int = 10
     resume: str = "auto"
-    activation_checkpointing: bool = False
-    compile: bool = False
 
 
 @dataclass
 class EngineConfig:
     """How the optimizer state and gradients are laid out over processes."""
 
-    kind: str = "single"  # single | zero1 | zero2 | zero3
-    offload: str = "none"  # none | cpu
+    kind: str = "single"
     device: str = "auto"  # auto | cpu | cuda
 
 

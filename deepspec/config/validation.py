@@ -1,0 +1,123 @@
+"""What types cannot say: ranges, choices, and keys that must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deepspec.config.schema import RunConfig
+from deepspec.errors import ConfigError
+
+CHOICES: dict[str, Sequence[str]] = {
+    "target.dtype": ("auto", "float32", "bfloat16"),
+    "drafter.kind": ("dspark", "dflash"),
+    "drafter.markov_head": ("vanilla", "gated", "rnn"),
+    "objective.implementation": ("fused", "eager"),
+    "training.precision": ("bf16", "fp32"),
+    "engine.kind": ("single",),
+    "engine.device": ("auto", "cpu", "cuda"),
+    "tracking.wandb_mode": ("offline", "online", "disabled"),
+    "export.format": ("flat",),
+    "export.profile": ("serving", "full"),
+}
+AT_LEAST_ONE = (
+    "target.num_layer_ids",
+    "data.max_length",
+    "regenerate.max_new_tokens",
+    "regenerate.samples_per_prompt",
+    "regenerate.batch_size",
+    "regenerate.concurrency",
+    "drafter.num_layers",
+    "drafter.block_size",
+    "objective.chunk_size",
+    "training.batch_size",
+    "training.micro_batch_size",
+    "training.anchors_per_sample",
+    "training.evaluate_every",
+    "training.save_every",
+    "training.keep_last",
+    "training.log_every",
+    "decoding.max_new_tokens",
+    "decoding.batch_size",
+)
+NOT_NEGATIVE = (
+    "regenerate.temperature",
+    "regenerate.top_k",
+    "regenerate.retries",
+    "drafter.markov_rank",
+    "objective.ce_weight",
+    "objective.l1_weight",
+    "objective.confidence_weight",
+    "training.min_learning_rate",
+    "training.weight_decay",
+    "training.validation_samples",
+    "decoding.top_k",
+    "evaluation.baseline_prompts",
+)
+POSITIVE = (
+    "regenerate.timeout",
+    "objective.decay",
+    "training.epochs",
+    "training.learning_rate",
+    "training.max_grad_norm",
+    "training.max_steps",
+    "data.limit",
+    "evaluation.limit",
+)
+SHARES = ("regenerate.top_p", "decoding.top_p")
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    """The value at a dotted key."""
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def validate(config: RunConfig) -> None:
+    """Raises ConfigError naming the key, what it is, and what it may be."""
+    for key, choices in CHOICES.items():
+        _require(value_of(config, key) in choices, config, key, f"one of {', '.join(choices)}")
+    for key in AT_LEAST_ONE:
+        _require(value_of(config, key) >= 1, config, key, "at least 1")
+    for key in NOT_NEGATIVE:
+        _require(value_of(config, key) >= 0, config, key, "at least 0")
+    for key in POSITIVE:
+        value = value_of(config, key)
+        _require(value is None or value > 0, config, key, "greater than 0")
+    for key in SHARES:
+        _require(0 < value_of(config, key) <= 1, config, key, "greater than 0 and at most 1")
+    warmup = "training.warmup_ratio"
+    _require(0 <= value_of(config, warmup) < 1, config, warmup, "at least 0 and below 1")
+    betas = config.training.betas
+    fine = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    _require(fine, config, "training.betas", "two numbers from 0 to below 1")
+    temperatures = config.evaluation.temperatures
+    fine = bool(temperatures) and all(value >= 0 for value in temperatures)
+    _require(fine, config, "evaluation.temperatures", "a list of numbers of at least 0")
+    _require(bool(config.evaluation.seeds), config, "evaluation.seeds", "a list of whole numbers")
+    trackers = config.tracking.trackers
+    fine = set(trackers) <= {"wandb", "tensorboard"}
+    _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
+    _cross(config)
+
+
+def _cross(config: RunConfig) -> None:
+    layer_ids = config.target.layer_ids
+    if layer_ids is not None and (layer_ids != sorted(set(layer_ids)) or not layer_ids):
+        raise ConfigError(f"target.layer_ids={layer_ids} must be distinct and ascending")
+    if config.training.micro_batch_size > config.training.batch_size:
+        raise ConfigError(
+            f"training.micro_batch_size={config.training.micro_batch_size} exceeds "
+            f"training.batch_size={config.training.batch_size}; lower it"
+        )
+    if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
+        raise ConfigError(
+            "objective.ce_weight and objective.l1_weight are both 0: nothing would teach the drafts"
+        )
+
+
+def _require(fine: bool, config: RunConfig, key: str, expected: str) -> None:
+    if not fine:
+        raise ConfigError(f"{key}={value_of(config, key)} must be {expected}")
