@@ -71,7 +71,7 @@ def _start(rng: random.Random, name: str, thing: str) -> tuple[str, list[Step], 
         )
         reason = f"{groups} {holder} of {each} {thing}"
         return story, [Step("", reason, groups, "*", each)], groups * each
-    count = rng.randint(3, 60)
+    count = rng.randint(3, 40)
     story = rng.choice(
         (
             f"{name} has {count} {thing}.",
@@ -87,11 +87,11 @@ def _next(rng: random.Random, name: str, thing: str, have: int) -> Step:
     place = rng.choice(PLACES)
     kind = rng.random()
     if kind < 0.45 or have < 4:
-        more = rng.randint(2, 40)
+        more = rng.randint(2, 20)
         verb = rng.choice(GAINS)
         return Step(f"{name} {verb} {more} more {place}.", f"{verb} {more} more", have, "+", more)
     if kind < 0.92 or have > 40:
-        less = rng.randint(1, have - 1)
+        less = rng.randint(1, min(20, have - 1))
         verb = rng.choice(LOSSES)
         return Step(
             f"Then {name} {verb} {less} of them {place}.", f"{verb} {less}", have, "-", less

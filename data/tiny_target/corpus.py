@@ -141,9 +141,9 @@ NUMBER_WORDS = ("no arguments", "one argument", "two arguments", "three argument
 
 
 def code_turns(functions: list[Function], rng: random.Random, copies: int) -> Iterator[Turn]:
-    """Functions of at most about 25 lines, without their docstrings one time in three."""
+    """Functions of at most about 15 lines (an answer fits in 160 tokens), without their docstrings one time in three."""
     for function in functions:
-        if not function.summary or not 40 < len(function.source) < 900:
+        if not function.summary or not 40 < len(function.source) < 500:
             continue
         short = function.name.rpartition(".")[2]
         if short.startswith("__") or len(function.summary) > 200:
