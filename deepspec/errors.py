@@ -39,3 +39,12 @@ class TrainingError(DeepSpecError):
 
 class MissingDependencyError(DeepSpecError):
     """An optional package is needed for what was asked; the message says how to install it."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C, once the checkpoint was saved. Exit code 128 + signal number."""
+
+    def __init__(self, number: int, saved: str) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+        self.saved = saved

@@ -154,15 +154,51 @@ def rows(
 # --------------------------------------------------------------------------------- the training
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024), steps of AdamW's size.
+
+    torch.optim.Muon does the same in bf16 and a matrix at a time: ten times slower on a CPU that
+    emulates bf16. Here matrices of one shape are stacked, in fp32.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter]) -> None:
+        super().__init__(matrices, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.05})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix."""
+        (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in group["params"]:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        for shape, matrices in by_shape.items():
+            updates = []
+            for matrix in matrices:
+                velocity = self.state[matrix].setdefault("velocity", torch.zeros_like(matrix))
+                velocity.lerp_(matrix.grad, 1 - group["momentum"])
+                updates.append(matrix.grad.lerp(velocity, group["momentum"]))  # Nesterov
+            size = 0.2 * max(shape) ** 0.5 * group["lr"]
+            for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly the nearest semi-orthogonal matrices to `matrices` [n, rows, columns]."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonal(matrices.mT).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
 def optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the hidden matrices (about twice the progress a step here), AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     return [
-        (
-            torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            4e-3,
-        ),
+        (Muon(matrices), 4e-3),
         (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01), 4e-3),
     ]
 
@@ -238,7 +274,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def main() -> None:
     """Parse arguments, then build or measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=75.0)
+    parser.add_argument("--minutes", type=float, default=80.0)
     parser.add_argument("--batch", type=int, default=12, help="rows a step")
     parser.add_argument("--math", type=int, default=60_000, help="generated problems")
     parser.add_argument("--out", type=Path, default=HERE)

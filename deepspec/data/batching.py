@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 
+from deepspec.records import Sample
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+
+def hold_out(
+    samples: Sequence[Sample], count: int, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """(training, validation) samples: `count` drawn by `seed`, at most a fifth of all.
+
+    Both come sorted by id, whatever the order in which answers were written.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.sample_id)
+    count = min(count, len(ordered) // 5)
+    chosen = set(random.Random(f"validation/{seed}").sample(range(len(ordered)), count))
+    training = [sample for index, sample in enumerate(ordered) if index not in chosen]
+    return training, [ordered[index] for index in sorted(chosen)]
+
+
+@functools.lru_cache(maxsize=2)  # asked for at every step
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[list[int], ...]:
     """Sample indices of every step of an epoch: shuffled, each once, the last step may be short."""
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [order[first : first + batch_size] for first in range(0, count, batch_size)]
+    return tuple(order[first : first + batch_size] for first in range(0, count, batch_size))
 
 
 def split_batch(

@@ -1,0 +1,24 @@
+"""Files for serving engines: one file a layout, and the model card that goes with it."""
+
+from deepspec.export.card import model_card
+from deepspec.export.engines import Support, loads_in
+from deepspec.export.flat import (
+    PROFILES,
+    export_flat,
+    flat_config,
+    flat_shape,
+    is_flat_export,
+    load_flat,
+)
+
+__all__ = [
+    "PROFILES",
+    "Support",
+    "export_flat",
+    "flat_config",
+    "flat_shape",
+    "is_flat_export",
+    "load_flat",
+    "loads_in",
+    "model_card",
+]

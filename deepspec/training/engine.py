@@ -6,14 +6,16 @@ outside (house plan, decision 6).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from deepspec.config.schema import EngineConfig, TrainingConfig
+from deepspec.config.schema import EngineConfig, TrackingConfig, TrainingConfig
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.training.tracking import check_trackers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,13 +23,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Engine:
     """One process, AdamW, fp32 parameters; bf16 by autocast."""
 
-    def __init__(self, config: EngineConfig, training: TrainingConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        training: TrainingConfig,
+        tracking: TrackingConfig,
+        folder: Path,
+    ) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 "engine.device=cuda, but torch sees no CUDA device; see deepspec doctor"
             )
+        check_trackers(tracking)
         self._training = training
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu", log_with=list(tracking.trackers) or None, project_dir=folder
+        )
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
 

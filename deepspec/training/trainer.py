@@ -20,7 +20,7 @@ from deepspec.data.anchors import draw_anchors
 from deepspec.data.batching import epoch_batches, split_batch
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.base import Drafter
-from deepspec.errors import TrainingError
+from deepspec.errors import Interrupted, TrainingError
 from deepspec.objective import LossOutput, compute_loss, slots_of
 from deepspec.progress import Progress
 from deepspec.records import BlockBatch, Sample
@@ -36,16 +36,10 @@ from deepspec.training.checkpoint import (
 )
 from deepspec.training.engine import Engine
 from deepspec.training.metrics import MetricsLog, Ratios
+from deepspec.training.run_folder import RunFolder
+from deepspec.training.tracking import start_trackers
 
 VALIDATION_EPOCH = -1  # anchors of validation samples are drawn once and for all
-
-
-class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C, after the checkpoint was saved. Exit code 128 + signal number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = 128 + number
 
 
 class Trainer:
@@ -58,19 +52,19 @@ class Trainer:
         drafter: Drafter,
         samples: Sequence[Sample],
         validation: Sequence[Sample],
-        folder: Path,
+        folder: RunFolder,
         engine: Engine,
     ) -> None:
         if not samples:
             raise TrainingError("no sample to train on; see the skipped rows above and data.path")
         self.config, self.target = config, target
         self.samples, self.validation = samples, validation
-        self.checkpoints = folder / "checkpoints"
-        self._metrics_path = folder / "metrics.jsonl"
+        self.folder = folder
         self.engine = engine
         self.shape = drafter.config
         self.drafter: Any = engine.prepare(drafter)
         self._drafter = drafter
+        self._lengths = [len(sample) for sample in samples]
         training = config.training
         self.steps_an_epoch = math.ceil(len(samples) / training.batch_size)
         self.total_steps = max(1, round(training.epochs * self.steps_an_epoch))
@@ -111,11 +105,8 @@ class Trainer:
         """The samples of `step`, cut into micro-batches."""
         epoch, index = divmod(step, self.steps_an_epoch)
         training = self.config.training
-        batch = epoch_batches(len(self.samples), training.batch_size, self.config.seed, epoch)[
-            index
-        ]
-        lengths = [len(sample) for sample in self.samples]
-        own = split_batch(batch, lengths, 1, training.micro_batch_size)[0]
+        batches = epoch_batches(len(self.samples), training.batch_size, self.config.seed, epoch)
+        own = split_batch(batches[index], self._lengths, 1, training.micro_batch_size)[0]
         return [[self.samples[index] for index in micro] for micro in own]
 
     def blocks_of(
@@ -149,7 +140,14 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step, with validation, checkpoints and a clean stop on a signal."""
         training = self.config.training
-        log = MetricsLog(self._metrics_path, self.step)
+        log = MetricsLog(self.folder.metrics, self.step)
+        accelerator = self.engine.accelerator
+        start_trackers(accelerator, self.config.tracking, as_dict(self.config), self.folder.path)
+
+        def record(row: dict[str, float]) -> None:
+            log.write(row)
+            accelerator.log(row, step=self.step)
+
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             with Progress("train", self.total_steps, "steps", done=self.step) as progress:
@@ -157,17 +155,18 @@ class Trainer:
                     metrics = self.train_step()
                     last = self.step == self.total_steps
                     if last or self.step % training.log_every == 0:
-                        log.write(metrics)
+                        record(metrics)
                     progress.advance(1, _note(metrics))
                     if last or self.step % training.evaluate_every == 0:
-                        log.write(self.validate())
+                        record(self.validate())
                     if last or self._signal or self.step % training.save_every == 0:
-                        self.save()
-                    if self._signal:
-                        raise Interrupted(self._signal)
+                        saved = self.save()
+                    if self._signal and not last:
+                        raise Interrupted(self._signal, str(saved))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            accelerator.end_training()
 
     def validate(self) -> dict[str, float]:
         """Loss terms and expected accepted length on the held-out samples."""
@@ -198,9 +197,9 @@ class Trainer:
             "metrics": self._last_validation,
         }
         saved = save_checkpoint(
-            self.checkpoints, self.engine.weights(), self.engine.optimizer_state(), description
+            self.folder.checkpoints, self.engine.weights(), self.engine.optimizer_state(), description
         )
-        prune(self.checkpoints, self.config.training.keep_last)
+        prune(self.folder.checkpoints, self.config.training.keep_last)
         return saved
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -223,7 +222,7 @@ class Trainer:
 
     def _require_finite(self, output: LossOutput, batch: BlockBatch) -> None:
         if not torch.isfinite(output.loss):
-            kept = [entry.name for entry in list_checkpoints(self.checkpoints)]
+            kept = [entry.name for entry in list_checkpoints(self.folder.checkpoints)]
             raise TrainingError(
                 f"the loss is {float(output.loss)} at step {self.step + 1}; samples of the "
                 f"micro-batch: {', '.join(batch.sample_ids)}. Lower training.learning_rate, raise "

@@ -1,0 +1,73 @@
+"""The `deepspec` command: `deepspec COMMAND key=value ... [--cfg]`.
+
+Command modules import what they need when they run, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from deepspec import __version__
+from deepspec.errors import DeepSpecError, Interrupted
+
+COMMANDS = ("train", "regenerate", "evaluate", "export", "recipes", "doctor")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Exit codes: 0; 2 for a mistake of the user's; 128 + n after signal n."""
+    parser, commands = _parser()
+    # argparse takes key=value words before the first flag only; those behind it come as a rest
+    options, rest = parser.parse_known_args(arguments)
+    if flags := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown flag {flags[0]}; overrides are written key=value")
+    if options.command is None:
+        parser.print_help()
+        return
+    try:
+        commands[options.command].run(options.settings + rest, options)
+    except DeepSpecError as error:
+        if options.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"stopped; {stop.saved} is saved and the same command goes on", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `deepspec recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
+    parser = argparse.ArgumentParser(
+        prog="deepspec",
+        description="Distil a speculative-decoding drafter from your own frozen target model.",
+        epilog="Begin with: deepspec train recipe=tiny",
+    )
+    parser.add_argument("--version", action="version", version=f"deepspec {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = {}
+    for name in COMMANDS:
+        command = commands[name] = importlib.import_module(f"deepspec.commands.{name}")
+        summary = (command.__doc__ or "").splitlines()[0]
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{command.EXAMPLES.rstrip()}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("settings", nargs="*", metavar="key=value", help=command.SETTINGS)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if command.HAS_CONFIG:
+            sub.add_argument(
+                "--cfg", action="store_true", help="print the resolved config and do nothing else"
+            )
+    return parser, commands

@@ -1,0 +1,53 @@
+"""`key=value` words of a command line: the command's own keys, and overrides of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from deepspec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepspec.config.schema import RunConfig
+
+
+def take(settings: Sequence[str], *own: str) -> tuple[dict[str, str], list[str]]:
+    """The values of the command's `own` keys, and all other words.
+
+    Raises ConfigError for a word without `=` and for an own key given twice.
+    """
+    values: dict[str, str] = {}
+    others = []
+    for word in settings:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not key=value (or a --flag)")
+        if key not in own:
+            others.append(word)
+        elif key in values:
+            raise ConfigError(f"{key}= is given twice: {values[key]} and {value}")
+        else:
+            values[key] = value
+    return values, others
+
+
+def recipe_config(settings: Sequence[str]) -> RunConfig:
+    """The config of `recipe=NAME key=value ...`. Raises ConfigError."""
+    from deepspec.config.loading import load_config
+
+    values, overrides = take(settings, "recipe")
+    if "recipe" not in values:
+        raise ConfigError(
+            "recipe= is missing; for example recipe=tiny, or the path of your own YAML "
+            "(deepspec recipes lists those that are shipped)"
+        )
+    return load_config(values["recipe"], overrides)
+
+
+def print_config(config: RunConfig) -> None:
+    """The resolved config as YAML, on standard output."""
+    import yaml
+
+    from deepspec.config.schema import as_dict
+
+    print(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), end="")

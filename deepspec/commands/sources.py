@@ -1,0 +1,83 @@
+"""Where a trained drafter comes from: a run, one of its checkpoints, or an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspec.config.loading import config_from
+from deepspec.config.schema import RunConfig
+from deepspec.drafters.base import Drafter
+from deepspec.errors import CheckpointError
+from deepspec.targets import Target
+from deepspec.training.checkpoint import (
+    DESCRIPTION,
+    Checkpoint,
+    best_checkpoint,
+    load_drafter,
+    read_checkpoint,
+)
+from deepspec.training.metrics import read_metrics
+from deepspec.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A drafter on disk: the config it was trained with, and `load`, which checks its target.
+
+    `step`: optimizer steps, None where unknown. `run`: its run folder, where that is at hand.
+    """
+
+    place: Path
+    config: RunConfig
+    kind: str
+    step: int | None
+    load: Callable[[Target], Drafter]
+    run: RunFolder | None
+
+    def training(self) -> list[dict[str, Any]]:
+        """The run's metrics up to this step."""
+        rows = read_metrics(self.run.metrics) if self.run else []
+        return [row for row in rows if self.step is None or row["step"] <= self.step]
+
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Rows that the run left out, by stage and reason."""
+        return self.run.read_skipped() if self.run else {}
+
+
+def open_source(place: Path, overrides: Sequence[str] = ()) -> Source:
+    """The drafter at `place`; `overrides` change the config it was saved with.
+
+    Raises CheckpointError when nothing usable is there, ConfigError for bad overrides.
+    """
+    if (place / DESCRIPTION).is_file():
+        return from_checkpoint(read_checkpoint(place), overrides)
+    if (place / "checkpoints").is_dir():
+        return from_checkpoint(best_checkpoint(place / "checkpoints"), overrides)
+    raise CheckpointError(
+        f"{place} is neither a run, a checkpoint nor an export; give the out= of a training, one "
+        "of its checkpoints/step-... folders, or an exported drafter"
+        if place.is_dir()
+        else f"{place} does not exist"
+    )
+
+
+def from_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> Source:
+    """A checkpoint as a source; its run folder is the one around it."""
+
+    def load(target: Target) -> Drafter:
+        checkpoint.check_target(target.identity)
+        return load_drafter(checkpoint)
+
+    run = checkpoint.folder.resolve().parents[1]
+    return Source(
+        place=checkpoint.folder,
+        config=config_from(checkpoint.config, overrides),
+        kind=checkpoint.kind,
+        step=checkpoint.step,
+        load=load,
+        run=RunFolder(run) if (run / "config.yaml").is_file() else None,
+    )

@@ -1,0 +1,47 @@
+"""Distil a drafter: answers, training, report and export in one run folder.
+
+Everything lands in the run folder (out=, runs/RECIPE by default). Killed or stopped at any moment,
+the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+SETTINGS = "recipe=R and overrides of the config, such as training.epochs=3"
+EXAMPLES = """\
+  deepspec train recipe=tiny
+  deepspec train recipe=qwen3 target.path=./my-qwen3-finetune out=runs/mine
+  deepspec train recipe=my_recipe.yaml training.learning_rate=3e-4
+  deepspec train recipe=tiny --cfg
+"""
+HAS_CONFIG = True
+
+
+def run(settings: Sequence[str], options: argparse.Namespace) -> None:
+    """The whole trip; ends with the acceptance table, the paths, and what to do next."""
+    from pathlib import Path
+
+    from deepspec.commands.settings import print_config, recipe_config
+
+    config = recipe_config(settings)
+    if options.cfg:
+        print_config(config)
+        return
+    from deepspec.commands import stages
+    from deepspec.training.run_folder import RunFolder
+
+    with RunFolder(Path(config.out)) as folder:
+        target = stages.open_target(config)
+        folder.save_config(config)
+        skipped = {}
+        if config.regenerate.enabled:
+            skipped |= stages.make_answers(config, target, folder.answers)
+        data = stages.load_samples(config, target, folder)
+        skipped |= data.skipped
+        stages.print_skipped(skipped)
+        folder.save_skipped(skipped)
+        best = stages.train_drafter(config, target, data, folder)
+        stages.report_and_export(config, target, best, folder)
+        stages.print_paths(folder, best)

@@ -1,0 +1,228 @@
+"""Decode benchmarks with a drafter and with plain decoding; give numbers and traces.
+
+Both decoders run in the same process on the same prompts, so tokens a second are compared fairly
+and outputs token by token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from deepspec.config.schema import RunConfig
+from deepspec.data.chat_template import ChatEncoder
+from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
+from deepspec.decoding.exactness import first_difference
+from deepspec.drafters.base import Proposer
+from deepspec.errors import DataError
+from deepspec.evaluation import metrics
+from deepspec.evaluation.benchmarks import load_prompts
+from deepspec.evaluation.results import Baseline, BenchmarkResult
+from deepspec.progress import Progress
+from deepspec.records import DecodeTrace
+from deepspec.targets import Target
+
+WARM_UP_TOKENS = 16  # first calls allocate buffers and choose kernels
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt; `request` names it in traces and seeds its random draws."""
+
+    request: str
+    tokens: list[int]
+
+
+@dataclass
+class Evaluation:
+    """Results; every decoding round as (benchmark, temperature, seed, trace); rows left out."""
+
+    results: list[BenchmarkResult] = field(default_factory=list)
+    traces: list[tuple[str, float, int, DecodeTrace]] = field(default_factory=list)
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def save_traces(self, path: Path) -> None:
+        """One JSON line a round: benchmark, temperature, seed, and the fields of DecodeTrace."""
+        with path.open("w", encoding="utf-8") as stream:
+            for benchmark, temperature, seed, trace in self.traces:
+                place = {"benchmark": benchmark, "temperature": temperature, "seed": seed}
+                stream.write(json.dumps({**place, **asdict(trace)}) + "\n")
+
+
+def evaluate(
+    config: RunConfig, target: Target, proposer: Proposer, *, show: bool = True
+) -> Evaluation:
+    """Every benchmark of `config.evaluation` at every temperature and seed.
+
+    Raises ConfigError for an unknown benchmark, DataError for one without a usable prompt.
+    """
+    evaluation = Evaluation()
+    benchmarks: dict[str, list[Prompt]] = {}
+    for name in config.evaluation.benchmarks:
+        short, prompts, skips = _load(name, config, target)
+        benchmarks[short] = prompts
+        if skips:
+            evaluation.skipped[f"benchmark {short}"] = skips
+    seeds = config.evaluation.seeds
+    runs = [
+        (short, temperature, seed)
+        for short in benchmarks
+        for temperature in config.evaluation.temperatures
+        for seed in (seeds if temperature else seeds[:1])  # greedy output has no seed
+    ]
+    total = sum(len(benchmarks[short]) for short, _, _ in runs)
+    with Progress("evaluate", total, "prompts", show=show) as progress:
+        for short, temperature, seed in runs:
+            run = _Run(config, target, proposer, temperature, seed, progress)
+            # one seed is enough for the speed-up and the comparison with plain decoding
+            compared = config.evaluation.baseline_prompts if seed == seeds[0] else 0
+            result, traces = run.benchmark(short, benchmarks[short], compared)
+            evaluation.results.append(result)
+            evaluation.traces += [(short, temperature, seed, trace) for trace in traces]
+    return evaluation
+
+
+def _load(name: str, config: RunConfig, target: Target) -> tuple[str, list[Prompt], dict[str, int]]:
+    """(short name, tokenised prompts, rows left out by reason) of one benchmark."""
+    data = config.data
+    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+    short, conversations, skips = load_prompts(name, config.evaluation.limit, data.fields)
+    prompts = []
+    for conversation in conversations:
+        tokens = encoder.prompt(conversation.messages)
+        if len(tokens) > data.max_length:
+            skips["prompt longer than data.max_length"] += 1
+        else:
+            prompts.append(Prompt(f"{short}/{conversation.id}", tokens))
+    if not prompts:
+        raise DataError(
+            f"evaluation.benchmarks: {name} has no usable prompt ({dict(skips)}); raise "
+            "data.max_length, or name another one"
+        )
+    return short, prompts, dict(skips)
+
+
+class _Run:
+    """Both decoders at one temperature and seed."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        target: Target,
+        proposer: Proposer,
+        temperature: float,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        decoding = config.decoding
+        self.target, self.seed, self.progress = target, seed, progress
+        self.block_size, self.batch_size = proposer.block_size, decoding.batch_size
+        self.limit, self.stop = decoding.max_new_tokens, decoding.stop_token_ids
+        self.sampling = Sampling(temperature)
+        if temperature:
+            self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
+        self.decoder = Decoder(target, proposer, self.batch_size, self.stop)
+
+    def benchmark(
+        self, name: str, prompts: list[Prompt], compared: int
+    ) -> tuple[BenchmarkResult, list[DecodeTrace]]:
+        """Draft for all `prompts`; decode the first `compared` of them plainly too."""
+        self._draft(prompts[: self.batch_size], WARM_UP_TOKENS)
+        first = self._decode(self._draft, prompts[:compared], self.progress)
+        baseline = None
+        if compared:
+            self._plain(prompts[: self.batch_size], WARM_UP_TOKENS)
+            plain = self._decode(self._plain, prompts[:compared], None)
+            baseline = self._compare(prompts[:compared], plain, first)
+        rest = self._decode(self._draft, prompts[compared:], self.progress)
+
+        traces = first.traces + rest.traces
+        tokens, seconds = first.tokens + rest.tokens, first.seconds + rest.seconds
+        ratios = [metrics.accepted_length, metrics.acceptance_rate, metrics.verify_rate]
+        length, rate, verified = (metrics.divide(ratio(traces)) or 0.0 for ratio in ratios)
+        conditional = metrics.conditional_acceptance(traces, self.block_size)
+        survival = metrics.prefix_survival(traces, self.block_size)
+        result = BenchmarkResult(
+            benchmark=name,
+            temperature=self.sampling.temperature,
+            seed=self.seed,
+            prompts=len(prompts),
+            tokens=tokens,
+            rounds=len(traces),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            accepted_length=length,
+            acceptance_rate=rate,
+            verify_rate=verified,
+            conditional_acceptance=[metrics.divide(pair) for pair in conditional],
+            prefix_survival=[metrics.divide(pair) for pair in survival],
+            baseline=baseline,
+        )
+        return result, traces
+
+    def _draft(self, prompts: Sequence[Prompt], limit: int) -> DecodeResult:
+        names = [prompt.request for prompt in prompts]
+        tokens = [prompt.tokens for prompt in prompts]
+        return self.decoder.generate(tokens, self.sampling, limit, self.seed, names)
+
+    def _plain(self, prompts: Sequence[Prompt], limit: int) -> DecodeResult:
+        names = [prompt.request for prompt in prompts]
+        tokens = [prompt.tokens for prompt in prompts]
+        return plain_decode(
+            self.target, tokens, self.sampling, limit, self.seed, names, self.batch_size, self.stop
+        )
+
+    def _decode(
+        self,
+        decode: Callable[[Sequence[Prompt], int], DecodeResult],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> DecodeResult:
+        """A batch at a time, neighbours in length together; completions in order of `prompts`."""
+        whole = DecodeResult([], [], 0.0)
+        ordered = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+        for start in range(0, len(ordered), self.batch_size):
+            group = ordered[start : start + self.batch_size]
+            part = decode(group, self.limit)
+            whole = DecodeResult(
+                whole.completions + part.completions,
+                whole.traces + part.traces,
+                whole.seconds + part.seconds,
+            )
+            if progress is not None:
+                progress.advance(len(group))
+        found = {completion.request: completion for completion in whole.completions}
+        return DecodeResult([found[p.request] for p in prompts], whole.traces, whole.seconds)
+
+    def _compare(
+        self, prompts: Sequence[Prompt], plain: DecodeResult, drafted: DecodeResult
+    ) -> Baseline:
+        """Speeds; at temperature 0 also whether the tokens are the same, and if not, why."""
+        plain_speed = plain.tokens / plain.seconds
+        speeds = {
+            "prompts": len(prompts),
+            "tokens_per_second": plain_speed,
+            "speedup": drafted.tokens / drafted.seconds / plain_speed,
+        }
+        if not self.sampling.greedy:
+            return Baseline(**speeds)  # type: ignore[arg-type]
+        outputs = zip(prompts, plain.completions, drafted.completions, strict=True)
+        differences = [
+            difference
+            for prompt, expected, found in outputs
+            if (
+                difference := first_difference(
+                    self.target, prompt.request, prompt.tokens, expected.tokens, found.tokens
+                )
+            )
+        ]
+        explained = sum(difference.explained for difference in differences)
+        return Baseline(
+            **speeds,  # type: ignore[arg-type]
+            identical=len(prompts) - len(differences),
+            explained=explained,
+            unexplained=len(differences) - explained,
+            largest_gap=max((difference.gap for difference in differences), default=0.0),
+        )

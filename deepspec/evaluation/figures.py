@@ -1,0 +1,266 @@
+"""Figures of the report: `Report` in, one `<svg>` element out, the same bytes for the same numbers.
+
+Text stays text and takes the page's font; ink is `currentColor`, so a figure follows the page from
+light to dark. All are 400 units wide: about the width of a phone, half the width of a desktop page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from deepspec.evaluation.results import Baseline, BenchmarkResult, Report
+
+WIDTH, HEIGHT = 400, 290  # SVG units; text is 11 of them, so about 9 px on a phone of 390 px
+INK = "#010203"  # becomes currentColor
+# The four colours of Okabe and Ito (2008) with a contrast of 3 or more on white and near-black both
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+MARKERS = "os^Dvp"
+TEMPERATURE_COLOUR = "#5B5FC7"  # one hue, paler as the temperature rises
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a `$` in a benchmark's name is a dollar
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+# ------------------------------------------------------------------------------- one mean, for all
+
+
+def mean_over_seeds(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
+    """One record a (benchmark, temperature), benchmarks in order of appearance.
+
+    Measures are means over the seeds, counts are sums, `largest_gap` is the largest; `seed` is the
+    first one. A position no round of a seed reached is left out of that position's mean.
+    """
+    runs: dict[str, dict[float, list[BenchmarkResult]]] = {}
+    for result in results:
+        runs.setdefault(result.benchmark, {}).setdefault(result.temperature, []).append(result)
+    return [
+        _merge(seeds) for by_temperature in runs.values() for _, seeds in sorted(by_temperature.items())
+    ]
+
+
+def _merge(seeds: list[BenchmarkResult]) -> BenchmarkResult:
+    counts = ("prompts", "tokens", "rounds", "seconds")
+    measures = ("tokens_per_second", "accepted_length", "acceptance_rate", "verify_rate")
+    lists = ("conditional_acceptance", "prefix_survival")
+    merged: dict[str, Any] = {name: sum(getattr(run, name) for run in seeds) for name in counts}
+    merged |= {name: _mean([getattr(run, name) for run in seeds]) for name in measures}
+    for name in lists:
+        columns = zip(*(getattr(run, name) for run in seeds), strict=True)
+        merged[name] = [_mean(column) for column in columns]
+    baselines = [run.baseline for run in seeds if run.baseline is not None]
+    return replace(seeds[0], **merged, baseline=_merge_baselines(baselines))
+
+
+def _merge_baselines(baselines: list[Baseline]) -> Baseline | None:
+    def known(name: str) -> list[Any]:
+        return [value for base in baselines if (value := getattr(base, name)) is not None]
+
+    if not baselines:
+        return None
+    return replace(
+        baselines[0],
+        **{name: _mean(known(name)) for name in ("tokens_per_second", "speedup")},
+        **{
+            name: sum(known(name)) if known(name) else None
+            for name in ("prompts", "identical", "explained", "unexplained")
+        },
+        largest_gap=max(known("largest_gap"), default=None),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+@rc_context(STYLE)
+def accepted_length_figure(report: Report) -> str:
+    """Accepted length a benchmark (tokens a round), a bar a temperature, seeds averaged."""
+    rows = mean_over_seeds(report.results)
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
+    temperatures = sorted({row.temperature for row in rows})
+    figure = _figure(max(HEIGHT, 90 + 16 * len(benchmarks) * (len(temperatures) + 1)))
+    axes = figure.subplots()
+    thickness = 0.8 / max(1, len(temperatures))
+    for index, temperature in enumerate(temperatures):
+        own = [row for row in rows if row.temperature == temperature]
+        bars = axes.barh(
+            [benchmarks.index(row.benchmark) - 0.4 + (index + 0.5) * thickness for row in own],
+            [row.accepted_length for row in own],
+            height=thickness * 0.9,
+            color=TEMPERATURE_COLOUR,
+            alpha=0.6**index,
+            label=f"temperature {temperature:g}",
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)), label="plain")
+    axes.set_yticks(range(len(benchmarks)), [_short(name) for name in benchmarks])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.12)
+    axes.set_xlabel("accepted length (tokens a round)")
+    axes.grid(axis="x")
+    _legend(figure, axes)
+    return _svg(figure, "accepted-length", "Accepted length by benchmark and temperature")
+
+
+@rc_context(STYLE)
+def conditional_acceptance_figure(report: Report) -> str:
+    """Acceptance at each position, all earlier drafts accepted: a line a benchmark, a panel a T."""
+    rows = mean_over_seeds(report.results)
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
+    temperatures = sorted({row.temperature for row in rows}) or [0.0]
+    columns = min(2, len(temperatures))
+    lines = -(-len(temperatures) // columns)
+    figure = _figure(HEIGHT + 180 * (lines - 1))
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, temperature in zip(panels, temperatures, strict=False):
+        for row in (row for row in rows if row.temperature == temperature):
+            index = benchmarks.index(row.benchmark)
+            rates = [float("nan") if rate is None else rate for rate in row.conditional_acceptance]
+            panel.plot(
+                range(1, len(rates) + 1),
+                rates,
+                color=_colour(index),
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5,
+                label=_short(row.benchmark),
+            )
+        panel.set_title(f"temperature {temperature:g}")
+        panel.set_ylim(0, 1.04)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.tick_params(labelbottom=True)
+        panel.grid(axis="y")
+    for unused in panels[len(temperatures) :]:
+        unused.remove()
+    figure.supxlabel("position in the block", fontsize=11)
+    figure.supylabel("acceptance, all earlier accepted", fontsize=11)
+    _legend(figure, *panels)
+    return _svg(figure, "conditional", "Conditional acceptance by position in the block")
+
+
+@rc_context(STYLE)
+def training_loss_figure(report: Report) -> str | None:
+    """Loss terms over optimizer steps, validation dashed; None without training rows."""
+    terms = {
+        "ce": "cross-entropy (nats)",
+        "l1": "L1 distance (0 to 2)",
+        "confidence": "confidence (nats)",
+        "loss": "weighted sum",
+    }
+    figure, axes = _curves(report, terms, "loss, a token")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    if not axes.lines:
+        return None
+    return _svg(figure, "training-loss", "Training and validation loss over optimizer steps")
+
+
+@rc_context(STYLE)
+def training_length_figure(report: Report) -> str | None:
+    """Expected accepted length (tokens a round) over optimizer steps; None without rows."""
+    figure, axes = _curves(report, {"accept_length": "training"}, "expected tokens a round")
+    if not axes.lines:
+        return None
+    return _svg(figure, "training-length", "Expected accepted length over optimizer steps")
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+
+def _curves(report: Report, terms: dict[str, str], ylabel: str) -> tuple[Figure, Axes]:
+    """Each term over the steps as a line; its validation dashed, with a dot a measurement."""
+    figure = _figure(HEIGHT)
+    axes = figure.subplots()
+    for prefix, line, marker in (("", "-", ""), ("validation_", "--", "o")):
+        for index, (term, label) in enumerate(terms.items()):
+            key = prefix + term
+            points = [(row["step"], row[key]) for row in report.training if key in row]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=_colour(index),
+                    linestyle=line,
+                    marker=marker if len(points) > 1 else "o",
+                    markersize=4,
+                    label="validation" if prefix else label,
+                )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y")
+    _legend(figure, axes)
+    return figure, axes
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+
+
+def _colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _short(name: str, limit: int = 18) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """One entry a label, above all panels."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside upper left",
+            ncols=3,
+            handlelength=1.6,
+            columnspacing=1.2,
+        )
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """One `<svg>` element: no prolog, no date, ids that no other figure of the page has."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    svg = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', svg.replace(INK, "currentColor"))
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1).strip()

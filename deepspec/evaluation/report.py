@@ -1,0 +1,313 @@
+"""The acceptance report: one `Report` as JSON, as Markdown, as a page, and as a terminal table.
+
+Cells and sentences are made once, as text; each form only draws them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from omegaconf import OmegaConf
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from deepspec.evaluation import figures
+from deepspec.evaluation.figures import mean_over_seeds
+from deepspec.evaluation.results import Baseline, Report
+
+NONE = "–"
+COLUMNS = {
+    "T": "sampling temperature; 0 is greedy",
+    "prompts": "decoded with the drafter, all seeds together",
+    "accepted length": "tokens a round, bonus token counted; a round is one pass of the target",
+    "acceptance rate": "accepted drafts over verified ones",
+    "verify rate": "verified drafts over proposed ones",
+    "tokens/s": "new tokens a second with the drafter",
+    "plain tokens/s": "the same target without a drafter, on the first prompts",
+    "speedup": "tokens/s over plain tokens/s, on the prompts that both ran",
+    "identical": "outputs that equal plain decoding's, token by token; checked at T 0",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. The first `labels` columns are words, the others numbers."""
+
+    header: list[str]
+    rows: list[list[str]]
+    foot: list[list[str]] = field(default_factory=list)
+    labels: int = 1
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Whether greedy outputs were those of plain decoding, and the same in words."""
+
+    verdict: Literal["exact", "rounding", "broken", "unchecked"]
+    headline: str
+    text: str
+
+
+# ------------------------------------------------------------------------------------ what it says
+
+
+def outcome(report: Report) -> str:
+    """The result in words: accepted length a temperature, speedup at temperature 0."""
+    ordered = sorted(report.averages, key=lambda average: average.temperature)
+    if not ordered:
+        return "No benchmark was measured."
+    lengths = [f"{row.accepted_length:.2f} at temperature {row.temperature:g}" for row in ordered]
+    listed = " and ".join(filter(None, [", ".join(lengths[:-1]), lengths[-1]]))
+    text = f"The accepted length (tokens a round, bonus token counted) is {listed}."
+    greedy = ordered[0]
+    if greedy.temperature == 0 and greedy.speedup is not None:
+        text += f" Greedy decoding runs at {greedy.speedup:.2f} times its speed without the drafter."
+    return text
+
+
+def exactness(report: Report) -> Exactness:
+    """The evidence for losslessness at temperature 0, all benchmarks and seeds together."""
+    checked = [row.baseline for row in report.results if row.baseline and _compared(row.baseline)]
+    identical, explained, unexplained = (
+        sum(getattr(base, name) or 0 for base in checked)
+        for name in ("identical", "explained", "unexplained")
+    )
+    total = identical + explained + unexplained
+    gap = max((base.largest_gap for base in checked if base.largest_gap is not None), default=0.0)
+    largest = f"largest gap {gap:.3g} logits" if math.isfinite(gap) else "one ends where the other goes on"
+    same = f"Identical to plain decoding, token by token: {identical} of {total} greedy outputs."
+    near = (
+        "Differing only at a near-tie of the target's two best tokens, within its own rounding "
+        f"noise: {explained}"
+    )
+    if not total:
+        return Exactness(
+            "unchecked", "Losslessness not checked.", "No output was compared with plain decoding."
+        )
+    if unexplained:
+        beyond = f"Differing by more than rounding explains: {unexplained} ({largest})."
+        advice = "Do not rely on the other numbers until the cause is found."
+        text = f"{beyond} {same} {near}. {advice}"
+        return Exactness("broken", "WARNING: decoding is not lossless.", text)
+    if explained:
+        return Exactness("rounding", "Lossless up to rounding.", f"{same} {near} ({largest}).")
+    return Exactness("exact", "Lossless.", same)
+
+
+def acceptance(report: Report) -> Table:
+    """A row a benchmark and temperature (seeds averaged); means over benchmarks at the foot."""
+    rows = [
+        [
+            row.benchmark,
+            f"{row.temperature:g}",
+            f"{row.prompts:,}",
+            _number(row.accepted_length),
+            _percent(row.acceptance_rate),
+            _percent(row.verify_rate),
+            _number(row.tokens_per_second, 1),
+            _number(row.baseline and row.baseline.tokens_per_second, 1),
+            _times(row.baseline and row.baseline.speedup),
+            _identical(row.baseline),
+        ]
+        for row in mean_over_seeds(report.results)
+    ]
+    foot = [
+        ["average", temperature, "", length, "", "", rate, "", speedup, ""]
+        for temperature, length, rate, speedup in averages(report).rows
+    ]
+    return Table(["benchmark", *COLUMNS], rows, foot)
+
+
+def averages(report: Report) -> Table:
+    """Means over benchmarks, a row a temperature."""
+    rows = [
+        [
+            f"{average.temperature:g}",
+            _number(average.accepted_length),
+            _number(average.tokens_per_second, 1),
+            _times(average.speedup),
+        ]
+        for average in report.averages
+    ]
+    return Table(["temperature", "accepted length", "tokens/s", "speedup"], rows)
+
+
+def positions(report: Report) -> Table:
+    """Conditional acceptance at each position of the block: the figure's numbers."""
+    merged = mean_over_seeds(report.results)
+    size = max((len(row.conditional_acceptance) for row in merged), default=0)
+    rows = [
+        [
+            row.benchmark,
+            f"{row.temperature:g}",
+            *(_percent(rate) for rate in row.conditional_acceptance),
+        ]
+        for row in merged
+    ]
+    return Table(["benchmark", "T", *(str(position + 1) for position in range(size))], rows)
+
+
+def skipped(report: Report) -> Table:
+    """Rows left out, by stage and reason."""
+    rows = [
+        [stage, reason, f"{count:,}"]
+        for stage, reasons in report.skipped.items()
+        for reason, count in reasons.items()
+    ]
+    return Table(["stage", "reason", "rows"], rows, labels=2)
+
+
+# ----------------------------------------------------------------------------------------- forms
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write report.json, report.md and report.html (one self-contained page) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"report.{form}" for form in ("json", "md", "html")]
+    report.save(paths[0])
+    for path in paths[1:]:
+        page = _environment().get_template(f"{path.name}.j2").render(_context(report))
+        path.write_text(page, encoding="utf-8")
+    return paths
+
+
+def markdown_table(report: Report) -> str:
+    """The acceptance table alone, as GitHub-flavoured Markdown."""
+    return _markdown(acceptance(report))
+
+
+def results_table(report: Report) -> RichTable:
+    """The acceptance table for a terminal of 100 columns, the exactness statement below it."""
+    table = acceptance(report)
+    verdict = exactness(report)
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=Text(f"{verdict.headline} {verdict.text}"),
+        caption_justify="left",
+        caption_style="bold red" if verdict.verdict == "broken" else "dim",
+    )
+    for index, name in enumerate(table.header):
+        number = index >= table.labels
+        drawn.add_column(
+            name.replace(" ", "\n"),
+            justify="right" if number else "left",
+            no_wrap=number,
+            overflow="fold",
+        )
+    for row in table.rows:  # Text, not str: a benchmark's name is no markup
+        drawn.add_row(Text(row[0]), *(cell.replace(", ", "\n") for cell in row[1:]))
+    drawn.add_section()
+    for row in table.foot:
+        drawn.add_row(*row, style="bold")
+    return drawn
+
+
+def _context(report: Report) -> dict[str, Any]:
+    drawn = {
+        "accepted": figures.accepted_length_figure(report),
+        "conditional": figures.conditional_acceptance_figure(report),
+        "loss": figures.training_loss_figure(report),
+        "length": figures.training_length_figure(report),
+    }
+    return {
+        "report": report,
+        "outcome": outcome(report),
+        "exactness": exactness(report),
+        "acceptance": acceptance(report),
+        "averages": averages(report),
+        "positions": positions(report),
+        "skipped": skipped(report),
+        "definitions": COLUMNS,
+        "figures": drawn if report.results else {},
+        "config": OmegaConf.to_yaml(OmegaConf.create(report.config)),
+    }
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("deepspec.evaluation"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"facts": _facts, "markdown": _markdown, "plain": _plain}
+    return environment
+
+
+def _markdown(table: Table) -> str:
+    rule = [":--" if index < table.labels else "--:" for index in range(len(table.header))]
+    rows = [[_plain(cell) for cell in row] for row in table.rows]
+    foot = [[cell and f"**{_plain(cell)}**" for cell in row] for row in table.foot]
+    lines = [table.header, rule, *rows, *foot]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _plain(text: str) -> str:
+    """`text` for a line of Markdown: nothing in it is markup, a cell's end or a line's."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
+
+
+# ----------------------------------------------------------------------------------------- cells
+
+
+def _facts(mapping: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(label, value) of every leaf, as a reader would write them."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _facts(value)
+        else:
+            yield str(key).replace("_", " "), _fact(value)
+
+
+def _fact(value: Any) -> str:
+    match value:
+        case None:
+            return NONE
+        case bool():
+            return "yes" if value else "no"
+        case int() if value >= 1_000_000:  # a count; smaller ones may be ids
+            return f"{value:,}"
+        case float():
+            return f"{value:g}"
+        case list() | tuple():
+            return ", ".join(map(_fact, value))
+        case _:
+            return str(value)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def _times(value: float | None) -> str:
+    return NONE if value is None else f"{_number(value)}×"
+
+
+def _compared(base: Baseline) -> int:
+    """Outputs compared with plain decoding's."""
+    return sum(count or 0 for count in (base.identical, base.explained, base.unexplained))
+
+
+def _identical(base: Baseline | None) -> str:
+    if base is None or not (total := _compared(base)):
+        return NONE
+    text = f"{base.identical}/{total}"
+    if base.explained:
+        text += f", {base.explained} rounding"
+    if base.unexplained:
+        text += f", {base.unexplained} UNEXPLAINED"
+    return text

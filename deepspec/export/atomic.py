@@ -1,0 +1,46 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty sibling of `final` to write into; on success it is synced and takes its place.
+
+    What stood at `final` is kept until then, and put back when the last step fails. Raises OSError.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    previous = final.with_name(f".{final.name}.previous")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        shutil.rmtree(previous, ignore_errors=True)
+        if final.exists():
+            final.rename(previous)
+        try:
+            partial.rename(final)
+        except OSError:
+            if previous.exists():
+                previous.rename(final)
+            raise
+        _sync(final.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

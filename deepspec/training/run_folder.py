@@ -1,0 +1,76 @@
+"""A run's folder: who may write in it, and what lies where.
+
+    config.yaml        the resolved config, defaults included
+    answers.jsonl      the training conversations, answered by the target
+    skipped.json       rows left out, by stage and reason
+    metrics.jsonl      a row an event of the training
+    checkpoints/       step-N folders, newest and best
+    export/            the best drafter in the layout of `export.format`
+    traces.jsonl       a row a decoding round of the evaluation
+    report.json|md|html
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from deepspec.config.schema import RunConfig, as_dict
+from deepspec.errors import TrainingError
+
+
+class RunFolder:
+    """`with RunFolder(path) as folder:` holds the folder against other processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.answers = path / "answers.jsonl"
+        self.metrics = path / "metrics.jsonl"
+        self.skipped = path / "skipped.json"
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self.traces = path / "traces.jsonl"
+        # the operating system lets go of it when the process dies, however it dies
+        self._lock = FileLock(path / ".lock")
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise TrainingError(
+                f"{self.path} is in use by another deepspec process; wait for it, stop it, or set "
+                "out= to another folder"
+            ) from None
+        except OSError as error:
+            raise TrainingError(f"out={self.path} cannot be written: {error}") from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    def save_config(self, config: RunConfig) -> None:
+        """Write the resolved config."""
+        text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+        self.config.write_text(text, encoding="utf-8")
+
+    def save_skipped(self, skipped: dict[str, dict[str, int]]) -> None:
+        """Write the rows left out, by stage and reason."""
+        self.skipped.write_text(json.dumps(skipped, indent=2) + "\n", encoding="utf-8")
+
+    def read_skipped(self) -> dict[str, dict[str, int]]:
+        """What `save_skipped` wrote; nothing where it never did."""
+        if not self.skipped.is_file():
+            return {}
+        return dict(json.loads(self.skipped.read_text(encoding="utf-8")))
