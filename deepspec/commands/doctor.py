@@ -33,6 +33,7 @@ class Finding:
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Print a table of findings; exit with 2 when there is a fault."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from deepspec.errors import ConfigError
@@ -46,7 +47,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     colours = {"ok": "green", "note": "yellow", "fault": "red"}
     for finding in findings:
         state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(state, finding.what, finding.found, finding.mend)
+        table.add_row(state, *map(escape, (finding.what, finding.found, finding.mend)))
     Console().print(table)
     if any(finding.state == "fault" for finding in findings):
         sys.exit(2)

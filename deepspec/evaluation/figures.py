@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
@@ -26,7 +27,7 @@ INK = "#010203"  # becomes currentColor
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = "os^Dvp"
 TEMPERATURE_COLOUR = "#5B5FC7"  # one hue, paler as the temperature rises
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types the keys as one long Literal
     "svg.fonttype": "none",
     "text.parse_math": False,  # a `$` in a benchmark's name is a dollar
     "font.size": 11,
@@ -59,44 +60,36 @@ def mean_over_seeds(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]
     runs: dict[str, dict[float, list[BenchmarkResult]]] = {}
     for result in results:
         runs.setdefault(result.benchmark, {}).setdefault(result.temperature, []).append(result)
-    return [
-        _merge(seeds) for by_temperature in runs.values() for _, seeds in sorted(by_temperature.items())
-    ]
+    return [_merge(seeds[key]) for seeds in runs.values() for key in sorted(seeds)]
 
 
 def _merge(seeds: list[BenchmarkResult]) -> BenchmarkResult:
     counts = ("prompts", "tokens", "rounds", "seconds")
     measures = ("tokens_per_second", "accepted_length", "acceptance_rate", "verify_rate")
-    lists = ("conditional_acceptance", "prefix_survival")
     merged: dict[str, Any] = {name: sum(getattr(run, name) for run in seeds) for name in counts}
-    merged |= {name: _mean([getattr(run, name) for run in seeds]) for name in measures}
-    for name in lists:
-        columns = zip(*(getattr(run, name) for run in seeds), strict=True)
-        merged[name] = [_mean(column) for column in columns]
+    merged |= {name: fmean(getattr(run, name) for run in seeds) for name in measures}
+    for name in ("conditional_acceptance", "prefix_survival"):
+        positions = zip(*(getattr(run, name) for run in seeds), strict=True)
+        known = [[rate for rate in rates if rate is not None] for rates in positions]
+        merged[name] = [fmean(rates) if rates else None for rates in known]
     baselines = [run.baseline for run in seeds if run.baseline is not None]
-    return replace(seeds[0], **merged, baseline=_merge_baselines(baselines))
+    merged["baseline"] = _merge_baselines(baselines) if baselines else None
+    return replace(seeds[0], **merged)
 
 
-def _merge_baselines(baselines: list[Baseline]) -> Baseline | None:
-    def known(name: str) -> list[Any]:
-        return [value for base in baselines if (value := getattr(base, name)) is not None]
-
-    if not baselines:
-        return None
-    return replace(
-        baselines[0],
-        **{name: _mean(known(name)) for name in ("tokens_per_second", "speedup")},
-        **{
-            name: sum(known(name)) if known(name) else None
-            for name in ("prompts", "identical", "explained", "unexplained")
-        },
-        largest_gap=max(known("largest_gap"), default=None),
+def _merge_baselines(baselines: list[Baseline]) -> Baseline:
+    counts: dict[str, Any] = {}
+    for name in ("identical", "explained", "unexplained"):
+        known = [count for base in baselines if (count := getattr(base, name)) is not None]
+        counts[name] = sum(known) if known else None
+    gaps = [base.largest_gap for base in baselines if base.largest_gap is not None]
+    return Baseline(
+        prompts=sum(base.prompts for base in baselines),
+        tokens_per_second=fmean(base.tokens_per_second for base in baselines),
+        speedup=fmean(base.speedup for base in baselines),
+        largest_gap=max(gaps, default=None),
+        **counts,
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 # --------------------------------------------------------------------------------------- figures

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from omegaconf import OmegaConf
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -66,9 +66,9 @@ def outcome(report: Report) -> str:
     lengths = [f"{row.accepted_length:.2f} at temperature {row.temperature:g}" for row in ordered]
     listed = " and ".join(filter(None, [", ".join(lengths[:-1]), lengths[-1]]))
     text = f"The accepted length (tokens a round, bonus token counted) is {listed}."
-    greedy = ordered[0]
-    if greedy.temperature == 0 and greedy.speedup is not None:
-        text += f" Greedy decoding runs at {greedy.speedup:.2f} times its speed without the drafter."
+    speedup = ordered[0].speedup if ordered[0].temperature == 0 else None
+    if speedup is not None:
+        text += f" Greedy decoding runs at {speedup:.2f} times its speed without the drafter."
     return text
 
 
@@ -81,7 +81,8 @@ def exactness(report: Report) -> Exactness:
     )
     total = identical + explained + unexplained
     gap = max((base.largest_gap for base in checked if base.largest_gap is not None), default=0.0)
-    largest = f"largest gap {gap:.3g} logits" if math.isfinite(gap) else "one ends where the other goes on"
+    # an output that ends where plain decoding goes on has no pair of logits to compare
+    largest = f"largest gap {gap:.3g} logits" if math.isfinite(gap) else "of unlike length"
     same = f"Identical to plain decoding, token by token: {identical} of {total} greedy outputs."
     near = (
         "Differing only at a near-tie of the target's two best tokens, within its own rounding "
@@ -103,21 +104,23 @@ def exactness(report: Report) -> Exactness:
 
 def acceptance(report: Report) -> Table:
     """A row a benchmark and temperature (seeds averaged); means over benchmarks at the foot."""
-    rows = [
-        [
-            row.benchmark,
-            f"{row.temperature:g}",
-            f"{row.prompts:,}",
-            _number(row.accepted_length),
-            _percent(row.acceptance_rate),
-            _percent(row.verify_rate),
-            _number(row.tokens_per_second, 1),
-            _number(row.baseline and row.baseline.tokens_per_second, 1),
-            _times(row.baseline and row.baseline.speedup),
-            _identical(row.baseline),
-        ]
-        for row in mean_over_seeds(report.results)
-    ]
+    rows = []
+    for row in mean_over_seeds(report.results):
+        base = row.baseline
+        rows.append(
+            [
+                row.benchmark,
+                f"{row.temperature:g}",
+                f"{row.prompts:,}",
+                _number(row.accepted_length),
+                _percent(row.acceptance_rate),
+                _percent(row.verify_rate),
+                _number(row.tokens_per_second, 1),
+                _number(base.tokens_per_second, 1) if base else NONE,
+                _times(base.speedup) if base else NONE,
+                _identical(base) if base else NONE,
+            ]
+        )
     foot = [
         ["average", temperature, "", length, "", "", rate, "", speedup, ""]
         for temperature, length, rate, speedup in averages(report).rows
@@ -187,13 +190,13 @@ def results_table(report: Report) -> RichTable:
     """The acceptance table for a terminal of 100 columns, the exactness statement below it."""
     table = acceptance(report)
     verdict = exactness(report)
+    style = "bold red" if verdict.verdict == "broken" else "dim"
     drawn = RichTable(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption=Text(f"{verdict.headline} {verdict.text}"),
+        caption=Text(f"{verdict.headline} {verdict.text}", style=style),
         caption_justify="left",
-        caption_style="bold red" if verdict.verdict == "broken" else "dim",
     )
     for index, name in enumerate(table.header):
         number = index >= table.labels
@@ -228,7 +231,7 @@ def _context(report: Report) -> dict[str, Any]:
         "skipped": skipped(report),
         "definitions": COLUMNS,
         "figures": drawn if report.results else {},
-        "config": OmegaConf.to_yaml(OmegaConf.create(report.config)),
+        "config": yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
     }
 
 
@@ -302,8 +305,8 @@ def _compared(base: Baseline) -> int:
     return sum(count or 0 for count in (base.identical, base.explained, base.unexplained))
 
 
-def _identical(base: Baseline | None) -> str:
-    if base is None or not (total := _compared(base)):
+def _identical(base: Baseline) -> str:
+    if not (total := _compared(base)):
         return NONE
     text = f"{base.identical}/{total}"
     if base.explained:

@@ -1,0 +1,7 @@
+"""Answers by the target, in process or through an OpenAI-compatible server."""
+
+from deepspec.regeneration.answers import Answerer, RegenerationCounts, regenerate
+from deepspec.regeneration.in_process import TargetAnswerer
+from deepspec.regeneration.server import ServerAnswerer
+
+__all__ = ["Answerer", "RegenerationCounts", "ServerAnswerer", "TargetAnswerer", "regenerate"]

@@ -1,0 +1,138 @@
+"""The answers on disk: appended row by row, resumed by sample id, never of two settings.
+
+answers.jsonl          a row a finished sample; `deepspec.data.conversations` reads it
+answers.json           the settings that the rows were made with
+answers.failed.jsonl   samples without an answer: id, reason, detail; asked again next time
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deepspec.data.conversations import read_jsonl
+from deepspec.errors import DataError
+from deepspec.regeneration.dialogue import Dialogue
+
+FORMAT = 1
+
+
+class AnswerFile:
+    """`with AnswerFile(out, settings) as file: file.append(dialogue)`.
+
+    `settings`: JSON values that must be equal for answers to share a file. Raises DataError when
+    `out` holds answers of other settings, or anything else.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        if out.suffix != ".jsonl":
+            raise DataError(f"out={out}: the file of answers must be named *.jsonl")
+        self.path = out
+        self.rows = self.truncated = self.altered = 0
+        self.failed: Counter[str] = Counter()
+        self._failed_path = out.with_suffix(".failed.jsonl")
+        self._prompts: dict[str, tuple[int, int]] = {}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _cut_half_line(out)
+        self._settle(out.with_suffix(".json"), {"format": FORMAT, **settings})
+        for number, row in read_jsonl(out):
+            try:
+                self._count(row)
+                prompts = [m["content"] for m in row["messages"] if m["role"] == "user"]
+                self._prompts[row["id"]] = (len(prompts), hash(tuple(prompts)))
+            except (KeyError, TypeError):
+                raise DataError(
+                    f"{out}, line {number}: not a row of answers; delete it, or give another out"
+                ) from None
+
+    def __enter__(self) -> Self:
+        self._failed_path.unlink(missing_ok=True)
+        self._answers = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._answers.close()
+
+    def holds(self, dialogue: Dialogue) -> bool:
+        """Whether the file held this sample when it was opened.
+
+        Raises DataError when it held an answer to other prompts under the same id.
+        """
+        if dialogue.id not in self._prompts:
+            return False
+        count, digest = self._prompts[dialogue.id]
+        if hash(dialogue.prompts[:count]) != digest:
+            raise DataError(
+                f"{self.path} holds a sample {dialogue.id} with other prompts than the data has "
+                "under that id; give another out, or delete it to ask again"
+            )
+        return True
+
+    def append(self, dialogue: Dialogue) -> None:
+        """Write a finished or failed sample; it survives the death of this process."""
+        if dialogue.failure is None:
+            row = dialogue.row()
+            self._answers.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._answers.flush()
+            self._count(row)
+            return
+        failure = dialogue.failure
+        self.failed[failure.reason] += 1
+        row = {"id": dialogue.id, "reason": failure.reason, "detail": failure.detail}
+        with self._failed_path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        self.truncated += row["finish_reason"] == "length"
+        self.altered += row.get("altered", False)
+
+    def _settle(self, path: Path, settings: dict[str, Any]) -> None:
+        """Hold `settings` against those on file, or put them there before the first row."""
+        if not self.path.stat().st_size:
+            partial = path.with_suffix(".json.partial")
+            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DataError(
+                f"{self.path} has rows, but {path.name} beside it, which says how they were made, "
+                "is missing or unreadable; give another out, or delete the rows"
+            ) from None
+        different = [
+            f"{key} is {found.get(key)!r} there and {settings.get(key)!r} here"
+            for key in {**settings, **found}
+            if found.get(key) != settings.get(key)
+        ]
+        if different:
+            raise DataError(
+                f"{self.path} holds answers of other settings ({'; '.join(different)}); give "
+                "another out, or delete it to ask again"
+            )
+
+
+def _cut_half_line(path: Path) -> None:
+    """Make the file if there is none; drop what a killed process left behind the last newline."""
+    with path.open("a+b") as file:
+        end = file.tell()
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end != file.seek(0, os.SEEK_END):
+            file.truncate(end)

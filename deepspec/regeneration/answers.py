@@ -1,0 +1,122 @@
+"""Answers by the target: a drafter learns the target's text, so the data's own answers go.
+
+The assistant turns of each conversation are dropped and written anew by the target, turn by turn,
+with its own earlier answers as history.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from deepspec.config.schema import RegenerateConfig
+from deepspec.data.conversations import Conversation
+from deepspec.errors import DeepSpecError
+from deepspec.progress import Progress
+from deepspec.regeneration.answer_file import AnswerFile
+from deepspec.regeneration.dialogue import Dialogue, make_dialogues
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "samples_per_prompt")
+
+
+class Answerer(Protocol):
+    """Who answers: the target in this process, or behind a server.
+
+    `error` is raised when nobody got an answer.
+    """
+
+    error: type[DeepSpecError]
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the answers besides sampling: which target, which rendering of prompts.
+
+        JSON values. Raises `error` when the answerer is not at hand.
+        """
+
+    def answer(
+        self,
+        dialogues: Iterable[Dialogue],
+        config: RegenerateConfig,
+        done: Callable[[Dialogue], None],
+    ) -> None:
+        """Answer every turn of every dialogue; each goes to `done` as soon as it is closed."""
+
+
+@dataclass(frozen=True)
+class RegenerationCounts:
+    """What came of `samples` that were asked for.
+
+    `resumed` of them stood in the output before, `failed` ones got no answer (by reason). Of the
+    output's `rows` now, `truncated` hit the length limit and `altered` encode to other token ids
+    than were sampled. `tokens` were generated in `seconds`.
+    """
+
+    samples: int
+    resumed: int
+    failed: dict[str, int]
+    rows: int
+    truncated: int
+    altered: int
+    tokens: int
+    seconds: float
+
+
+def regenerate(
+    conversations: Sequence[Conversation],
+    answerer: Answerer,
+    config: RegenerateConfig,
+    out: Path,
+    show: bool = True,
+) -> RegenerationCounts:
+    """Write conversations with the target's own answers to `out` (.jsonl), in completion order.
+
+    A row has `id`, `domain` where known, `messages`, and `finish_reason`: "stop", or "length" when
+    the last answer hit `max_new_tokens`. Rows that `out` has already are not asked for again, so a
+    killed run is resumed by starting it again; samples that failed before are tried again.
+
+    An answer is stored as text, without its end of turn, and training tokenizes it again. That
+    gives other ids than the target sampled where the sampled ids are not the tokenizer's own way
+    to write the text. Such rows are kept, marked `"altered": true` and counted (only in process: a
+    server does not tell).
+
+    Raises DataError when `out` was made with other settings, and the answerer's error when it
+    cannot be reached or not one sample got an answer.
+    """
+    begun = time.monotonic()
+    settings = {key: getattr(config, key) for key in SAMPLING} | answerer.describe()
+    file = AnswerFile(out, settings)
+    samples = len(conversations) * config.samples_per_prompt
+    resumed = sum(
+        file.holds(dialogue)
+        for dialogue in make_dialogues(conversations, config.samples_per_prompt)
+    )
+    tokens = 0
+    first_failure = ""
+
+    def done(dialogue: Dialogue) -> None:
+        nonlocal tokens, first_failure
+        file.append(dialogue)
+        tokens += dialogue.tokens
+        if dialogue.failure is not None and not first_failure:
+            first_failure = f"{dialogue.id}: {dialogue.failure.reason} ({dialogue.failure.detail})"
+        rate = tokens / (time.monotonic() - begun)
+        progress.advance(1, f"{rate:.0f} tokens/s  {file.failed.total()} failed")
+
+    with file, Progress("regenerate", samples, "samples", done=resumed, show=show) as progress:
+        todo = make_dialogues(conversations, config.samples_per_prompt)
+        answerer.answer((d for d in todo if not file.holds(d)), config, done)
+    if first_failure and file.failed.total() == samples:
+        raise answerer.error(f"not one of {samples} samples got an answer; {first_failure}")
+    return RegenerationCounts(
+        samples=samples,
+        resumed=resumed,
+        failed=dict(file.failed),
+        rows=file.rows,
+        truncated=file.truncated,
+        altered=file.altered,
+        tokens=tokens,
+        seconds=time.monotonic() - begun,
+    )

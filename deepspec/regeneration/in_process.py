@@ -1,0 +1,118 @@
+"""Answers by the target in this process, a batch of prompts at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from deepspec.config.schema import DataConfig, RegenerateConfig
+from deepspec.data.chat_template import ChatEncoder
+from deepspec.decoding import Completion, Sampling, plain_decode
+from deepspec.errors import DataError, DeepSpecError
+from deepspec.regeneration.dialogue import Dialogue
+from deepspec.targets import Target
+
+
+class TargetAnswerer:
+    """The target itself, with prompts rendered as training renders them.
+
+    A sample's random numbers depend on the seed and its id alone, not on the batch it is in or on
+    what was answered before; its answer does so up to the rounding of differently padded batches.
+    """
+
+    error: type[DeepSpecError] = DataError
+
+    def __init__(self, target: Target, data: DataConfig) -> None:
+        self._target = target
+        self._data = data
+        # uncut: a prompt is whole or too long, never shortened
+        self._encoder = ChatEncoder(
+            target.tokenizer, sys.maxsize, data.thinking, data.system_prompt
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Fingerprint of the target, and what the template is told."""
+        return {
+            "answerer": "in process",
+            **self._target.identity,
+            "thinking": self._data.thinking,
+            "system_prompt": self._data.system_prompt,
+        }
+
+    def answer(
+        self,
+        dialogues: Iterable[Dialogue],
+        config: RegenerateConfig,
+        done: Callable[[Dialogue], None],
+    ) -> None:
+        """A turn of `config.batch_size` dialogues at a time; see `Answerer.answer`.
+
+        Prompts of like length share a batch. Longest first: a batch that does not fit into memory
+        shows at once, and the time left is not underestimated. A dialogue with turns to come goes
+        back into the line, so batches stay full.
+        """
+        waiting = deque(sorted(dialogues, key=_length, reverse=True))
+        while waiting:
+            batch = [waiting.popleft() for _ in range(min(config.batch_size, len(waiting)))]
+            self._answer_turn(batch, config)
+            for dialogue in batch:
+                if dialogue.open:
+                    waiting.appendleft(dialogue)
+                else:
+                    done(dialogue)
+
+    def _answer_turn(self, batch: list[Dialogue], config: RegenerateConfig) -> None:
+        prompts = {}
+        for dialogue in batch:
+            prompt = self._encoder.prompt(dialogue.messages)
+            if problem := self._too_long(len(prompt), config.max_new_tokens):
+                dialogue.give_up("prompt too long", problem)
+            else:
+                prompts[dialogue] = prompt
+        if not prompts:
+            return
+        result = plain_decode(
+            self._target,
+            list(prompts.values()),
+            Sampling(config.temperature, config.top_p, config.top_k),
+            config.max_new_tokens,
+            config.seed,
+            requests=[dialogue.turn for dialogue in prompts],
+            batch_size=len(prompts),
+        )
+        for (dialogue, prompt), completion in zip(prompts.items(), result.completions, strict=True):
+            self._take(dialogue, prompt, completion)
+
+    def _too_long(self, length: int, new: int) -> str:
+        if length >= self._data.max_length:
+            return f"{length} tokens, data.max_length={self._data.max_length}"
+        window = getattr(self._target.config, "max_position_embeddings", None)
+        if window is not None and length + new > window:
+            return (
+                f"{length} tokens and regenerate.max_new_tokens={new} do not fit into the target's "
+                f"context of {window}"
+            )
+        return ""
+
+    def _take(self, dialogue: Dialogue, prompt: list[int], completion: Completion) -> None:
+        sampled = list(completion.tokens)
+        stopped = completion.finish_reason == "stop"
+        # special tokens in mid-answer stay: the template's rendering gives them back as they were
+        text = self._target.tokenizer.decode(
+            sampled[:-1] if stopped else sampled, clean_up_tokenization_spaces=False
+        )
+        history = [*dialogue.messages, {"role": "assistant", "content": text}]
+        encoded = self._encoder.prompt(history)[: len(prompt) + len(sampled)]
+        dialogue.answer(
+            text,
+            len(sampled),
+            truncated=not stopped,
+            altered=encoded != prompt + sampled,
+        )
+
+
+def _length(dialogue: Dialogue) -> int:
+    """Characters to read before the next answer."""
+    return sum(len(message["content"]) for message in dialogue.messages)

@@ -1,0 +1,201 @@
+"""Answers through an OpenAI-compatible server, many requests at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import httpx
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from deepspec.config.schema import DataConfig, RegenerateConfig
+from deepspec.data.conversations import Message
+from deepspec.errors import DeepSpecError, ServerError
+from deepspec.regeneration.dialogue import Dialogue
+
+CONNECT_SECONDS = 10.0
+LONGEST_PAUSE = 60.0
+
+
+class ServerAnswerer:
+    """The target behind `{server}/chat/completions`, as `model` (None asks the server).
+
+    The server renders the prompts: it must have the target's own chat template, which is told
+    `enable_thinking`. What a request leaves out is the server's choice; many take it from the
+    model's generation_config.json, such as a top_k where regenerate.top_k is 0. `first_pause`:
+    seconds before a failed request is tried again, doubled each time.
+    """
+
+    error: type[DeepSpecError] = ServerError
+
+    def __init__(
+        self, server: str, model: str | None, data: DataConfig, first_pause: float = 1.0
+    ) -> None:
+        self._server = server.rstrip("/")
+        self._model = model
+        self._data = data
+        self._first_pause = first_pause
+
+    @cached_property
+    def model(self) -> str:
+        """The model's name on the server. Raises ServerError when that is not to be had."""
+        try:
+            response = httpx.get(f"{self._server}/models", timeout=CONNECT_SECONDS)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(
+                f"regenerate.server={self._server} cannot be reached ({error}); start the server, "
+                "mend the URL (such as http://127.0.0.1:8000/v1), or set regenerate.server=null to "
+                "answer in process"
+            ) from None
+        if self._model is not None:
+            return self._model
+        try:
+            names = [entry["id"] for entry in response.raise_for_status().json()["data"]]
+        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"regenerate.server={self._server} does not say which models it has "
+                f"({type(error).__name__}: {error}); set regenerate.server_model"
+            ) from None
+        if len(names) != 1:
+            raise ServerError(
+                f"regenerate.server={self._server} has {len(names)} models "
+                f"({', '.join(names[:5])}); set regenerate.server_model to the one to ask"
+            )
+        return names[0]
+
+    def describe(self) -> dict[str, Any]:
+        """The model's name, and what the template is told. The server may move."""
+        return {
+            "answerer": "server",
+            "model": self.model,
+            "thinking": self._data.thinking,
+            "system_prompt": self._data.system_prompt,
+        }
+
+    def answer(
+        self,
+        dialogues: Iterable[Dialogue],
+        config: RegenerateConfig,
+        done: Callable[[Dialogue], None],
+    ) -> None:
+        """`config.concurrency` dialogues at a time; see `Answerer.answer`.
+
+        Raises ServerError when as many samples in a row failed for the server's sake (at least
+        10): it is gone, and every further sample would wait through all its retries.
+        """
+        asyncio.run(self._answer_all(iter(dialogues), config, done))
+
+    async def _answer_all(
+        self,
+        waiting: Iterable[Dialogue],
+        config: RegenerateConfig,
+        done: Callable[[Dialogue], None],
+    ) -> None:
+        failed_in_a_row = 0
+
+        async def work() -> None:
+            nonlocal failed_in_a_row
+            for dialogue in waiting:  # one iterator, shared by all workers
+                while dialogue.open:
+                    await self._answer_turn(client, dialogue, config)
+                done(dialogue)
+                failure = dialogue.failure
+                failed_in_a_row = 0 if failure is None or failure.own else failed_in_a_row + 1
+                if failure is not None and failed_in_a_row >= max(config.concurrency, 10):
+                    raise ServerError(
+                        f"regenerate.server={self._server} failed {failed_in_a_row} samples in a "
+                        f"row; the last with {failure.reason} ({failure.detail}). Answers so far "
+                        "are kept: mend the server and start again"
+                    )
+
+        timeout = httpx.Timeout(config.timeout, connect=CONNECT_SECONDS)
+        limits = httpx.Limits(max_connections=config.concurrency)
+        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
+            try:
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(config.concurrency):
+                        workers.create_task(work())
+            except* DeepSpecError as errors:
+                raise errors.exceptions[0] from None
+
+    async def _answer_turn(
+        self, client: httpx.AsyncClient, dialogue: Dialogue, config: RegenerateConfig
+    ) -> None:
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(config.retries + 1),
+            wait=wait_exponential_jitter(
+                initial=self._first_pause, max=LONGEST_PAUSE, jitter=self._first_pause / 2
+            ),
+            retry=retry_if_exception(_may_pass),
+            reraise=True,
+        )
+
+        async def post() -> httpx.Response:
+            response = await client.post(
+                f"{self._server}/chat/completions", json=self._request(dialogue, config)
+            )
+            return response.raise_for_status()
+
+        try:
+            response = await retrying(post)
+        except httpx.HTTPStatusError as error:
+            status, text = error.response.status_code, error.response.text
+            hint = "; regenerate.top_k=0 leaves it out" if "top_k" in text else ""
+            # 400 is how servers say that a prompt does not fit into the model's context
+            dialogue.give_up(f"HTTP {status}", f"{text[:300]}{hint}", own=status == 400)
+        except httpx.TransportError as error:
+            timed_out = isinstance(error, httpx.TimeoutException)
+            reason = "timeout" if timed_out else "no connection"
+            dialogue.give_up(reason, f"{type(error).__name__}: {error}", own=False)
+        else:
+            _take(dialogue, response)
+
+    def _request(self, dialogue: Dialogue, config: RegenerateConfig) -> dict[str, Any]:
+        messages: list[Message] = list(dialogue.messages)
+        if self._data.system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self._data.system_prompt})
+        digest = hashlib.blake2b(f"{config.seed}/{dialogue.turn}".encode(), digest_size=4).digest()
+        return {
+            "model": self.model,
+            "messages": messages,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            **({"top_k": config.top_k} if config.top_k else {}),
+            "max_tokens": config.max_new_tokens,
+            "seed": int.from_bytes(digest, "big") >> 1,  # some servers take 31 bits
+            "chat_template_kwargs": {"enable_thinking": self._data.thinking},
+        }
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
+
+
+def _take(dialogue: Dialogue, response: httpx.Response) -> None:
+    try:
+        body = response.json()
+        choice = body["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"]
+        text = message["content"] or ""
+        tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        dialogue.give_up("not a chat completion", response.text[:300], own=False)
+        return
+    if message.get("reasoning_content") or message.get("reasoning"):
+        detail = "the server cut the reasoning out; start it without a reasoning parser"
+        dialogue.give_up("answer is not whole", detail, own=False)
+    elif reason not in ("stop", "length"):
+        dialogue.give_up(f"finish reason {reason}", response.text[:300])
+    else:
+        dialogue.answer(text, tokens, truncated=reason == "length")
