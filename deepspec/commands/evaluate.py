@@ -9,15 +9,15 @@ import argparse
 from collections.abc import Sequence
 
 SETTINGS = (
-    "run=DIR (its best checkpoint) or checkpoint=DIR (a checkpoint, a run, or an export), out=DIR "
-    "for the report, and overrides of the saved config"
+    "run=DIR (its best checkpoint) or checkpoint=DIR (a checkpoint, a run, or an export, which may "
+    "take its config from recipe=R), out=DIR for the report, and overrides of the config"
 )
 EXAMPLES = """\
   deepspec evaluate run=runs/tiny
-  deepspec evaluate run=runs/tiny evaluation.benchmarks=[my_prompts.jsonl] decoding.batch_size=8
+  deepspec evaluate run=runs/tiny evaluation.benchmarks=[my_prompts.jsonl] out=mine
   deepspec evaluate checkpoint=runs/qwen3/checkpoints/step-00010000 \\
       evaluation.benchmarks=[gsm8k,humaneval] evaluation.temperatures=[0,0.7]
-  deepspec evaluate checkpoint=./exported-drafter target.path=Qwen/Qwen3-4B
+  deepspec evaluate checkpoint=runs/tiny/export recipe=tiny decoding.batch_size=8
 """
 HAS_CONFIG = True
 
@@ -29,15 +29,25 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.settings import print_config, take
     from deepspec.errors import ConfigError
 
-    values, overrides = take(settings, "run", "checkpoint", "out")
-    given = [key for key in ("run", "checkpoint") if key in values]
+    values, overrides = take(settings, "run", "checkpoint", "out", "recipe")
+    given = [values[key] for key in ("run", "checkpoint") if key in values]
     if len(given) != 1:
         raise ConfigError("give one of run=DIR and checkpoint=DIR")
-    from deepspec.commands import stages
+    from deepspec.commands.sources import open_source
 
-    drafter = stages.open_drafter(Path(values[given[0]]), overrides)
+    source = open_source(Path(given[0]), overrides, values.get("recipe"))
     if options.cfg:
-        print_config(drafter.config)
+        print_config(source.config)
         return
-    out = Path(values["out"]) if "out" in values else drafter.default_out
-    stages.evaluate_into(out, drafter)
+    from rich.console import Console
+
+    from deepspec.commands import stages
+    from deepspec.evaluation.report import results_table
+
+    out = Path(values.get("out", Path("runs") / f"evaluate-{source.config.recipe}"))
+    target = stages.open_target(source.config)
+    report = stages.evaluate_drafter(source, target, source.load(target), out)
+    stages.print_skipped(report.skipped)
+    Console().print(results_table(report))
+    print(f"report: {out / 'report.html'}")
+    print(f"traces: {out / 'traces.jsonl'}")

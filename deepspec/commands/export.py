@@ -18,3 +18,34 @@ HAS_CONFIG = True
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Export, and say which engines load the result."""
+    from pathlib import Path
+
+    from deepspec.commands.settings import print_config, take
+    from deepspec.errors import ConfigError
+
+    values, overrides = take(settings, "checkpoint", "out", "format", "profile")
+    for name in ("checkpoint", "out"):
+        if name not in values:
+            raise ConfigError(f"{name}= is missing; see deepspec export --help")
+    from deepspec.commands.sources import open_source
+
+    own = [f"export.{name}={values[name]}" for name in ("format", "profile") if name in values]
+    source = open_source(Path(values["checkpoint"]), [*overrides, *own])
+    if options.cfg:
+        print_config(source.config)
+        return
+    from deepspec.commands import stages
+    from deepspec.evaluation.results import read_report
+    from deepspec.export.engines import loads_in
+
+    out = Path(values["out"])
+    target = stages.open_target(source.config)
+    report = source.run and source.run.path / "report.json"
+    measured = read_report(report) if report and report.is_file() else None
+    if measured is not None and measured.drafter["step"] != source.step:
+        measured = None  # it speaks of another checkpoint
+    config = stages.export_drafter(source, target, source.load(target), out, measured)
+    print(f"export: {out}")
+    for support in loads_in(config):
+        answer = "loads" if support.loads else "does not load"
+        print(f"  {support.engine}: {answer}{f' ({support.why})' if support.why else ''}")

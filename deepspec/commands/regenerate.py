@@ -37,4 +37,6 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     out = Path(values["out"])
     print_skipped(make_answers(config, open_target(config), out))
     print(f"answers: {out}")
-    print(f"next:    deepspec train recipe={config.recipe} data.path=[{out}] regenerate.enabled=false")
+    print(
+        f"next:    deepspec train recipe={config.recipe} data.path=[{out}] regenerate.enabled=false"
+    )

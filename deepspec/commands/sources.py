@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.config.loading import config_from
+from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
-from deepspec.errors import CheckpointError
+from deepspec.errors import CheckpointError, ConfigError
+from deepspec.export.flat import flat_shape, is_flat_export, load_flat
 from deepspec.targets import Target
 from deepspec.training.checkpoint import (
     DESCRIPTION,
@@ -48,11 +49,19 @@ class Source:
         return self.run.read_skipped() if self.run else {}
 
 
-def open_source(place: Path, overrides: Sequence[str] = ()) -> Source:
+def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None = None) -> Source:
     """The drafter at `place`; `overrides` change the config it was saved with.
 
-    Raises CheckpointError when nothing usable is there, ConfigError for bad overrides.
+    An export carries no run's config: `recipe` gives one, else the defaults hold. Raises
+    CheckpointError when nothing usable is there, ConfigError for bad overrides.
     """
+    if is_flat_export(place):
+        return _from_export(place, overrides, recipe)
+    if recipe is not None:
+        raise ConfigError(
+            f"recipe={recipe} goes with an export only; {place} brings the config it was trained "
+            "with (change it by key=value)"
+        )
     if (place / DESCRIPTION).is_file():
         return from_checkpoint(read_checkpoint(place), overrides)
     if (place / "checkpoints").is_dir():
@@ -62,6 +71,24 @@ def open_source(place: Path, overrides: Sequence[str] = ()) -> Source:
         "of its checkpoints/step-... folders, or an exported drafter"
         if place.is_dir()
         else f"{place} does not exist"
+    )
+
+
+def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> Source:
+    shape = flat_shape(place)
+    if recipe is not None:
+        config = load_config(recipe, overrides)
+    else:
+        target = json.loads((place / "config.json").read_text())["deepspec"]["target"]
+        raw = {"recipe": place.name, "target": {"path": target}, "data": {"path": []}}
+        config = config_from(raw, overrides)
+    return Source(
+        place=place,
+        config=config,
+        kind="dspark" if shape.markov_rank else "dflash",
+        step=None,
+        load=lambda target: load_flat(place, target),
+        run=None,
     )
 
 

@@ -6,7 +6,6 @@ folder, so a run that was stopped anywhere goes on from there.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from deepspec import __version__
 from deepspec.commands.sources import Source
@@ -23,19 +21,19 @@ from deepspec.data.batching import hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.drafters.registry import drafter_kind
-from deepspec.evaluation.evaluate import evaluate
-from deepspec.evaluation.report import averages, results_table, write_report
+from deepspec.evaluation.evaluate import average, evaluate
+from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
 from deepspec.export.card import model_card
-from deepspec.export.flat import export_flat
+from deepspec.export.flat import export_flat, flat_config
 from deepspec.machine import describe_machine
 from deepspec.records import Sample
-from deepspec.regeneration import InProcess, Server, regenerate
+from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
 from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine
-from deepspec.training.metrics import read_metrics
 from deepspec.training.resume import starting_point
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
@@ -73,9 +71,17 @@ def quiet_libraries() -> None:
 
 def make_answers(config: RunConfig, target: Target, out: Path) -> Skipped:
     """Stage 1: the conversations of `config.data`, answered by the target, into `out`."""
-    skips = SkipCounts()
+    skips, wanted = SkipCounts(), config.regenerate
     conversations = list(load_conversations(config.data, skips))
-    raise AssertionError
+    answerer: Answerer = TargetAnswerer(target, config.data)
+    if wanted.server:
+        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data)
+    counts = regenerate(conversations, answerer, wanted, out)
+    say(
+        f"answers: {counts.rows} rows, {counts.resumed} from before; {counts.truncated} were cut "
+        f"at max_new_tokens; {counts.tokens} tokens in {counts.seconds:.0f} s"
+    )
+    return {"prompts": dict(skips), "answers": counts.failed}
 
 
 def load_samples(config: RunConfig, target: Target, folder: RunFolder) -> TrainingData:
@@ -127,7 +133,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         machine=describe_machine(),
         config=as_dict(config),
         results=evaluation.results,
-        averages=averages(evaluation.results),
+        averages=average(evaluation.results),
         skipped={**source.skipped(), **evaluation.skipped},
         training=source.training(),
     )
@@ -135,6 +141,19 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     evaluation.save_traces(out / "traces.jsonl")
     write_report(report, out)
     return report
+
+
+def export_drafter(
+    source: Source, target: Target, drafter: Drafter, out: Path, report: Report | None
+) -> dict[str, Any]:
+    """Stage 5: files for serving engines, with a model card; the config.json that was written."""
+    export, anchors = source.config.export, source.config.training.anchors_per_sample
+    assert isinstance(drafter, DSparkDrafter)
+    config = flat_config(drafter.config, target, export.profile, anchors)
+    table = markdown_table(report) if report is not None and report.results else None
+    card = model_card(out.name, config, as_dict(source.config), source.step or 0, table)
+    export_flat(drafter, target, out, export.profile, card, anchors)
+    return config
 
 
 def print_skipped(skipped: Skipped) -> None:

@@ -1,13 +1,18 @@
 """Distil a drafter: answers, training, report and export in one run folder.
 
-Everything lands in the run folder (out=, runs/RECIPE by default). Killed or stopped at any moment,
-the same command goes on from the last checkpoint.
+The folder is out=, runs/RECIPE by default. Killed or stopped at any moment, the same command goes
+on from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepspec.config.schema import RunConfig
+    from deepspec.training.run_folder import RunFolder
 
 SETTINGS = "recipe=R and overrides of the config, such as training.epochs=3"
 EXAMPLES = """\
@@ -29,19 +34,39 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(config)
         return
-    from deepspec.commands import stages
     from deepspec.training.run_folder import RunFolder
 
     with RunFolder(Path(config.out)) as folder:
-        target = stages.open_target(config)
-        folder.save_config(config)
-        skipped = {}
-        if config.regenerate.enabled:
-            skipped |= stages.make_answers(config, target, folder.answers)
-        data = stages.load_samples(config, target, folder)
-        skipped |= data.skipped
-        stages.print_skipped(skipped)
-        folder.save_skipped(skipped)
-        best = stages.train_drafter(config, target, data, folder)
-        stages.report_and_export(config, target, best, folder)
-        stages.print_paths(folder, best)
+        _train(config, folder)
+
+
+def _train(config: RunConfig, folder: RunFolder) -> None:
+    from rich.console import Console
+
+    from deepspec.commands import stages
+    from deepspec.commands.sources import from_checkpoint
+    from deepspec.evaluation.report import results_table
+
+    target = stages.open_target(config)
+    folder.save_config(config)
+    skipped: stages.Skipped = {}
+    if config.regenerate.enabled:
+        skipped |= stages.make_answers(config, target, folder.answers)
+    data = stages.load_samples(config, target, folder)
+    skipped |= data.skipped
+    stages.print_skipped(skipped)
+    folder.save_skipped(skipped)
+
+    source = from_checkpoint(stages.train_drafter(config, target, data, folder))
+    drafter = source.load(target)
+    report = None
+    if config.evaluation.enabled:
+        report = stages.evaluate_drafter(source, target, drafter, folder.path)
+    stages.export_drafter(source, target, drafter, folder.export, report)
+
+    if report is not None:
+        Console().print(results_table(report))
+        print(f"report:     {folder.path / 'report.html'}")
+    print(f"checkpoint: {source.place}")
+    print(f"export:     {folder.export}")
+    print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from deepspec.config.schema import RunConfig
 from deepspec.data.chat_template import ChatEncoder
@@ -19,7 +20,8 @@ from deepspec.drafters.base import Proposer
 from deepspec.errors import DataError
 from deepspec.evaluation import metrics
 from deepspec.evaluation.benchmarks import load_prompts
-from deepspec.evaluation.results import Baseline, BenchmarkResult
+from deepspec.evaluation.figures import mean_over_seeds
+from deepspec.evaluation.results import Average, Baseline, BenchmarkResult
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace
 from deepspec.targets import Target
@@ -102,6 +104,25 @@ def _load(name: str, config: RunConfig, target: Target) -> tuple[str, list[Promp
             "data.max_length, or name another one"
         )
     return short, prompts, dict(skips)
+
+
+def average(results: Sequence[BenchmarkResult]) -> list[Average]:
+    """Mean over benchmarks, each first averaged over its seeds, at every temperature."""
+    averages = []
+    by_temperature: dict[float, list[BenchmarkResult]] = {}
+    for result in mean_over_seeds(results):
+        by_temperature.setdefault(result.temperature, []).append(result)
+    for temperature, same in by_temperature.items():
+        speedups = [result.baseline.speedup for result in same if result.baseline]
+        averages.append(
+            Average(
+                temperature=temperature,
+                accepted_length=fmean(result.accepted_length for result in same),
+                tokens_per_second=fmean(result.tokens_per_second for result in same),
+                speedup=fmean(speedups) if speedups else None,
+            )
+        )
+    return averages
 
 
 class _Run:

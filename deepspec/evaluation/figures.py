@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from deepspec.evaluation.results import Baseline, BenchmarkResult, Report
 
-WIDTH, HEIGHT = 400, 290  # SVG units; text is 11 of them, so about 9 px on a phone of 390 px
+WIDTH, HEIGHT = 400, 290  # SVG units; text is 11 of them, so 10 px on a phone of 390 px
 INK = "#010203"  # becomes currentColor
 # The four colours of Okabe and Ito (2008) with a contrast of 3 or more on white and near-black both
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

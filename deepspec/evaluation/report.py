@@ -98,8 +98,10 @@ def exactness(report: Report) -> Exactness:
         text = f"{beyond} {same} {near}. {advice}"
         return Exactness("broken", "WARNING: decoding is not lossless.", text)
     if explained:
-        return Exactness("rounding", "Lossless up to rounding.", f"{same} {near} ({largest}).")
-    return Exactness("exact", "Lossless.", same)
+        return Exactness(
+            "rounding", "Lossless at temperature 0, up to rounding.", f"{same} {near} ({largest})."
+        )
+    return Exactness("exact", "Lossless at temperature 0.", same)
 
 
 def acceptance(report: Report) -> Table:
@@ -175,9 +177,10 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"report.{form}" for form in ("json", "md", "html")]
     report.save(paths[0])
+    environment, context = _environment(), _context(report)
     for path in paths[1:]:
-        page = _environment().get_template(f"{path.name}.j2").render(_context(report))
-        path.write_text(page, encoding="utf-8")
+        text = environment.get_template(f"{path.name}.j2").render(context)
+        path.write_text(text, encoding="utf-8")
     return paths
 
 

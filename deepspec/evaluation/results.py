@@ -21,8 +21,9 @@ class Baseline:
 
     `prompts` both decoders ran; `tokens_per_second` of plain decoding; `speedup` the drafter's
     tokens a second over it, on those prompts. At temperature 0 also how far the outputs agree:
-    `identical` prompts, `explained` differences within the target's own rounding noise, `unexplained`
-    ones beyond it, and the `largest_gap` in logits of any difference. None at other temperatures.
+    `identical` prompts, `explained` differences within the target's own rounding noise,
+    `unexplained` ones beyond it, and the `largest_gap` in logits of any difference. None at other
+    temperatures.
     """
 
     prompts: int

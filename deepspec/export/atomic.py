@@ -15,6 +15,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
     What stood at `final` is kept until then, and put back when the last step fails. Raises OSError.
     """
+    final = final.resolve()  # `.` has no name, and a link stays a link
     partial = final.with_name(f".{final.name}.partial")
     previous = final.with_name(f".{final.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)
@@ -23,12 +24,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        shutil.rmtree(previous, ignore_errors=True)
         if final.exists():
+            shutil.rmtree(previous, ignore_errors=True)
             final.rename(previous)
         try:
             partial.rename(final)
-        except OSError:
+        except BaseException:
             if previous.exists():
                 previous.rename(final)
             raise

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec import __version__
-from deepspec.drafters.dspark.config import MARKOV_HEADS, DSparkConfig
+from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.model import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export.atomic import atomic_folder
@@ -52,7 +52,13 @@ FIXED = {
     "attention_bias": False,
     "use_sliding_window": False,
 }
-TYPES = {"int": int, "bool": bool, "float": (int, float), "str": str}
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "bool": bool,
+    "float": (int, float),
+    "str": str,
+    "tuple[int, ...]": list,
+}
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -182,7 +188,7 @@ def load_flat(folder: Path, target: Target | None = None) -> DSparkDrafter:
     shared = {name: tensors.pop(name) for name in (EMBEDDING, HEAD) if name in tensors}
     if target is not None:
         _check_shared(folder / WEIGHTS, shared, target)
-    drafter = DSparkDrafter(shape)
+    drafter = _build(shape, folder / CONFIG)
     _check_fit(folder / WEIGHTS, tensors, drafter.state_dict())
     drafter.load_state_dict(tensors)
     return drafter.eval()
@@ -207,24 +213,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _shape(config: dict[str, Any], file: Path) -> DSparkConfig:
     """config.json as DSparkConfig; every key of it that would change the numbers is looked at."""
-    _check_anchor(config, file)
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(f"{file}: {key} is {config[key]!r}, but only {value!r} is read")
-    other = set(config.get("layer_types", [])) - {"full_attention"}
-    if other:
-        raise CheckpointError(
-            f"{file}: layer_types has {', '.join(sorted(other))}, which no "
-            "drafter here has; only full_attention is read"
-        )
+    _check_layout(config, file)
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    extra = config.get("deepspec", {})
     known = {
+        # the public implementation writes these two only where there is such a head
+        "markov_head_type": "vanilla",
+        "confidence_head_with_markov": False,
         **config,
         "rope_parameters": rope,
-        "confidence_detached": extra.get("confidence_detached", False),
+        "confidence_detached": config.get("deepspec", {}).get("confidence_detached", False),
     }
     names = {field.name: FLAT_NAMES.get(field.name, field.name) for field in fields(DSparkConfig)}
     missing = [key for key in names.values() if key not in known]
@@ -234,23 +233,29 @@ def _shape(config: dict[str, Any], file: Path) -> DSparkConfig:
         expected = TYPES.get(str(field.type))
         value = known[names[field.name]]
         if expected and not isinstance(value, expected):
-            raise CheckpointError(f"{file}: {names[field.name]} is {value!r}, not a {field.type}")
-    if known["markov_head_type"] not in MARKOV_HEADS:
-        raise CheckpointError(
-            f"{file}: markov_head_type is {known['markov_head_type']}, expected one of "
-            f"{', '.join(MARKOV_HEADS)}"
-        )
+            raise CheckpointError(
+                f"{file}: {names[field.name]} is {value!r}, expected {field.type}"
+            )
     return DSparkConfig.from_dict({name: known[key] for name, key in names.items()})
 
 
-def _check_anchor(config: dict[str, Any], file: Path) -> None:
-    """Readers disagree on the default, and the wrong one drafts rubbish without an error."""
-    value = config.get("sample_from_anchor")
-    if value is not True:
+def _check_layout(config: dict[str, Any], file: Path) -> None:
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(f"{file}: {key} is {config[key]!r}, but only {value!r} is read")
+    layer_types = sorted(set(config.get("layer_types") or []) - {"full_attention"})
+    if layer_types:
         raise CheckpointError(
-            f"{file}: sample_from_anchor is {'missing' if value is None else value}, expected true;"
-            " a drafter whose first slot is a mask is not supported. If slot 0 of this one holds "
-            "the anchor (block_size inputs give block_size drafts), put the key there"
+            f"{file}: layer_types has {', '.join(layer_types)}, but only full_attention is read"
+        )
+    anchor_first = config.get("sample_from_anchor")
+    if anchor_first is not True:
+        # readers disagree on the default, and the wrong one drafts rubbish without an error
+        found = "missing" if anchor_first is None else anchor_first
+        raise CheckpointError(
+            f"{file}: sample_from_anchor is {found}, expected true: a drafter whose first slot is "
+            "a mask is not supported. If slot 0 of this one holds the anchor (block_size inputs "
+            "give block_size drafts), put the key there"
         )
 
 
@@ -301,6 +306,16 @@ def _check_shared(file: Path, shared: dict[str, Tensor], target: Target) -> None
                 f"{file}: {name} is not that of {target.name}; set target.path to the target this "
                 "was exported for, or export again"
             )
+
+
+def _build(shape: DSparkConfig, file: Path) -> DSparkDrafter:
+    try:
+        return DSparkDrafter(shape)
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} describes no drafter that can be built ({type(error).__name__}: {error}); "
+            "compare its sizes, markov_head_type and rope_parameters with those it was trained with"
+        ) from error
 
 
 def _check_fit(file: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

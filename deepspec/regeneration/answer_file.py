@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,19 +64,29 @@ class AnswerFile:
         self._answers.close()
 
     def holds(self, dialogue: Dialogue) -> bool:
-        """Whether the file held this sample when it was opened.
+        """Whether the file held this sample when it was opened."""
+        return dialogue.id in self._prompts
 
-        Raises DataError when it held an answer to other prompts under the same id.
+    def resume(self, dialogues: Iterable[Dialogue]) -> int:
+        """How many of `dialogues`, the whole data, the file holds.
+
+        Raises DataError when it holds any other sample: the data has changed since.
         """
-        if dialogue.id not in self._prompts:
-            return False
-        count, digest = self._prompts[dialogue.id]
-        if hash(dialogue.prompts[:count]) != digest:
+        held = 0
+        for dialogue in filter(self.holds, dialogues):
+            held += 1
+            count, digest = self._prompts[dialogue.id]
+            if hash(dialogue.prompts[:count]) != digest:
+                raise DataError(
+                    f"{self.path} holds a sample {dialogue.id} with other prompts than the data "
+                    "has under that id; give another out, or delete it to ask again"
+                )
+        if held < self.rows:
             raise DataError(
-                f"{self.path} holds a sample {dialogue.id} with other prompts than the data has "
-                "under that id; give another out, or delete it to ask again"
+                f"{self.path} holds {self.rows - held} samples that are not in the data "
+                "(data.path, data.limit or data.fields changed); give another out, or delete it"
             )
-        return True
+        return held
 
     def append(self, dialogue: Dialogue) -> None:
         """Write a finished or failed sample; it survives the death of this process."""

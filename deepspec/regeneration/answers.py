@@ -89,10 +89,7 @@ def regenerate(
     settings = {key: getattr(config, key) for key in SAMPLING} | answerer.describe()
     file = AnswerFile(out, settings)
     samples = len(conversations) * config.samples_per_prompt
-    resumed = sum(
-        file.holds(dialogue)
-        for dialogue in make_dialogues(conversations, config.samples_per_prompt)
-    )
+    resumed = file.resume(make_dialogues(conversations, config.samples_per_prompt))
     tokens = 0
     first_failure = ""
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from deepspec.data.conversations import Conversation, Message
 
+# What a decoder writes for bytes that are no character. At the end of an answer that hit the
+# length limit it is a character cut in two, and is left away.
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -51,12 +55,10 @@ class Dialogue:
         """Take the target's answer (`tokens` long, end of turn included) to the open turn.
 
         `truncated`: it hit the length limit. That ends the conversation: what follows would answer
-        a broken turn. A character that the limit cut in two is left away. `altered`: the template
-        and tokenizer give other token ids for it than the target sampled.
+        a broken turn. `altered`: the template and tokenizer give other token ids for it than the
+        target sampled.
         """
         self.tokens += tokens
-        if truncated:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
         if not text.strip():
             self.give_up("empty answer", f"{tokens} tokens, none of them text")
             return

@@ -11,7 +11,7 @@ from deepspec.config.schema import DataConfig, RegenerateConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Completion, Sampling, plain_decode
 from deepspec.errors import DataError, DeepSpecError
-from deepspec.regeneration.dialogue import Dialogue
+from deepspec.regeneration.dialogue import BROKEN, Dialogue
 from deepspec.targets import Target
 
 
@@ -99,18 +99,22 @@ class TargetAnswerer:
     def _take(self, dialogue: Dialogue, prompt: list[int], completion: Completion) -> None:
         sampled = list(completion.tokens)
         stopped = completion.finish_reason == "stop"
-        # special tokens in mid-answer stay: the template's rendering gives them back as they were
-        text = self._target.tokenizer.decode(
-            sampled[:-1] if stopped else sampled, clean_up_tokenization_spaces=False
-        )
+        text = self._decode(sampled[:-1] if stopped else sampled)
+        while not stopped and text.endswith(BROKEN):
+            sampled.pop()
+            text = self._decode(sampled)
         history = [*dialogue.messages, {"role": "assistant", "content": text}]
         encoded = self._encoder.prompt(history)[: len(prompt) + len(sampled)]
         dialogue.answer(
             text,
-            len(sampled),
+            len(completion.tokens),
             truncated=not stopped,
             altered=encoded != prompt + sampled,
         )
+
+    def _decode(self, tokens: list[int]) -> str:
+        # special tokens in mid-answer stay: rendering the text gives them back
+        return self._target.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
 def _length(dialogue: Dialogue) -> int:

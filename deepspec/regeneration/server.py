@@ -19,7 +19,7 @@ from tenacity import (
 from deepspec.config.schema import DataConfig, RegenerateConfig
 from deepspec.data.conversations import Message
 from deepspec.errors import DeepSpecError, ServerError
-from deepspec.regeneration.dialogue import Dialogue
+from deepspec.regeneration.dialogue import BROKEN, Dialogue
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
@@ -145,7 +145,7 @@ class ServerAnswerer:
             return response.raise_for_status()
 
         try:
-            response = await retrying(post)
+            response: httpx.Response = await retrying(post)
         except httpx.HTTPStatusError as error:
             status, text = error.response.status_code, error.response.text
             hint = "; regenerate.top_k=0 leaves it out" if "top_k" in text else ""
@@ -198,4 +198,5 @@ def _take(dialogue: Dialogue, response: httpx.Response) -> None:
     elif reason not in ("stop", "length"):
         dialogue.give_up(f"finish reason {reason}", response.text[:300])
     else:
-        dialogue.answer(text, tokens, truncated=reason == "length")
+        truncated = reason == "length"
+        dialogue.answer(text.rstrip(BROKEN) if truncated else text, tokens, truncated=truncated)

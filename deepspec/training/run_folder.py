@@ -1,13 +1,13 @@
 """A run's folder: who may write in it, and what lies where.
 
-    config.yaml        the resolved config, defaults included
-    answers.jsonl      the training conversations, answered by the target
-    skipped.json       rows left out, by stage and reason
-    metrics.jsonl      a row an event of the training
-    checkpoints/       step-N folders, newest and best
-    export/            the best drafter in the layout of `export.format`
-    traces.jsonl       a row a decoding round of the evaluation
-    report.json|md|html
+config.yaml        the resolved config, defaults included
+answers.jsonl      the training conversations, answered by the target
+skipped.json       rows left out, by stage and reason
+metrics.jsonl      a row an event of the training
+checkpoints/       step-N folders, newest and best
+export/            the best drafter in the layout of `export.format`
+traces.jsonl       a row a decoding round of the evaluation
+report.json|md|html
 """
 
 from __future__ import annotations

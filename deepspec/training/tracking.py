@@ -35,4 +35,3 @@ def start_trackers(
             for key, value in dotted(settings).items()
         }
         accelerator.init_trackers(config.project, scalars, options)
-

@@ -197,7 +197,10 @@ class Trainer:
             "metrics": self._last_validation,
         }
         saved = save_checkpoint(
-            self.folder.checkpoints, self.engine.weights(), self.engine.optimizer_state(), description
+            self.folder.checkpoints,
+            self.engine.weights(),
+            self.engine.optimizer_state(),
+            description,
         )
         prune(self.folder.checkpoints, self.config.training.keep_last)
         return saved

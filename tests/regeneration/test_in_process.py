@@ -1,0 +1,179 @@
+"""Answers by the target in process, against transformers' own `generate`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from deepspec.config.schema import DataConfig, RegenerateConfig, TargetConfig
+from deepspec.data.chat_template import ChatEncoder
+from deepspec.data.conversations import Conversation, SkipCounts, load_conversations
+from deepspec.errors import DataError
+from deepspec.regeneration import TargetAnswerer, regenerate
+from deepspec.targets import Target, load_target
+from tests.regeneration.conftest import END, chats, questions, talk
+
+DATA = DataConfig(path=["-"], max_length=400)
+
+
+def sampled(**options: object) -> RegenerateConfig:
+    """Sampling that the `writer` target spells in ASCII."""
+    standard = {"temperature": 1.0, "top_p": 1.0, "top_k": 8, "max_new_tokens": 24}
+    return RegenerateConfig(**{**standard, **options})
+
+
+def greedy(**options: object) -> RegenerateConfig:
+    return sampled(temperature=0.0, **options)
+
+
+def load(out: Path) -> dict[str, Conversation]:
+    """The output, through the reader that training uses."""
+    skips = SkipCounts()
+    rows = list(load_conversations(DataConfig(path=[str(out)]), skips))
+    assert not skips
+    assert len({row.id for row in rows}) == len(rows)
+    return {row.id: row for row in rows}
+
+
+def run(target: Target, conversations: list[Conversation], out: Path, config: RegenerateConfig):
+    counts = regenerate(conversations, TargetAnswerer(target, DATA), config, out, show=False)
+    return counts, load(out)
+
+
+def generated(target: Target, messages: list[dict[str, str]], limit: int) -> list[int]:
+    """What transformers' greedy `generate` adds to the rendered messages."""
+    ids = target.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    out = target.model.generate(**ids, do_sample=False, max_new_tokens=limit, pad_token_id=0)
+    return out[0, ids["input_ids"].shape[1] :].tolist()
+
+
+def expected(target: Target, conversation: Conversation, limit: int):
+    """(messages, sampled ids, whether the limit ended it) by `generate`, turn after turn."""
+    messages: list[dict[str, str]] = []
+    written: list[int] = []
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            continue
+        messages.append(message)
+        if message["role"] == "user":
+            tokens = generated(target, messages, limit)
+            if tokens == [END]:
+                return messages[:-1], written, False
+            text = target.tokenizer.decode(tokens, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": text})
+            written += tokens
+            if tokens[-1] != END:
+                return messages, written, True
+    return messages, written, False
+
+
+def test_every_answer_is_the_targets_own(writer: Target, tmp_path: Path) -> None:
+    """Against `generate` with its own answers as history; the loss mask finds just them again."""
+    conversations = [*questions(10), *chats(10)]
+    for i in range(10):
+        conversations += [
+            talk(f"system {i}", f"What is {i}?", "the data's answer", system="Be brief."),
+            Conversation(f"prompts {i}", tuple({"role": "user", "content": f"{i}"} for _ in "abc")),
+        ]
+    counts, rows = run(writer, conversations, tmp_path / "a.jsonl", greedy())
+    encoder = ChatEncoder(writer.tokenizer, 4096)
+    answers, tokens, truncated = Counter[int](), 0, 0
+    for conversation in conversations:
+        messages, written, cut = expected(writer, conversation, 24)
+        answers[sum(message["role"] == "assistant" for message in messages)] += 1
+        tokens += len(written)
+        truncated += cut
+        if not written:
+            assert conversation.id not in rows
+            continue
+        row = rows[conversation.id]
+        assert list(row.messages) == messages
+        assert row.truncated == cut
+        sample = encoder.encode(row)
+        assert sample is not None
+        assert sample.input_ids[sample.loss_mask].tolist() == written
+    assert counts.samples == len(conversations) == len(rows) + answers[0]
+    assert sum(counts.failed.values()) == answers[0]
+    assert (counts.truncated, counts.altered) == (truncated, 0)
+    assert counts.tokens >= tokens  # an end of turn without an answer counts as well
+    assert all(answers[count] for count in (1, 2, 3))
+    assert 0 < truncated < len(rows)
+
+
+def test_samples_of_a_prompt_differ_and_ids_never_repeat(writer: Target, tmp_path: Path) -> None:
+    conversations = [talk("a", "What is 3?"), talk("b", "What is 3?"), talk("a", "What is 3?")]
+    out, config = tmp_path / "a.jsonl", sampled(samples_per_prompt=4)
+    counts, rows = run(writer, conversations, out, config)
+    assert counts.samples == 12
+    assert len(rows) + sum(counts.failed.values()) == 12
+    assert set(rows) <= {f"{name}#{i}" for name in ("a", "b", "a~2") for i in range(4)}
+    assert all(any(row.startswith(f"{name}#") for row in rows) for name in ("a", "b", "a~2"))
+    assert len({row.messages[-1]["content"] for row in rows.values()}) > len(rows) // 2
+
+
+def test_batches_and_seeds(writer: Target, tmp_path: Path) -> None:
+    """A sample's answer depends on the seed and its id, not on its batch."""
+    several = [*questions(8), talk("long", "one", "-", "two", "-", "three")]
+    alone = run(writer, several, tmp_path / "1.jsonl", sampled(batch_size=1))[1]
+    together = run(writer, several[::-1], tmp_path / "7.jsonl", sampled(batch_size=7))[1]
+    other = run(writer, several, tmp_path / "s.jsonl", sampled(seed=1))[1]
+    assert alone == together
+    assert all(other[name] != alone[name] for name in alone)
+
+
+def test_answers_that_encode_differently_are_counted(target: Target, tmp_path: Path) -> None:
+    """A random byte-level target writes bytes that are no text. Every token of it is one byte, so
+    re-encoding changes an answer exactly where the decoder wrote U+FFFD; but not where that was
+    the end of a cut answer, which is dropped."""
+    config = sampled(top_k=0, max_new_tokens=6, samples_per_prompt=4)
+    counts, rows = run(target, questions(25), tmp_path / "a.jsonl", config)
+    broken = {name for name, row in rows.items() if "\ufffd" in row.messages[-1]["content"]}
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines if line.get("altered")} == broken
+    assert 0 < counts.altered == len(broken) < counts.rows
+    assert not any(
+        r.truncated and r.messages[-1]["content"].endswith("\ufffd") for r in rows.values()
+    )
+    assert counts.rows + counts.failed.get("empty answer", 0) == 100
+
+
+def test_failures_are_written_counted_and_tried_again(writer_folder: Path, tmp_path: Path) -> None:
+    """Prompts that are too long at once, or in their second turn (which leaves the first); and one
+    that is answered by a stop token, made one for this test."""
+    config = TargetConfig(path=str(writer_folder), dtype="float32", num_layer_ids=3)
+    target = load_target(config, "cpu")
+    silent = talk("silent", "Say nothing")
+    first = generated(target, [dict(m) for m in silent.messages], 1)[0]
+    target.model.generation_config.eos_token_id = [END, first]
+    conversations = [
+        talk("long", "x" * 400),
+        *(talk(f"later {i}", f"What is {i}?", "-", "y" * 400) for i in range(8)),
+        talk("window", "z" * 380),
+        silent,
+        *questions(6),
+    ]
+    out, failed = tmp_path / "a.jsonl", tmp_path / "a.failed.jsonl"
+    for attempt in range(2):
+        counts, rows = run(target, conversations, out, greedy(max_new_tokens=120))
+        reasons = Counter(counts.failed)
+        assert reasons["prompt too long"] == 2
+        assert reasons["empty answer"] >= 1
+        lines = [json.loads(line) for line in failed.read_text().splitlines()]
+        assert Counter(line["reason"] for line in lines) == reasons
+        assert {"long", "window", "silent"} <= {line["id"] for line in lines}
+        assert {line["id"] for line in lines}.isdisjoint(rows)
+        assert counts.rows + reasons.total() == counts.samples
+        assert counts.resumed == attempt * counts.rows
+    later = [row for name, row in rows.items() if name.startswith("later")]
+    assert all(len(row.messages) == 2 for row in later)
+    assert any(not row.truncated for row in later)
+
+
+def test_nothing_answered_is_an_error(writer: Target, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a: prompt too long \(.* data\.max_length=400\)"):
+        run(writer, [talk("a", "x" * 500)], tmp_path / "a.jsonl", greedy())

@@ -1,0 +1,357 @@
+"""Answers through a server: `transformers serve` for the real thing, and a scripted HTTP server on
+loopback for everything that goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deepspec.config.schema import DataConfig, RegenerateConfig
+from deepspec.errors import ServerError
+from deepspec.regeneration import RegenerationCounts, ServerAnswerer, TargetAnswerer, regenerate
+from deepspec.targets import Target
+from tests.regeneration.conftest import chats, questions, talk
+
+DATA = DataConfig(path=["-"], max_length=400)
+PAUSE = 0.02
+Reply = tuple[int, Any]
+CUT: Reply = (0, None)  # the connection is closed instead of an answer
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def completion(text: str, reason: str = "stop") -> Reply:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+    return 200, {"choices": [choice], "usage": {"completion_tokens": len(text)}}
+
+
+class Scripted:
+    """A server whose answers are `reply(request, times this prompt was asked)`."""
+
+    def __init__(self, reply: Callable[[dict[str, Any], int], Reply], port: int = 0) -> None:
+        self.models = ["tiny"]
+        self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.running = self.most_running = 0
+        lock, asked = threading.Lock(), Counter[str]()
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # one packet a reply: many small ones wait for each other
+
+            def do_GET(self) -> None:
+                self.send(200, {"data": [{"id": name} for name in scripted.models]})
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    scripted.requests.append(request)
+                    scripted.times.append(time.monotonic())
+                    scripted.running += 1
+                    scripted.most_running = max(scripted.running, scripted.most_running)
+                    prompt = json.dumps(request["messages"])
+                    asked[prompt] += 1
+                status, body = reply(request, asked[prompt])
+                with lock:
+                    scripted.running -= 1
+                self.send(status, body)
+
+            def send(self, status: int, body: Any) -> None:
+                self.close_connection = (status, body) == CUT
+                if self.close_connection:
+                    return
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.handle_error = lambda *args: None  # type: ignore[method-assign]  # clients leave
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def echo(request: dict[str, Any], asked: int) -> Reply:
+    return completion(f"answer to {request['messages'][-1]['content']}")
+
+
+def run(
+    url: str, out: Path, conversations: list, data: DataConfig = DATA, **options: Any
+) -> tuple[RegenerationCounts, dict[str, Any], dict[str, Any]]:
+    """Counts, rows by id, failures by id."""
+    config = RegenerateConfig(**{"timeout": 5.0, "retries": 2, "concurrency": 4, **options})
+    answerer = ServerAnswerer(url, config.server_model, data, first_pause=PAUSE)
+    counts = regenerate(conversations, answerer, config, out, show=False)
+    return counts, rows_of(out), rows_of(out.with_suffix(".failed.jsonl"))
+
+
+def rows_of(path: Path) -> dict[str, Any]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def test_what_is_asked(tmp_path: Path) -> None:
+    """Every sampling key reaches the server; history holds the server's own answers."""
+    conversation = talk("a", "one", "dropped", "two", "dropped")
+    data = DataConfig(path=["-"], system_prompt="Be brief.", thinking=True)
+    with Scripted(echo) as server:
+        options = {"temperature": 0.3, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}
+        counts, rows, _ = run(
+            server.url + "/", tmp_path / "a.jsonl", [conversation], data, **options
+        )
+        first, second = server.requests
+        assert first["seed"] != second["seed"]
+        assert all(0 <= request["seed"] < 2**31 for request in server.requests)
+        assert {key: value for key, value in second.items() if key != "seed"} == {
+            "model": "tiny",
+            "temperature": 0.3,
+            "top_p": 0.9,
+            "top_k": 5,
+            "max_tokens": 7,
+            "chat_template_kwargs": {"enable_thinking": True},
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "one"},
+                {"role": "assistant", "content": "answer to one"},
+                {"role": "user", "content": "two"},
+            ],
+        }
+        run(server.url, tmp_path / "b.jsonl", [conversation], top_k=0)
+        assert "top_k" not in server.requests[-1]
+    expected = [
+        "one",
+        "answer to one",
+        "two",
+        "answer to two",
+    ]  # the encoder adds the system prompt
+    assert [message["content"] for message in rows["a"]["messages"]] == expected
+    assert counts.tokens == len("answer to one" + "answer to two")
+
+
+def test_passing_failures_are_tried_again_with_growing_pauses(tmp_path: Path) -> None:
+    """500, 429, a cut connection and a hang, then an answer; each pause at least doubles."""
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        if asked == 4:
+            time.sleep(0.6)
+        return {1: (500, {}), 2: (429, {}), 3: CUT}.get(asked) or echo(request, asked)
+
+    with Scripted(reply) as server:
+        counts, rows, failed = run(
+            server.url, tmp_path / "a.jsonl", [talk("a", "x")], retries=4, timeout=0.3
+        )
+        pauses = [after - before for before, after in itertools.pairwise(server.times)]
+    assert len(pauses) == 4
+    assert all(pause >= PAUSE * 2**index for index, pause in enumerate(pauses))
+    assert (counts.rows, counts.failed, failed) == (1, {}, {})
+    assert rows["a"]["finish_reason"] == "stop"
+
+
+def test_lasting_failures_are_written_and_tried_again_at_the_next_start(tmp_path: Path) -> None:
+    broken = {
+        "500": ((500, {"error": "boom"}), "HTTP 500", 3),
+        "hang": (None, "timeout", 3),
+        "422": ((422, {"detail": "Unexpected fields: {'top_k'}"}), "HTTP 422", 1),
+        "html": ((200, b"<html>"), "not a chat completion", 1),
+        "thinks": (
+            (
+                200,
+                {
+                    "choices": [
+                        {
+                            "message": {"content": "4", "reasoning_content": "2 + 2"},
+                            "finish_reason": "stop",
+                        }
+                    ]
+                },
+            ),
+            "answer is not whole",
+            1,
+        ),
+        "tool": (completion("x", "tool_calls"), "finish reason tool_calls", 1),
+        "silent": (completion(" "), "empty answer", 1),
+    }
+    healthy = False
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        name = request["messages"][-1]["content"]
+        if healthy or name not in broken:
+            return echo(request, asked)
+        scripted = broken[name][0]
+        if scripted is None:
+            time.sleep(0.8)
+        return scripted or echo(request, asked)
+
+    conversations = [*questions(6), *(talk(name, name) for name in broken)]
+    out = tmp_path / "a.jsonl"
+    with Scripted(reply) as server:
+        counts, rows, failed = run(server.url, out, conversations, timeout=0.5)
+        assert counts.failed == {reason: 1 for _, reason, _ in broken.values()}
+        assert {name: row["reason"] for name, row in failed.items()} == {
+            name: reason for name, (_, reason, _) in broken.items()
+        }
+        asked = Counter(request["messages"][-1]["content"] for request in server.requests)
+        assert {name: asked[name] for name in broken} == {n: t for n, (_, _, t) in broken.items()}
+        assert "regenerate.top_k=0" in failed["422"]["detail"]
+        assert "boom" in failed["500"]["detail"]
+        assert set(rows) == {c.id for c in questions(6)}
+
+        healthy, already = True, len(server.requests)
+        counts, rows, failed = run(server.url, out, conversations)
+        assert (counts.resumed, counts.rows, counts.failed, failed) == (6, 13, {}, {})
+        assert len(server.requests) - already == len(broken)
+
+
+def test_a_later_turn_that_does_not_fit_keeps_the_earlier_ones(tmp_path: Path) -> None:
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        if len(request["messages"]) > 2:
+            return 400, {"error": "maximum context length is 8 tokens"}
+        text = request["messages"][0]["content"]
+        return completion("cut \ufffd", "length") if text == "cut" else echo(request, asked)
+
+    conversations = [talk("a", "one", "-", "two", "-", "three"), talk("cut", "cut", "-", "more")]
+    with Scripted(reply) as server:
+        counts, rows, _ = run(server.url, tmp_path / "a.jsonl", conversations)
+        assert len(server.requests) == 3
+    assert [m["content"] for m in rows["a"]["messages"]] == ["one", "answer to one"]
+    assert rows["a"]["finish_reason"] == "stop"
+    assert [m["content"] for m in rows["cut"]["messages"]] == ["cut", "cut "]
+    assert rows["cut"]["finish_reason"] == "length"
+    assert counts.truncated == 1
+
+
+def test_requests_run_side_by_side(tmp_path: Path) -> None:
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        time.sleep(0.05)
+        return echo(request, asked)
+
+    with Scripted(reply) as server:
+        counts, _, _ = run(server.url, tmp_path / "a.jsonl", questions(30), concurrency=6)
+        assert server.most_running == 6
+    assert counts.rows == 30
+
+
+def test_a_server_that_dies_is_noticed_and_the_run_resumed(tmp_path: Path) -> None:
+    """After 20 answers nothing but 503: the run stops long before all 200 prompts have failed."""
+    conversations, out = questions(200), tmp_path / "a.jsonl"
+    alive = True
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        return echo(request, asked) if alive and len(server.requests) <= 20 else (503, {})
+
+    with Scripted(reply) as server:
+        with pytest.raises(ServerError, match="failed 10 samples in a row; the last with HTTP 503"):
+            run(server.url, out, conversations)
+        assert len(rows_of(out)) == 20
+        assert 10 <= len(rows_of(out.with_suffix(".failed.jsonl"))) < 20
+    with Scripted(echo) as again:
+        counts, rows, failed = run(again.url, out, conversations)
+        assert len(again.requests) == 180
+    assert (counts.resumed, counts.rows, failed) == (20, 200, {})
+    assert set(rows) == {conversation.id for conversation in conversations}
+
+
+def test_nothing_answered_is_an_error(tmp_path: Path) -> None:
+    refuse: Callable[..., Reply] = lambda request, asked: (401, {"error": "no key"})  # noqa: E731
+    with Scripted(refuse) as server, pytest.raises(ServerError, match=r"HTTP 401 .*no key"):
+        run(server.url, tmp_path / "a.jsonl", questions(3))
+
+
+def test_an_unreachable_server_is_named_at_once(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    for url in (f"http://127.0.0.1:{free_port()}/v1", "localhost:1/v1", "http://[/v1"):
+        with pytest.raises(ServerError, match=r"regenerate\.server=.* cannot be reached"):
+            run(url, tmp_path / "a.jsonl", questions(3), retries=9)
+    assert time.monotonic() - begun < 5
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_the_model_must_be_clear(tmp_path: Path) -> None:
+    with Scripted(echo) as server:
+        for models in ([], ["one", "two"]):
+            server.models = models
+            with pytest.raises(ServerError, match=r"regenerate\.server_model"):
+                run(server.url, tmp_path / "a.jsonl", questions(1))
+        run(server.url, tmp_path / "a.jsonl", questions(1), server_model="two")
+        assert server.requests[-1]["model"] == "two"
+
+
+@pytest.fixture(scope="module")
+def serving(writer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` with the `writer` checkpoint, on a free port."""
+    port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(writer_folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_transformers_serve_gives_the_answers_of_the_process(
+    serving: str, writer_folder: Path, writer: Target, tmp_path: Path
+) -> None:
+    """Greedy, several turns: the same text from another decoder behind the wire."""
+    conversations = [*questions(10), *chats(6)]
+    options: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "max_new_tokens": 24}
+    counts, rows, failed = run(
+        serving,
+        tmp_path / "server.jsonl",
+        conversations,
+        server_model=str(writer_folder),
+        timeout=60.0,
+        **options,
+    )
+    local = tmp_path / "local.jsonl"
+    own = regenerate(
+        conversations, TargetAnswerer(writer, DATA), RegenerateConfig(**options), local, show=False
+    )
+    assert rows == rows_of(local)
+    assert set(failed) == set(rows_of(local.with_suffix(".failed.jsonl")))
+    assert (counts.truncated, counts.tokens) == (own.truncated, own.tokens)
+    assert any(len(row["messages"]) == 6 for row in rows.values())
