@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
     parser.add_argument("--measure-only", action="store_true")
     args = parser.parse_args()
     if args.measure_only:
@@ -303,6 +304,9 @@ def main() -> None:
         f"{math.log(VOCABULARY):.2f} nats"
     )
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.resume:  # a second leg: the same pools in another order, a schedule of its own
+        model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+        args.seed += 1
     save(model, tokenizer, args.out)
     facts = train(model, tokenizer, pools, args.minutes, args.batch, args.out, args.seed)
     (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

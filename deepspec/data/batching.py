@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from deepspec.records import Sample
 
 
-def hold_out(
-    samples: Sequence[Sample], count: int, seed: int
-) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(training, validation) samples: `count` drawn by `seed`, at most a fifth of all.
 
     Both come sorted by id, whatever the order in which answers were written.

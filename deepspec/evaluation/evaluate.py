@@ -7,6 +7,7 @@ and outputs token by token.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +21,7 @@ from deepspec.drafters.base import Proposer
 from deepspec.errors import DataError
 from deepspec.evaluation import metrics
 from deepspec.evaluation.benchmarks import load_prompts
-from deepspec.evaluation.figures import mean_over_seeds
-from deepspec.evaluation.results import Average, Baseline, BenchmarkResult
+from deepspec.evaluation.results import Average, Baseline, BenchmarkResult, mean_over_seeds
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace
 from deepspec.targets import Target
@@ -239,11 +239,12 @@ class _Run:
                 )
             )
         ]
+        gaps = [difference.gap for difference in differences if math.isfinite(difference.gap)]
         explained = sum(difference.explained for difference in differences)
         return Baseline(
             **speeds,  # type: ignore[arg-type]
             identical=len(prompts) - len(differences),
             explained=explained,
             unexplained=len(differences) - explained,
-            largest_gap=max((difference.gap for difference in differences), default=0.0),
+            largest_gap=max(gaps, default=None if differences else 0.0),
         )

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 from html import escape
-from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
@@ -19,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from deepspec.evaluation.results import Baseline, BenchmarkResult, Report
+from deepspec.evaluation.results import Report, mean_over_seeds
 
 WIDTH, HEIGHT = 400, 290  # SVG units; text is 11 of them, so 10 px on a phone of 390 px
 INK = "#010203"  # becomes currentColor
@@ -46,53 +43,6 @@ STYLE: Any = {  # matplotlib types the keys as one long Literal
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
-# ------------------------------------------------------------------------------- one mean, for all
-
-
-def mean_over_seeds(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
-    """One record a (benchmark, temperature), benchmarks in order of appearance.
-
-    Measures are means over the seeds, counts are sums, `largest_gap` is the largest; `seed` is the
-    first one. A position no round of a seed reached is left out of that position's mean.
-    """
-    runs: dict[str, dict[float, list[BenchmarkResult]]] = {}
-    for result in results:
-        runs.setdefault(result.benchmark, {}).setdefault(result.temperature, []).append(result)
-    return [_merge(seeds[key]) for seeds in runs.values() for key in sorted(seeds)]
-
-
-def _merge(seeds: list[BenchmarkResult]) -> BenchmarkResult:
-    counts = ("prompts", "tokens", "rounds", "seconds")
-    measures = ("tokens_per_second", "accepted_length", "acceptance_rate", "verify_rate")
-    merged: dict[str, Any] = {name: sum(getattr(run, name) for run in seeds) for name in counts}
-    merged |= {name: fmean(getattr(run, name) for run in seeds) for name in measures}
-    for name in ("conditional_acceptance", "prefix_survival"):
-        positions = zip(*(getattr(run, name) for run in seeds), strict=True)
-        known = [[rate for rate in rates if rate is not None] for rates in positions]
-        merged[name] = [fmean(rates) if rates else None for rates in known]
-    baselines = [run.baseline for run in seeds if run.baseline is not None]
-    merged["baseline"] = _merge_baselines(baselines) if baselines else None
-    return replace(seeds[0], **merged)
-
-
-def _merge_baselines(baselines: list[Baseline]) -> Baseline:
-    counts: dict[str, Any] = {}
-    for name in ("identical", "explained", "unexplained"):
-        known = [count for base in baselines if (count := getattr(base, name)) is not None]
-        counts[name] = sum(known) if known else None
-    gaps = [base.largest_gap for base in baselines if base.largest_gap is not None]
-    return Baseline(
-        prompts=sum(base.prompts for base in baselines),
-        tokens_per_second=fmean(base.tokens_per_second for base in baselines),
-        speedup=fmean(base.speedup for base in baselines),
-        largest_gap=max(gaps, default=None),
-        **counts,
-    )
-
-
-# --------------------------------------------------------------------------------------- figures
 
 
 @rc_context(STYLE)

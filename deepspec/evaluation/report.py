@@ -19,8 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from deepspec.evaluation import figures
-from deepspec.evaluation.figures import mean_over_seeds
-from deepspec.evaluation.results import Baseline, Report
+from deepspec.evaluation.results import Baseline, Report, mean_over_seeds
 
 NONE = "–"
 COLUMNS = {

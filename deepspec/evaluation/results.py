@@ -6,8 +6,10 @@ Everything here is JSON as it stands; the report and its figures are made from i
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from deepspec.errors import CheckpointError
@@ -22,8 +24,8 @@ class Baseline:
     `prompts` both decoders ran; `tokens_per_second` of plain decoding; `speedup` the drafter's
     tokens a second over it, on those prompts. At temperature 0 also how far the outputs agree:
     `identical` prompts, `explained` differences within the target's own rounding noise,
-    `unexplained` ones beyond it, and the `largest_gap` in logits of any difference. None at other
-    temperatures.
+    `unexplained` ones beyond it, and the `largest_gap` in logits (null where one output only ends
+    earlier). None at other temperatures.
     """
 
     prompts: int
@@ -116,3 +118,44 @@ def read_report(path: Path) -> Report:
         return Report(**raw)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a report: {error}") from None
+
+
+def mean_over_seeds(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
+    """One record a (benchmark, temperature), benchmarks in order of appearance.
+
+    Measures are means over the seeds, counts are sums, `largest_gap` is the largest; `seed` is the
+    first one. A position no round of a seed reached is left out of that position's mean.
+    """
+    runs: dict[str, dict[float, list[BenchmarkResult]]] = {}
+    for result in results:
+        runs.setdefault(result.benchmark, {}).setdefault(result.temperature, []).append(result)
+    return [_merge(seeds[key]) for seeds in runs.values() for key in sorted(seeds)]
+
+
+def _merge(seeds: list[BenchmarkResult]) -> BenchmarkResult:
+    counts = ("prompts", "tokens", "rounds", "seconds")
+    measures = ("tokens_per_second", "accepted_length", "acceptance_rate", "verify_rate")
+    merged: dict[str, Any] = {name: sum(getattr(run, name) for run in seeds) for name in counts}
+    merged |= {name: fmean(getattr(run, name) for run in seeds) for name in measures}
+    for name in ("conditional_acceptance", "prefix_survival"):
+        positions = zip(*(getattr(run, name) for run in seeds), strict=True)
+        known = [[rate for rate in rates if rate is not None] for rates in positions]
+        merged[name] = [fmean(rates) if rates else None for rates in known]
+    baselines = [run.baseline for run in seeds if run.baseline is not None]
+    merged["baseline"] = _merge_baselines(baselines) if baselines else None
+    return replace(seeds[0], **merged)
+
+
+def _merge_baselines(baselines: list[Baseline]) -> Baseline:
+    counts: dict[str, Any] = {}
+    for name in ("identical", "explained", "unexplained"):
+        known = [count for base in baselines if (count := getattr(base, name)) is not None]
+        counts[name] = sum(known) if known else None
+    gaps = [base.largest_gap for base in baselines if base.largest_gap is not None]
+    return Baseline(
+        prompts=sum(base.prompts for base in baselines),
+        tokens_per_second=fmean(base.tokens_per_second for base in baselines),
+        speedup=fmean(base.speedup for base in baselines),
+        largest_gap=max(gaps, default=None),
+        **counts,
+    )

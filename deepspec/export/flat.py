@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec import __version__
+from deepspec.atomic import atomic_folder
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.model import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export.atomic import atomic_folder
 from deepspec.export.names import public_name
 from deepspec.targets import Target
 

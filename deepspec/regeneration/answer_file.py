@@ -35,23 +35,20 @@ class AnswerFile:
         self.path = out
         self.rows = self.truncated = self.altered = 0
         self.failed: Counter[str] = Counter()
-        self._failed_path = out.with_suffix(".failed.jsonl")
-        self._prompts: dict[str, tuple[int, int]] = {}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _cut_half_line(out)
+        self.first_failure = ""
+        self.failed_path = out.with_suffix(".failed.jsonl")
+        self._prompts: dict[str, tuple[int, int]] = {}  # of the rows: how many, and their hash
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.touch()
+        except OSError as error:
+            raise DataError(f"out={out} cannot be written: {error.strerror}") from None
         self._settle(out.with_suffix(".json"), {"format": FORMAT, **settings})
-        for number, row in read_jsonl(out):
-            try:
-                self._count(row)
-                prompts = [m["content"] for m in row["messages"] if m["role"] == "user"]
-                self._prompts[row["id"]] = (len(prompts), hash(tuple(prompts)))
-            except (KeyError, TypeError):
-                raise DataError(
-                    f"{out}, line {number}: not a row of answers; delete it, or give another out"
-                ) from None
+        _cut_half_line(out)
+        self._read()
 
     def __enter__(self) -> Self:
-        self._failed_path.unlink(missing_ok=True)
+        self.failed_path.unlink(missing_ok=True)
         self._answers = self.path.open("a", encoding="utf-8")
         return self
 
@@ -98,9 +95,22 @@ class AnswerFile:
             return
         failure = dialogue.failure
         self.failed[failure.reason] += 1
+        self.first_failure = self.first_failure or f"{failure.reason} ({failure.detail})"
         row = {"id": dialogue.id, "reason": failure.reason, "detail": failure.detail}
-        with self._failed_path.open("a", encoding="utf-8") as lines:
+        with self.failed_path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _read(self) -> None:
+        for number, row in read_jsonl(self.path):
+            try:
+                self._count(row)
+                prompts = tuple(m["content"] for m in row["messages"] if m["role"] == "user")
+                self._prompts[row["id"]] = (len(prompts), hash(prompts))
+            except (KeyError, TypeError):
+                raise DataError(
+                    f"{self.path}, line {number}: not a row of answers; delete the line, or give "
+                    "another out"
+                ) from None
 
     def _count(self, row: dict[str, Any]) -> None:
         self.rows += 1
@@ -134,16 +144,7 @@ class AnswerFile:
 
 
 def _cut_half_line(path: Path) -> None:
-    """Make the file if there is none; drop what a killed process left behind the last newline."""
-    with path.open("a+b") as file:
-        end = file.tell()
-        while end:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end != file.seek(0, os.SEEK_END):
-            file.truncate(end)
+    """Drop what a killed process left behind the last newline."""
+    with path.open("rb") as lines:
+        whole = sum(len(line) for line in lines if line.endswith(b"\n"))
+    os.truncate(path, whole)

@@ -91,22 +91,22 @@ def regenerate(
     samples = len(conversations) * config.samples_per_prompt
     resumed = file.resume(make_dialogues(conversations, config.samples_per_prompt))
     tokens = 0
-    first_failure = ""
 
     def done(dialogue: Dialogue) -> None:
-        nonlocal tokens, first_failure
+        nonlocal tokens
         file.append(dialogue)
         tokens += dialogue.tokens
-        if dialogue.failure is not None and not first_failure:
-            first_failure = f"{dialogue.id}: {dialogue.failure.reason} ({dialogue.failure.detail})"
         rate = tokens / (time.monotonic() - begun)
         progress.advance(1, f"{rate:.0f} tokens/s  {file.failed.total()} failed")
 
     with file, Progress("regenerate", samples, "samples", done=resumed, show=show) as progress:
         todo = make_dialogues(conversations, config.samples_per_prompt)
         answerer.answer((d for d in todo if not file.holds(d)), config, done)
-    if first_failure and file.failed.total() == samples:
-        raise answerer.error(f"not one of {samples} samples got an answer; {first_failure}")
+    if samples and file.failed.total() == samples:
+        raise answerer.error(
+            f"not one of {samples} samples got an answer; the first failed with "
+            f"{file.first_failure}; see {file.failed_path}"
+        )
     return RegenerationCounts(
         samples=samples,
         resumed=resumed,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspec.atomic import atomic_folder
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
@@ -74,24 +74,15 @@ def save_checkpoint(
     are.
     """
     final = folder / f"step-{description['step']:08d}"
-    partial = folder / f".{final.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(weights, partial / WEIGHTS)
-        if optimizer:
-            save_file(optimizer, partial / OPTIMIZER)
-        hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-        text = json.dumps({"format": FORMAT, **description, "sha256": hashes}, indent=2)
-        (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(folder)
+        with atomic_folder(final) as partial:
+            save_file(weights, partial / WEIGHTS)
+            if optimizer:
+                save_file(optimizer, partial / OPTIMIZER)
+            hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+            text = json.dumps({"format": FORMAT, **description, "sha256": hashes}, indent=2)
+            (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
             f"could not save {final}: {error}; earlier checkpoints are untouched. Free disk space "
             "and start the same command again: it resumes from the last one"
@@ -166,7 +157,9 @@ def best_checkpoint(folder: Path) -> Checkpoint:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` and the best."""
+    """Remove all but the newest `keep_last` and the best, and what a killed process left."""
+    for remains in folder.glob(".step-*"):
+        shutil.rmtree(remains)
     entries = list_checkpoints(folder)
     if entries:
         best = best_checkpoint(folder).folder
@@ -178,11 +171,3 @@ def prune(folder: Path, keep_last: int) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

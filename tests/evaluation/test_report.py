@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from deepspec.evaluation import figures
-from deepspec.evaluation.figures import mean_over_seeds
 from deepspec.evaluation.report import (
     acceptance,
     exactness,
@@ -27,7 +26,14 @@ from deepspec.evaluation.report import (
     results_table,
     write_report,
 )
-from deepspec.evaluation.results import Average, Baseline, BenchmarkResult, Report, read_report
+from deepspec.evaluation.results import (
+    Average,
+    Baseline,
+    BenchmarkResult,
+    Report,
+    mean_over_seeds,
+    read_report,
+)
 
 HOSTILE = "<script>x|`[b]$"
 FIGURES: list[Callable[[Report], str | None]] = [

@@ -175,5 +175,5 @@ def test_failures_are_written_counted_and_tried_again(writer_folder: Path, tmp_p
 
 
 def test_nothing_answered_is_an_error(writer: Target, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a: prompt too long \(.* data\.max_length=400\)"):
+    with pytest.raises(DataError, match=r"prompt too long \(.* data\.max_length=400\)"):
         run(writer, [talk("a", "x" * 500)], tmp_path / "a.jsonl", greedy())

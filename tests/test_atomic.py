@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.export.atomic import atomic_folder
+from deepspec.atomic import atomic_folder
 
 
 def write(final: Path, text: str) -> None:
