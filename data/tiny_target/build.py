@@ -309,7 +309,7 @@ def main() -> None:
         args.seed += 1
     save(model, tokenizer, args.out)
     facts = train(model, tokenizer, pools, args.minutes, args.batch, args.out, args.seed)
-    (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

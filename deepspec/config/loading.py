@@ -6,9 +6,8 @@ schema types them, `validation` checks what types cannot. Every mistake names th
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepspec.config.keys import KEYS, is_group, is_list, nearest, unknown_key, wrong_type
 from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
@@ -40,7 +40,8 @@ def recipe_path(recipe: str) -> Path:
     if shipped.is_file():
         return shipped
     names = [name for name, _ in list_recipes()]
-    raise ConfigError(f"recipe={recipe} is unknown{_nearest(recipe, names)}")
+    own = "" if "/" not in recipe else "; your own recipe is a path that ends with .yaml"
+    raise ConfigError(f"recipe={recipe} is unknown{own or nearest(recipe, names)}")
 
 
 def list_recipes() -> list[tuple[str, str]]:
@@ -53,39 +54,31 @@ def list_recipes() -> list[tuple[str, str]]:
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Compose, type and check. Raises ConfigError."""
+    """Compose, type and check. Raises ConfigError.
+
+    `overrides`: `drafter=dflash` chooses a file of a group, `drafter.num_layers=3` sets a key.
+    """
     path = recipe_path(recipe)
-    _check_overrides(overrides)
+    choices = [word for word in overrides if _is_choice(word)]
+    for choice in choices:
+        _check_choice(choice, path.parent)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(path.parent), version_base="1.3"):
-            composed = compose(
-                path.stem,
-                overrides=[
-                    f"hydra.searchpath=[file://{resource('configs')},file://{resource('recipes')}]",
-                    *[_added(override) for override in overrides],
-                ],
-            )
+            composed = compose(path.stem, overrides=[_search_path(), *choices])
         raw = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(_plain(path, error)) from None
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
     assert isinstance(raw, dict)
-    return config_from({"recipe": path.stem, **{str(k): v for k, v in raw.items()}})
+    raw = {"recipe": path.stem, **{str(key): value for key, value in raw.items()}}
+    return config_from(raw, [word for word in overrides if word not in choices])
 
 
 def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """A RunConfig from plain containers (a saved run's config) and `key=value` changes."""
-    schema = OmegaConf.structured(RunConfig)
-    overrides = list(overrides)
-    _check_overrides(overrides)
     try:
-        changes = OmegaConf.from_dotlist(overrides)
-        plain = OmegaConf.to_container(changes)
-        unknown = sorted({*_keys(raw), *_keys(plain)} - set(schema_keys()))  # type: ignore[arg-type]
-        if unknown:
-            key = unknown[0]
-            raise ConfigError(f"unknown key {key}{_nearest(key, schema_keys())}")
-        merged = OmegaConf.merge(schema, OmegaConf.create(dict(raw)), changes)
+        schema = OmegaConf.structured(RunConfig)
+        merged = OmegaConf.merge(schema, _shaped(raw), _shaped(_parsed(overrides)))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(
@@ -94,67 +87,78 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(_typed(error)) from None
+        key = re.sub(r"\[\d+\]$", "", error.full_key or "")  # an element of a list
+        if key in KEYS and error.ref_type is not None:
+            raise wrong_type(key, error.value) from None
+        raise ConfigError(f"{key}: {_one_line(error)}" if key else _one_line(error)) from None
     assert isinstance(config, RunConfig)
     validate(config)
     return config
 
 
-def schema_keys() -> list[str]:
-    """Every key there is, dotted."""
-    return list(_keys(OmegaConf.to_container(OmegaConf.structured(RunConfig))))  # type: ignore[arg-type]
+def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words as nested containers.
 
-
-def _keys(node: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        dotted = f"{prefix}{key}"
-        yield dotted
-        if isinstance(value, Mapping) and value != MISSING:
-            yield from _keys(value, f"{dotted}.")
-
-
-def _groups() -> set[str]:
-    return {entry.name for entry in resource("configs").iterdir() if entry.is_dir()}
-
-
-def _check_overrides(overrides: Iterable[str]) -> None:
-    """Keys of `key=value` must exist; a group name alone (`engine=zero2`) chooses a file."""
-    known = schema_keys()
-    groups = _groups()
-    for override in overrides:
-        key, equals, value = override.partition("=")
+    A value is taken as it stands, so that a path or a prompt may hold any sign; one that begins
+    like a list, a mapping or a quoted text is YAML, and null is null.
+    """
+    changes = OmegaConf.create()
+    for word in overrides:
+        key, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r} is not key=value")
-        key = key.lstrip("+")
-        if key in groups and "." not in key and not value.startswith("{"):
-            options = sorted(path.stem for path in (resource("configs") / key).glob("*.yaml"))
-            if value not in options:
-                raise ConfigError(f"{key}={value}: not one of {', '.join(options)}")
-        elif key not in known:
-            raise ConfigError(f"unknown key {key}{_nearest(key, known)}")
+            raise ConfigError(f"{word!r} is not key=value")
+        if key not in KEYS:
+            raise unknown_key(key)
+        value: Any = None if text == "null" else text
+        if text.startswith(("[", "{", "'", '"')):
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{word} is not readable: {_one_line(error)}") from None
+        OmegaConf.update(changes, key, value)
+    return OmegaConf.to_container(changes, resolve=False)  # type: ignore[return-value]
 
 
-def _added(override: str) -> str:
-    """Recipes state only what they choose, so a schema key may be new to the composed file."""
-    key = override.partition("=")[0]
-    return override if key in _groups() or key.startswith("+") else f"++{override}"
+def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """`node` with a single value for a list as a list of one. Raises ConfigError for its keys."""
+    shaped = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if key not in KEYS:
+            raise unknown_key(key)
+        if is_group(KEYS[key]):
+            if not isinstance(value, Mapping):
+                raise wrong_type(key, value)
+            value = _shaped(value, f"{key}.")
+        elif is_list(KEYS[key]) and isinstance(value, str | int | float):
+            value = [value]
+        shaped[str(name)] = value
+    return shaped
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not near:
-        last = name.rpartition(".")[2]
-        near = [key for key in names if key.rpartition(".")[2] == last][:1]
-    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names[:12])}"
+def _is_choice(word: str) -> bool:
+    key, _, value = word.partition("=")
+    return (resource("configs") / key).is_dir() and not value.startswith("{")
 
 
-def _typed(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None) or getattr(error, "key", None)
-    first = str(error).strip().splitlines()[0]
-    return f"{key}: {first}" if key else first
+def _check_choice(choice: str, beside: Path) -> None:
+    """The file must exist among the shipped ones or `beside` the recipe."""
+    group, _, name = choice.partition("=")
+    folders = (resource("configs") / group, beside / group)
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    if name not in names:
+        raise ConfigError(
+            f"{choice}: there is no such file in the group {group} (it has {', '.join(names)}); "
+            f"a single key of it is set by {group}.KEY=..."
+        )
 
 
-def _plain(path: Path, error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{path}: {text}"
+def _search_path() -> str:
+    """Hydra's grammar wants quotes around folders with spaces or brackets in their names."""
+    folders = [f"file://{resource(name)}" for name in ("configs", "recipes")]
+    quoted = ["'" + re.sub(r"(\\*)'", r"\1\1\\'", folder) + "'" for folder in folders]
+    return f"hydra.searchpath=[{','.join(quoted)}]"
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
