@@ -1,0 +1,73 @@
+"""A trainer on the tiny random target, and samples with answers of uneven length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec.config.loading import config_from
+from deepspec.drafters.registry import drafter_kind
+from deepspec.records import Sample
+from deepspec.targets import Target
+from deepspec.training.engine import Engine
+from deepspec.training.run_folder import RunFolder
+from deepspec.training.trainer import Trainer
+
+SETTINGS = {
+    "recipe": "test",
+    "target": {"path": "unused"},
+    "data": {"path": ["unused"]},
+    "drafter": {"num_layers": 1, "markov_rank": 8, "block_size": 4},
+    "training": {
+        "epochs": 3.0,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "anchors_per_sample": 6,
+        "learning_rate": 3e-3,
+        "precision": "fp32",
+        "log_every": 1,
+        "evaluate_every": 4,
+        "save_every": 3,
+    },
+    "engine": {"device": "cpu"},
+}
+
+
+def make_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Prompts of 3 tokens and answers of 2 to 20 that repeat a pattern (so there is much to learn)."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(count):
+        length = int(torch.randint(2, 21, (1,), generator=generator))
+        first = int(torch.randint(10, 200, (1,), generator=generator))
+        answer = first + torch.arange(length) % 5
+        ids = torch.cat((torch.tensor([1, 20, 21]), answer))
+        samples.append(Sample(ids, torch.arange(len(ids)) >= 3, f"sample-{index:03d}"))
+    return samples
+
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(target: Target, tmp_path: Path) -> Iterator[MakeTrainer]:
+    """`make_trainer(name, *overrides, samples=13)`: a fresh one, in its own run folder."""
+    folders: list[RunFolder] = []
+
+    def make(name: str, *overrides: str, samples: int = 13) -> Trainer:
+        config = config_from(SETTINGS, overrides)
+        folder = RunFolder(tmp_path / name)
+        folders.append(folder.__enter__())
+        kind = drafter_kind(config.drafter.kind)
+        torch.manual_seed(config.seed)
+        drafter = kind.build(kind.resolve(config.drafter, target))
+        engine = Engine(config.engine, config.training, config.tracking, folder.path)
+        data, validation = make_samples(samples), make_samples(4, seed=1)
+        return Trainer(config, target, drafter, data, validation, folder, engine)
+
+    yield make
+    for folder in folders:
+        folder.__exit__(None, None, None)

@@ -1,0 +1,174 @@
+"""Known to be right by identities: cutting a step differently changes nothing, stopping and going
+on changes not one bit, every sample is seen once an epoch, and the loss falls on learnable text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from deepspec.errors import ConfigError, MissingDependencyError, TrainingError
+from deepspec.targets import Target
+from deepspec.training.checkpoint import list_checkpoints, read_checkpoint
+from deepspec.training.metrics import expected_accept_length, read_metrics
+from deepspec.training.resume import starting_point
+from deepspec.training.trainer import Trainer, learning_rate
+from tests.training.conftest import MakeTrainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.engine.weights().items()}
+
+
+def test_loss_falls_and_drafts_are_accepted(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", "training.epochs=25", "training.learning_rate=0.02")
+    before = trainer.validate()["validation_accept_length"]
+    trainer.train()
+    losses = [row["loss"] for row in read_metrics(trainer.folder.metrics) if "loss" in row]
+    assert len(losses) == trainer.total_steps == 25 * 4
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert trainer.validate()["validation_accept_length"] > before
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_micro_batches_do_not_change_the_step(
+    make_trainer: MakeTrainer, implementation: str
+) -> None:
+    """Every term is divided by the weight of the whole step, so how it is cut cannot matter."""
+    runs = []
+    for size in (4, 3, 1):
+        trainer = make_trainer(
+            f"cut-{size}",
+            f"training.micro_batch_size={size}",
+            f"objective.implementation={implementation}",
+        )
+        losses = [trainer.train_step()["loss"] for _ in range(5)]
+        runs.append((losses, weights(trainer)))
+    for losses, tensors in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], rel=1e-5)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, runs[0][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_resumed_is_bitwise_the_uninterrupted_run(make_trainer: MakeTrainer) -> None:
+    whole = make_trainer("whole")
+    whole.train()
+    broken = make_trainer("broken")
+    for _ in range(5):
+        broken.train_step()
+    saved = broken.save()
+    resumed = make_trainer("resumed")
+    resumed.resume(read_checkpoint(saved))
+    resumed.train()
+    assert resumed.step == whole.step == 12
+    expected = weights(whole)
+    for name, tensor in weights(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_every_sample_once_an_epoch(make_trainer: MakeTrainer) -> None:
+    """13 samples in batches of 4: the last step of an epoch is short, none is dropped or doubled."""
+    trainer = make_trainer("run")
+    orders = []
+    for epoch in range(3):
+        steps = range(epoch * trainer.steps_an_epoch, (epoch + 1) * trainer.steps_an_epoch)
+        ids = [
+            s.sample_id for step in steps for micro in trainer.micro_batches(step) for s in micro
+        ]
+        assert Counter(ids) == Counter(sample.sample_id for sample in trainer.samples)
+        orders.append(ids)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_checkpoints_kept_are_the_newest_and_the_best(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", "training.save_every=1", "training.keep_last=2")
+    trainer.train()
+    kept = [read_checkpoint(folder) for folder in list_checkpoints(trainer.folder.checkpoints)]
+    assert [checkpoint.step for checkpoint in kept][-2:] == [11, 12]
+    assert len(kept) <= 3
+    rows = read_metrics(trainer.folder.metrics)
+    best = max(row["validation_accept_length"] for row in rows if "validation_ce" in row)
+    assert max(checkpoint.acceptance for checkpoint in kept) == best
+
+
+def test_nan_loss_names_step_samples_and_ways_out(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", "training.learning_rate=1e30", "training.max_grad_norm=1e30")
+    with pytest.raises(TrainingError, match=r"at step \d+.*sample-0.*learning_rate") as caught:
+        trainer.train()
+    assert "checkpoint" in str(caught.value)
+
+
+def test_auto_resume_refuses_other_settings(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run")
+    trainer.train()
+    checkpoints = trainer.folder.checkpoints
+    found = starting_point(trainer.config, checkpoints)
+    assert found is not None
+    assert found.step == 12
+    trainer.config.training.learning_rate = 1.0
+    with pytest.raises(ConfigError, match=r"training\.learning_rate=1\.0.*trained with 0\.003"):
+        starting_point(trainer.config, checkpoints)
+    trainer.config.training.resume = str(list_checkpoints(checkpoints)[-1])
+    assert starting_point(trainer.config, checkpoints) is not None
+    trainer.config.training.resume = "never"
+    assert starting_point(trainer.config, checkpoints) is None
+    assert not list_checkpoints(checkpoints)
+
+
+def test_resume_refuses_another_shape_and_another_target(
+    make_trainer: MakeTrainer, target: Target
+) -> None:
+    trainer = make_trainer("run")
+    trainer.train_step()
+    saved = read_checkpoint(trainer.save())
+    with pytest.raises(TrainingError, match="num_layers"):
+        make_trainer("deeper", "drafter.num_layers=2").resume(saved)
+    for key in target.identity:
+        with pytest.raises(Exception, match="another target"):
+            saved.check_target({**target.identity, key: "other"})
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_trackers_write_offline_or_say_what_is_missing(
+    make_trainer: MakeTrainer, tracker: str
+) -> None:
+    wanted = f"tracking.trackers=[{tracker}]"
+    if importlib.util.find_spec(tracker) is None:
+        with pytest.raises(MissingDependencyError, match=rf"deepspec\[{tracker}\]"):
+            make_trainer("run", wanted)
+        return
+    trainer = make_trainer("run", wanted)
+    trainer.train()
+    left = {"tensorboard": "events.out.tfevents.*", "wandb": "offline-run-*"}
+    assert list(trainer.folder.path.rglob(left[tracker]))
+
+
+def test_metrics_log_drops_what_a_resumed_run_repeats(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run")
+    trainer.train()
+    path = trainer.folder.metrics
+    path.write_text(path.read_text() + json.dumps({"step": 13, "loss": 1.0}) + '\n{"step": 14, "lo')
+    trainer.step = 10
+    trainer.train()
+    steps = [row["step"] for row in read_metrics(path) if "loss" in row]
+    assert steps == list(range(1, 13))
+
+
+def test_expected_accept_length() -> None:
+    """By hand: 1 + .5 + .5 * .5; a slot of weight zero ends the block."""
+    acceptance = torch.tensor([0.5, 0.5, 0.9, 0.9])
+    weights = torch.tensor([[1.0, 0.7], [1.0, 0.0]])
+    lengths = expected_accept_length(acceptance, weights)
+    torch.testing.assert_close(lengths, torch.tensor([1.75, 1.9]))
+
+
+def test_learning_rate_warms_up_and_falls(make_trainer: MakeTrainer) -> None:
+    config = make_trainer("run", "training.warmup_ratio=0.1").config.training
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[9] == config.learning_rate == max(rates)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.01 * config.learning_rate
