@@ -24,13 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # argparse takes key=value words before the first flag only; those behind it come as a rest
     options, rest = parser.parse_known_args(arguments)
     if flags := [word for word in rest if word.startswith("-")]:
-        parser.error(f"unknown flag {flags[0]}; overrides are written key=value")
+        bare = flags[0].lstrip("-")
+        hint = f"did you mean {bare}?" if "=" in bare else "flags stand behind the command"
+        parser.error(f"unknown flag {flags[0]}; {hint}")
     if options.command is None:
         parser.print_help()
         return
     try:
         commands[options.command].run(options.settings + rest, options)
-    except DeepSpecError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `deepspec recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DeepSpecError, OSError) as error:  # OSError: a full disk, a place without permission
         if options.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -41,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `deepspec recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:

@@ -55,37 +55,48 @@ def members(group: str) -> dict[str, str]:
 def unknown_key(key: str) -> ConfigError:
     """The error for `key`: it names the nearest valid key, or what the group has."""
     group, _, name = key.rpartition(".")
-    here = members(group)
-    elsewhere = {valid.rpartition(".")[2]: valid for valid in reversed(KEYS)}
-    near = (
-        _near(name, here, 0.6)
-        or _near(name, elsewhere, 0.8)
-        or _near(key, {valid: valid for valid in KEYS}, 0.7)
-    )
-    while group and not members(group):
+    if here := members(group):
+        near = [here[found] for found in _near(name, here, 0.6)]
+    else:
+        near = _near(key, KEYS, 0.7)  # the group's name is the wrong part
+    if not near:
+        names = _near(name, [valid.rpartition(".")[2] for valid in KEYS], 0.8)
+        near = [valid for valid in KEYS if valid.rpartition(".")[2] in names]
+    if near:
+        return ConfigError(f"unknown key {key}; did you mean {' or '.join(near)}?")
+    while not members(group):
         group = group.rpartition(".")[0]
-    listed = f"; {group or 'the top level'} has {', '.join(members(group))}"
-    return ConfigError(f"unknown key {key}{f'; did you mean {near}?' if near else listed}")
+    known = ", ".join(members(group))
+    return ConfigError(f"unknown key {key}; {group or 'a recipe'} has {known}")
 
 
 def wrong_type(key: str, value: Any) -> ConfigError:
-    """The error for a `value` that the type of `key` does not allow."""
-    hint = KEYS[key]
+    """The error for a `value` that the type of `key` does not allow; `a.b[0]` is an element."""
+    name, bracket, _ = key.partition("[")
+    hint = KEYS[name]
     if is_group(hint):
-        names = list(members(key).values())
+        names = list(members(name).values())
         return ConfigError(
-            f"{key}={value}: {key} holds {len(names)} keys; set those, such as {names[0]}=..."
+            f"{key}={_shown(value)}, but {key} holds {len(names)} keys; set those, such as "
+            f"{names[0]}=..."
         )
-    return ConfigError(f"{key}={value} must be {TYPES[hint]}")
+    if bracket:
+        element = TYPES[get_args(hint)[0]]
+        return ConfigError(f"{key}={_shown(value)} must be {element}; lists are written [a, b]")
+    return ConfigError(f"{key}={_shown(value)} must be {TYPES[hint]}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """How to go on where `name` is not among `names`."""
     names = list(names)
-    near = _near(name, {name: name for name in names}, 0.5)
-    return f"; did you mean {near}?" if near else f"; choose from {', '.join(names)}"
+    near = _near(name, names, 0.5)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
 
 
-def _near(name: str, names: dict[str, str], cutoff: float) -> str | None:
-    found = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return names[found[0]] if found else None
+def _near(name: str, names: Iterable[str], cutoff: float) -> list[str]:
+    """The nearest name, or none."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value

@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from deepspec.config.keys import KEYS, is_group, is_list, nearest, unknown_key, wrong_type
+from deepspec.config.keys import KEYS, is_group, is_list, members, nearest, unknown_key, wrong_type
 from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
@@ -68,7 +68,12 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             composed = compose(path.stem, overrides=[_search_path(), *choices])
         raw = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: {_composition(error)}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path}: its defaults lead back to itself; a recipe that builds on {path.stem} needs "
+            "another file name"
+        ) from None
     assert isinstance(raw, dict)
     raw = {"recipe": path.stem, **{str(key): value for key, value in raw.items()}}
     return config_from(raw, [word for word in overrides if word not in choices])
@@ -86,11 +91,10 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
             )
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = re.sub(r"\[\d+\]$", "", error.full_key or "")  # an element of a list
-        if key in KEYS and error.ref_type is not None:
-            raise wrong_type(key, error.value) from None
-        raise ConfigError(f"{key}: {_one_line(error)}" if key else _one_line(error)) from None
+    except ValidationError as error:
+        raise wrong_type(str(error.full_key), error.value) from None
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, RunConfig)
     validate(config)
     return config
@@ -113,8 +117,8 @@ def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
         if text.startswith(("[", "{", "'", '"')):
             try:
                 value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{word} is not readable: {_one_line(error)}") from None
+            except yaml.MarkedYAMLError as error:
+                raise ConfigError(f"{word} is not readable: {error.problem}") from None
         OmegaConf.update(changes, key, value)
     return OmegaConf.to_container(changes, resolve=False)  # type: ignore[return-value]
 
@@ -148,8 +152,8 @@ def _check_choice(choice: str, beside: Path) -> None:
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     if name not in names:
         raise ConfigError(
-            f"{choice}: there is no such file in the group {group} (it has {', '.join(names)}); "
-            f"a single key of it is set by {group}.KEY=..."
+            f"{choice} must be one of {', '.join(names)}; a key of the group {group} is set "
+            f"by its whole name, such as {next(iter(members(group).values()))}=..."
         )
 
 
@@ -160,5 +164,9 @@ def _search_path() -> str:
     return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+def _composition(error: Exception) -> str:
+    """Hydra's words without its advice, which holds for its own command line."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r" (Config search path:|To append to your) .*", "", text)
+    missing = "No match in the defaults list" in text
+    return f"{text} The recipe's defaults must begin with base or a recipe" if missing else text

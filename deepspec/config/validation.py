@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from deepspec.config.keys import KEYS
 from deepspec.config.schema import RunConfig
 from deepspec.errors import ConfigError
 
@@ -29,6 +31,10 @@ AT_LEAST_ONE = (
     "regenerate.concurrency",
     "drafter.num_layers",
     "drafter.block_size",
+    "drafter.intermediate_size",
+    "drafter.num_attention_heads",
+    "drafter.num_key_value_heads",
+    "drafter.head_dim",
     "objective.chunk_size",
     "training.batch_size",
     "training.micro_batch_size",
@@ -65,6 +71,7 @@ POSITIVE = (
     "evaluation.limit",
 )
 SHARES = ("regenerate.top_p", "decoding.top_p")
+SEEDS = range(2**63)  # what torch takes
 
 
 def value_of(config: RunConfig, key: str) -> Any:
@@ -79,8 +86,13 @@ def validate(config: RunConfig) -> None:
     """Raises ConfigError naming the key, what it is, and what it may be."""
     for key, choices in CHOICES.items():
         _require(value_of(config, key) in choices, config, key, f"one of {', '.join(choices)}")
+    for key, kind in KEYS.items():
+        if kind is float:
+            value = value_of(config, key)
+            _require(value is None or math.isfinite(value), config, key, "a finite number")
     for key in AT_LEAST_ONE:
-        _require(value_of(config, key) >= 1, config, key, "at least 1")
+        value = value_of(config, key)
+        _require(value is None or value >= 1, config, key, "at least 1")
     for key in NOT_NEGATIVE:
         _require(value_of(config, key) >= 0, config, key, "at least 0")
     for key in POSITIVE:
@@ -94,9 +106,16 @@ def validate(config: RunConfig) -> None:
     fine = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _require(fine, config, "training.betas", "two numbers from 0 to below 1")
     temperatures = config.evaluation.temperatures
-    fine = bool(temperatures) and all(value >= 0 for value in temperatures)
+    fine = bool(temperatures) and all(0 <= value < math.inf for value in temperatures)
     _require(fine, config, "evaluation.temperatures", "a list of numbers of at least 0")
-    _require(bool(config.evaluation.seeds), config, "evaluation.seeds", "a list of whole numbers")
+    for key in ("seed", "regenerate.seed"):
+        _require(value_of(config, key) in SEEDS, config, key, "from 0 to 2**63 - 1")
+    seeds = config.evaluation.seeds
+    fine = bool(seeds) and all(seed in SEEDS for seed in seeds)
+    _require(fine, config, "evaluation.seeds", "a list of numbers from 0 to 2**63 - 1")
+    for key in ("out", "target.path"):
+        _require(bool(value_of(config, key)), config, key, "a path")
+    _require(all(config.data.path), config, "data.path", "one or several paths")
     trackers = config.tracking.trackers
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
@@ -107,10 +126,19 @@ def _cross(config: RunConfig) -> None:
     layer_ids = config.target.layer_ids
     if layer_ids is not None and (layer_ids != sorted(set(layer_ids)) or not layer_ids):
         raise ConfigError(f"target.layer_ids={layer_ids} must be distinct and ascending")
+    if (config.drafter.head_dim or 0) % 2:
+        raise ConfigError(
+            f"drafter.head_dim={config.drafter.head_dim} must be even: rotary positions turn pairs"
+        )
     if config.training.micro_batch_size > config.training.batch_size:
         raise ConfigError(
             f"training.micro_batch_size={config.training.micro_batch_size} exceeds "
             f"training.batch_size={config.training.batch_size}; lower it"
+        )
+    if config.training.min_learning_rate > config.training.learning_rate:
+        raise ConfigError(
+            f"training.min_learning_rate={config.training.min_learning_rate} exceeds "
+            f"training.learning_rate={config.training.learning_rate}; lower it"
         )
     if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
         raise ConfigError(

@@ -34,6 +34,8 @@ COLUMNS = {
     "identical": "outputs that equal plain decoding's, token by token; checked at T 0",
 }
 
+HIDDEN = ("acceptance rate", "verify rate", "plain tokens/s")  # on a terminal, for want of width
+
 
 @dataclass(frozen=True)
 class Table:
@@ -79,9 +81,9 @@ def exactness(report: Report) -> Exactness:
         for name in ("identical", "explained", "unexplained")
     )
     total = identical + explained + unexplained
-    gap = max((base.largest_gap for base in checked if base.largest_gap is not None), default=0.0)
     # an output that ends where plain decoding goes on has no pair of logits to compare
-    largest = f"largest gap {gap:.3g} logits" if math.isfinite(gap) else "of unlike length"
+    gaps = [base.largest_gap for base in checked if base.largest_gap]
+    largest = f"largest gap {max(gaps):.3g} logits" if gaps else "of unlike length"
     same = f"Identical to plain decoding, token by token: {identical} of {total} greedy outputs."
     near = (
         "Differing only at a near-tie of the target's two best tokens, within its own rounding "
@@ -189,8 +191,11 @@ def markdown_table(report: Report) -> str:
 
 
 def results_table(report: Report) -> RichTable:
-    """The acceptance table for a terminal of 100 columns, the exactness statement below it."""
+    """The acceptance table for a terminal of 80 columns, the exactness statement below it."""
     table = acceptance(report)
+    shown = [
+        i for i, name in enumerate(table.header) if name not in ("verify rate", "plain tokens/s")
+    ]
     verdict = exactness(report)
     style = "bold red" if verdict.verdict == "broken" else "dim"
     drawn = RichTable(
@@ -200,19 +205,19 @@ def results_table(report: Report) -> RichTable:
         caption=Text(f"{verdict.headline} {verdict.text}", style=style),
         caption_justify="left",
     )
-    for index, name in enumerate(table.header):
+    for index in shown:
         number = index >= table.labels
         drawn.add_column(
-            name.replace(" ", "\n"),
+            table.header[index].replace(" ", "\n"),
             justify="right" if number else "left",
             no_wrap=number,
             overflow="fold",
         )
     for row in table.rows:  # Text, not str: a benchmark's name is no markup
-        drawn.add_row(Text(row[0]), *(cell.replace(", ", "\n") for cell in row[1:]))
+        drawn.add_row(Text(row[0]), *(row[index].replace(", ", "\n") for index in shown[1:]))
     drawn.add_section()
     for row in table.foot:
-        drawn.add_row(*row, style="bold")
+        drawn.add_row(*(row[index] for index in shown), style="bold")
     return drawn
 
 

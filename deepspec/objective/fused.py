@@ -96,12 +96,11 @@ class _Distillation(torch.autograd.Function):
         ce, l1 = hidden.new_empty(slots, dtype=precise), hidden.new_empty(slots, dtype=precise)
 
         size = max(1, min(config.chunk_size, slots))
-        draft = hidden.new_empty(size, vocabulary, dtype=precise)
-        target = hidden.new_empty(size, vocabulary, dtype=precise)
+        buffers = hidden.new_empty(3, size, vocabulary, dtype=precise)
         for first in range(0, slots, size):
             part = slice(first, min(first + size, slots))
             rows = part.stop - first
-            p, q = draft[:rows], target[:rows]
+            p, q, scratch = buffers[:, :rows]
             h, m = hidden[part], None if latent is None else latent[part]
             cap_slope = _logits_into(p, h, head, draft_head.soft_cap, m, w2, wanted)
             _logits_into(q, target_final[part], target_head.weight, target_head.soft_cap)
@@ -109,13 +108,13 @@ class _Distillation(torch.autograd.Function):
             label = labels[part, None]
             ce[part] = _softmax_(p, label)
             sign = q.sub_(p)  # q - p, whose sign is -s
-            torch.sum(sign.abs(), dim=1, out=l1[part])
+            torch.sum(torch.abs(sign, out=scratch), dim=1, out=l1[part])
             if not wanted:
                 continue
-            grad = _slot_gradient(p, sign, label, weights[part, None], config).to(compute)
+            grad = _slot_gradient(p, sign, scratch, label, weights[part, None], config).to(compute)
             if grad_latent is not None and grad_w2 is not None and m is not None and w2 is not None:
                 torch.mm(grad, w2, out=grad_latent[part])
-                grad_w2 += grad.T @ m
+                _add_product(grad_w2, grad.T, m)
             if cap_slope is not None:
                 grad = grad * cap_slope.to(compute)
             assert grad_hidden is not None
@@ -158,11 +157,16 @@ def _logits_into(
         slope = 1 - out * out if slope_wanted else None
         out.mul_(soft_cap)
     if latent is not None and w2 is not None:
-        if out.dtype == latent.dtype:
-            out.addmm_(latent, w2.T)
-        else:
-            out.add_(latent @ w2.T)
+        _add_product(out, latent, w2.T)
     return slope
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right; a temporary as large as `out` only where their precisions differ."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out.add_(left @ right)
 
 
 def _softmax_(logits: Tensor, label: Tensor | None = None) -> Tensor:
@@ -176,11 +180,16 @@ def _softmax_(logits: Tensor, label: Tensor | None = None) -> Tensor:
 
 
 def _slot_gradient(
-    p: Tensor, minus_sign: Tensor, label: Tensor, weight: Tensor, config: ObjectiveConfig
+    p: Tensor,
+    minus_sign: Tensor,
+    scratch: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    config: ObjectiveConfig,
 ) -> Tensor:
-    """d(weight * (ce CE + l1 L1)) / dz, overwriting both buffers [C, V]."""
+    """d(weight * (ce CE + l1 L1)) / dz, overwriting the buffers [C, V]."""
     sign = minus_sign.sign_().neg_()
     # p * (l1 * (s - <s, p>) + ce) - ce * onehot(y), times the weight
-    mean = torch.linalg.vecdot(sign, p).unsqueeze(1)
+    mean = torch.mul(sign, p, out=scratch).sum(dim=1, keepdim=True)
     gradient = sign.sub_(mean).mul_(config.l1_weight).add_(config.ce_weight).mul_(p).mul_(weight)
     return gradient.scatter_add_(1, label, -config.ce_weight * weight)

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jinja2 import TemplateError
+
 from deepspec.config.schema import DataConfig, RegenerateConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Completion, Sampling, plain_decode
@@ -19,7 +21,9 @@ class TargetAnswerer:
     """The target itself, with prompts rendered as training renders them.
 
     A sample's random numbers depend on the seed and its id alone, not on the batch it is in or on
-    what was answered before; its answer does so up to the rounding of differently padded batches.
+    what was answered before. Its answer does so up to the rounding of differently padded batches:
+    of the embedded target's answers at temperature 1, 5 in 384 differed between batches of 64 and
+    of 256.
     """
 
     error: type[DeepSpecError] = DataError
@@ -66,7 +70,11 @@ class TargetAnswerer:
     def _answer_turn(self, batch: list[Dialogue], config: RegenerateConfig) -> None:
         prompts = {}
         for dialogue in batch:
-            prompt = self._encoder.prompt(dialogue.messages)
+            try:
+                prompt = self._encoder.prompt(dialogue.messages)
+            except TemplateError as error:  # some templates refuse system prompts, for one
+                dialogue.give_up("refused by the chat template", str(error))
+                continue
             if problem := self._too_long(len(prompt), config.max_new_tokens):
                 dialogue.give_up("prompt too long", problem)
             else:

@@ -151,7 +151,7 @@ class ServerAnswerer:
             hint = "; regenerate.top_k=0 leaves it out" if "top_k" in text else ""
             # 400 is how servers say that a prompt does not fit into the model's context
             dialogue.give_up(f"HTTP {status}", f"{text[:300]}{hint}", own=status == 400)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             timed_out = isinstance(error, httpx.TimeoutException)
             reason = "timeout" if timed_out else "no connection"
             dialogue.give_up(reason, f"{type(error).__name__}: {error}", own=False)
@@ -187,7 +187,7 @@ def _take(dialogue: Dialogue, response: httpx.Response) -> None:
         body = response.json()
         choice = body["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
-        text = message["content"] or ""
+        text = (message["content"] or "").rstrip(BROKEN if reason == "length" else "")
         tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
     except (ValueError, LookupError, TypeError, AttributeError):
         dialogue.give_up("not a chat completion", response.text[:300], own=False)
@@ -198,5 +198,4 @@ def _take(dialogue: Dialogue, response: httpx.Response) -> None:
     elif reason not in ("stop", "length"):
         dialogue.give_up(f"finish reason {reason}", response.text[:300])
     else:
-        truncated = reason == "length"
-        dialogue.answer(text.rstrip(BROKEN) if truncated else text, tokens, truncated=truncated)
+        dialogue.answer(text, tokens, truncated=reason == "length")

@@ -126,7 +126,7 @@ def written(report: Report, folder: Path) -> tuple[str, str]:
 def shown(table: Table) -> str:
     """What a terminal of 100 columns prints."""
     stream = io.StringIO()
-    Console(file=stream, width=100).print(table)
+    Console(file=stream, width=80).print(table)
     return stream.getvalue()
 
 
@@ -208,7 +208,7 @@ def test_verdicts(report: Report) -> None:
     """No baseline: unchecked. All equal: exact. Unlike lengths have no gap in logits to tell."""
     code = report.results[2]
     assert code.baseline is not None
-    ended = replace(code.baseline, identical=7, unexplained=1, largest_gap=float("inf"))
+    ended = replace(code.baseline, identical=7, unexplained=1, largest_gap=None)
     verdicts = [
         exactness(replace(report, results=[replace(code, baseline=baseline)]))
         for baseline in (None, code.baseline, ended)
@@ -267,10 +267,10 @@ def test_without_training_or_results(
         assert "<figure>" not in text
 
 
-def test_terminal_table_fits_100_columns(report: Report) -> None:
+def test_terminal_table_fits_80_columns(report: Report) -> None:
     """No line is wider, no number is cut, and a name in brackets is no markup."""
     lines = [line.strip() for line in shown(results_table(report)).splitlines()]
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     assert [line.split()[:3] for line in lines if line.startswith("average")] == [
         ["average", "0", "2.50"],
         ["average", "1", "2.00"],

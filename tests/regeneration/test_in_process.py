@@ -143,17 +143,20 @@ def test_answers_that_encode_differently_are_counted(target: Target, tmp_path: P
 
 
 def test_failures_are_written_counted_and_tried_again(writer_folder: Path, tmp_path: Path) -> None:
-    """Prompts that are too long at once, or in their second turn (which leaves the first); and one
-    that is answered by a stop token, made one for this test."""
+    """Prompts that are too long at once, or in their second turn (which leaves the first); one that
+    the template refuses; and one that is answered by a stop token, made one for this test."""
     config = TargetConfig(path=str(writer_folder), dtype="float32", num_layer_ids=3)
     target = load_target(config, "cpu")
     silent = talk("silent", "Say nothing")
     first = generated(target, [dict(m) for m in silent.messages], 1)[0]
     target.model.generation_config.eos_token_id = [END, first]
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no systems') }}{% endif %}"
+    target.tokenizer.chat_template = refuse + target.tokenizer.chat_template
     conversations = [
         talk("long", "x" * 400),
         *(talk(f"later {i}", f"What is {i}?", "-", "y" * 400) for i in range(8)),
         talk("window", "z" * 380),
+        talk("system", "What is 3?", system="Be brief."),
         silent,
         *questions(6),
     ]
@@ -162,10 +165,11 @@ def test_failures_are_written_counted_and_tried_again(writer_folder: Path, tmp_p
         counts, rows = run(target, conversations, out, greedy(max_new_tokens=120))
         reasons = Counter(counts.failed)
         assert reasons["prompt too long"] == 2
+        assert reasons["refused by the chat template"] == 1
         assert reasons["empty answer"] >= 1
         lines = [json.loads(line) for line in failed.read_text().splitlines()]
         assert Counter(line["reason"] for line in lines) == reasons
-        assert {"long", "window", "silent"} <= {line["id"] for line in lines}
+        assert {"long", "window", "system", "silent"} <= {line["id"] for line in lines}
         assert {line["id"] for line in lines}.isdisjoint(rows)
         assert counts.rows + reasons.total() == counts.samples
         assert counts.resumed == attempt * counts.rows

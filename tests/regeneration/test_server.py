@@ -38,7 +38,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def completion(text: str, reason: str = "stop") -> Reply:
+def completion(text: Any, reason: str = "stop") -> Reply:
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
     return 200, {"choices": [choice], "usage": {"completion_tokens": len(text)}}
 
@@ -185,6 +185,7 @@ def test_lasting_failures_are_written_and_tried_again_at_the_next_start(tmp_path
         "hang": (None, "timeout", 3),
         "422": ((422, {"detail": "Unexpected fields: {'top_k'}"}), "HTTP 422", 1),
         "html": ((200, b"<html>"), "not a chat completion", 1),
+        "parts": (completion(["x"]), "not a chat completion", 1),
         "thinks": (
             (
                 200,
@@ -218,7 +219,7 @@ def test_lasting_failures_are_written_and_tried_again_at_the_next_start(tmp_path
     out = tmp_path / "a.jsonl"
     with Scripted(reply) as server:
         counts, rows, failed = run(server.url, out, conversations, timeout=0.5)
-        assert counts.failed == {reason: 1 for _, reason, _ in broken.values()}
+        assert counts.failed == Counter(reason for _, reason, _ in broken.values())
         assert {name: row["reason"] for name, row in failed.items()} == {
             name: reason for name, (_, reason, _) in broken.items()
         }
@@ -230,7 +231,7 @@ def test_lasting_failures_are_written_and_tried_again_at_the_next_start(tmp_path
 
         healthy, already = True, len(server.requests)
         counts, rows, failed = run(server.url, out, conversations)
-        assert (counts.resumed, counts.rows, counts.failed, failed) == (6, 13, {}, {})
+        assert (counts.resumed, counts.rows, counts.failed, failed) == (6, 6 + len(broken), {}, {})
         assert len(server.requests) - already == len(broken)
 
 

@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 def make_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Prompts of 3 tokens and answers of 2 to 20 that repeat a pattern (so there is much to learn)."""
+    """Prompts of 3 tokens, and answers of 2 to 20 that count up: there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index in range(count):

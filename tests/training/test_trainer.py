@@ -70,7 +70,7 @@ def test_resumed_is_bitwise_the_uninterrupted_run(make_trainer: MakeTrainer) -> 
 
 
 def test_every_sample_once_an_epoch(make_trainer: MakeTrainer) -> None:
-    """13 samples in batches of 4: the last step of an epoch is short, none is dropped or doubled."""
+    """13 samples in batches of 4: the last step is short, none is dropped or doubled."""
     trainer = make_trainer("run")
     orders = []
     for epoch in range(3):
