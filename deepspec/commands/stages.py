@@ -79,7 +79,8 @@ def make_answers(config: RunConfig, target: Target, out: Path) -> Skipped:
     counts = regenerate(conversations, answerer, wanted, out)
     say(
         f"answers: {counts.rows} rows, {counts.resumed} from before; {counts.truncated} were cut "
-        f"at max_new_tokens, {counts.altered} tokenize differently; {counts.tokens} tokens in {counts.seconds:.0f} s"
+        f"at max_new_tokens, {counts.altered} tokenize differently; {counts.tokens} tokens in "
+        f"{counts.seconds:.0f} s"
     )
     return {"prompts": dict(skips), "answers": counts.failed}
 

@@ -212,6 +212,9 @@ def results_table(report: Report) -> RichTable:
             justify="right" if number else "left",
             no_wrap=number,
             overflow="fold",
+            min_width=None
+            if number
+            else min(24, max((len(row[0]) for row in table.rows), default=9)),
         )
     for row in table.rows:  # Text, not str: a benchmark's name is no markup
         drawn.add_row(Text(row[0]), *(row[index].replace(", ", "\n") for index in shown[1:]))

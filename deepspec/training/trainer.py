@@ -227,8 +227,8 @@ class Trainer:
         if not torch.isfinite(output.loss):
             kept = [entry.name for entry in list_checkpoints(self.folder.checkpoints)]
             raise TrainingError(
-                f"the loss is {float(output.loss.detach())} at step {self.step + 1}; samples of the "
-                f"micro-batch: {', '.join(batch.sample_ids)}. Lower training.learning_rate, raise "
+                f"the loss is {float(output.loss.detach())} at step {self.step + 1}; samples: "
+                f"{', '.join(batch.sample_ids)}. Lower training.learning_rate, raise "
                 "training.warmup_ratio, or try training.precision=fp32; the last checkpoint is "
                 f"{kept[-1] if kept else 'none'}"
             )
