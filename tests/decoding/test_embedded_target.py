@@ -62,7 +62,7 @@ def check(target: Target, count: int | None, length: int) -> None:
 
 
 def test_greedy_equals_generate(embedded: Target) -> None:
-    check(embedded, 3, 40)
+    check(embedded, 2, 24)
 
 
 @pytest.mark.slow
