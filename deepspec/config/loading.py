@@ -134,6 +134,8 @@ def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
             if not isinstance(value, Mapping):
                 raise wrong_type(key, value)
             value = _shaped(value, f"{key}.")
+        elif isinstance(value, Mapping):
+            raise wrong_type(key, value)
         elif is_list(KEYS[key]) and isinstance(value, str | int | float):
             value = [value]
         shaped[str(name)] = value
