@@ -141,7 +141,8 @@ NUMBER_WORDS = ("no arguments", "one argument", "two arguments", "three argument
 
 
 def code_turns(functions: list[Function], rng: random.Random, copies: int) -> Iterator[Turn]:
-    """Functions of at most about 15 lines (an answer fits in 160 tokens), without their docstrings one time in three."""
+    """Functions of at most about 15 lines (an answer fits in 160 tokens), one time in three without
+    their docstrings."""
     for function in functions:
         if not function.summary or not 40 < len(function.source) < 500:
             continue

@@ -67,7 +67,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         with initialize_config_dir(config_dir=str(path.parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[_search_path(), *choices])
         raw = OmegaConf.to_container(composed, resolve=False)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {_composition(error)}") from None
     except RecursionError:
         raise ConfigError(
@@ -75,8 +75,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             "another file name"
         ) from None
     assert isinstance(raw, dict)
-    raw = {"recipe": path.stem, **{str(key): value for key, value in raw.items()}}
-    return config_from(raw, [word for word in overrides if word not in choices])
+    changes = [word for word in overrides if word not in choices]
+    return config_from({"recipe": path.stem, **{str(k): v for k, v in raw.items()}}, changes)
 
 
 def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -91,10 +91,11 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
             )
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
-    except ValidationError as error:
-        raise wrong_type(str(error.full_key), error.value) from None
-    except OmegaConfBaseException as error:  # ${...} that leads nowhere
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        if isinstance(error, ValidationError) and key.partition("[")[0] in KEYS:
+            raise wrong_type(key, error.value) from None
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None  # ${...} to nowhere
     assert isinstance(config, RunConfig)
     validate(config)
     return config
@@ -136,15 +137,18 @@ def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
             value = _shaped(value, f"{key}.")
         elif isinstance(value, Mapping):
             raise wrong_type(key, value)
-        elif is_list(KEYS[key]) and isinstance(value, str | int | float):
-            value = [value]
+        elif is_list(KEYS[key]):
+            value = [value] if isinstance(value, str | int | float) else value
+            for index, element in enumerate(value or []):
+                if isinstance(element, list | Mapping):
+                    raise wrong_type(f"{key}[{index}]", element)
         shaped[str(name)] = value
     return shaped
 
 
 def _is_choice(word: str) -> bool:
     key, _, value = word.partition("=")
-    return (resource("configs") / key).is_dir() and not value.startswith("{")
+    return key in members("") and is_group(KEYS[key]) and not value.startswith("{")
 
 
 def _check_choice(choice: str, beside: Path) -> None:

@@ -121,6 +121,12 @@ def test_mistakes_in_an_own_recipe(text: str, expected: str, tmp_path: Path) -> 
     assert "hydra.conf" not in str(caught.value)
 
 
+def test_a_recipe_must_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_bytes("description: caf\xe9\n".encode("latin1"))
+    with pytest.raises(ConfigError, match=r"own\.yaml.*utf-8"):
+        load_config(str(tmp_path / "own.yaml"))
+
+
 def test_choosing_a_group_needs_the_groups(tmp_path: Path) -> None:
     (tmp_path / "bare.yaml").write_text("target: {path: t}\ndata: {path: d}\n")
     assert load_config(str(tmp_path / "bare.yaml")).drafter.kind == "dspark"
@@ -139,7 +145,7 @@ def plain_texts() -> SearchStrategy[str]:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     text=plain_texts(),
     rate=st.floats(1e-30, 1e30),
@@ -226,6 +232,8 @@ def test_a_later_word_wins_and_a_saved_config_is_changed_by_key() -> None:
         ("data.path=[[a]]", "data.path[0]=['a'] must be text"),
         ("data.fields=x", "data.fields.messages=..."),
         ("out=${target.pth}", "target.pth"),
+        ("seed=${recipe}", "seed=test must be a whole number"),
+        ("=3", "unknown key"),
         ("epochs", "'epochs' is not key=value"),
     ],
 )

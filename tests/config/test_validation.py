@@ -4,6 +4,7 @@ shows up, because every number of the schema is tried.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -30,9 +31,12 @@ CHOICES = {
 }
 
 
+VALID = config_from({"recipe": "r", "target": {"path": "t"}, "data": {"path": ["d"]}})
+
+
 def changed(**changes: Any) -> RunConfig:
-    """A valid config with keys changed past the loader; `a__b` is a.b."""
-    config = config_from({"recipe": "r", "target": {"path": "t"}, "data": {"path": ["d"]}})
+    """VALID with keys changed past the loader; `a__b` is a.b."""
+    config = copy.deepcopy(VALID)
     for key, value in changes.items():
         *groups, name = key.split("__")
         node: Any = config

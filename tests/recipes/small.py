@@ -30,6 +30,7 @@ def small(target: Path, prompts: Path) -> dict[str, str]:
         "training.batch_size": "4",
         "training.micro_batch_size": "4",
         "training.anchors_per_sample": "4",
+        "training.learning_rate": "0.002",
         "training.log_every": "1",
         "training.evaluate_every": "1",
         "training.save_every": "1",
