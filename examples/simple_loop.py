@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if step % 10 == 0 or step == options.steps:
             print(f"step {step}/{options.steps}  loss {loss:.3f}", flush=True)
     for domain in ("math", "code", "chat"):
-        show(target, drafter, encoder, read_prompts(domain, 1)[0])
+        show(target, drafter, encoder, read_prompts(domain, 5)[-1])
 
 
 def read_prompts(name: str, count: int) -> list[Conversation]:

@@ -94,8 +94,12 @@ def test_runs_as_a_script(target_folder: Path) -> None:
 
 
 def test_takes_answers_from_a_file(
-    target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(simple_loop, "MAX_NEW_TOKENS", 8)
     answers = tmp_path / "answers.jsonl"
     answers.write_text(
         '{"messages": [{"role": "user", "content": "Why?"},'

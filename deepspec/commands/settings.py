@@ -20,8 +20,14 @@ def take(settings: Sequence[str], *own: str) -> tuple[dict[str, str], list[str]]
     others = []
     for word in settings:
         key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} is not key=value (or a --flag)")
+        if not (key and equals):
+            given = any(other.startswith(f"{own[0]}=") for other in settings)
+            hint = (
+                "put quotes around values with spaces"
+                if given
+                else f"did you mean {own[0]}={word}?"
+            )
+            raise ConfigError(f"{word!r} is not key=value; {hint}")
         if key not in own:
             others.append(word)
         elif key in values:

@@ -97,6 +97,12 @@ def from_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> So
 
     def load(target: Target) -> Drafter:
         checkpoint.check_target(target.identity)
+        read = list(checkpoint.shape["target_layer_ids"])
+        if read != list(target.layer_ids):
+            raise ConfigError(
+                f"target.layer_ids={list(target.layer_ids)}, but the drafter in "
+                f"{checkpoint.folder} was trained to read {read}; take the override back"
+            )
         return load_drafter(checkpoint)
 
     run = checkpoint.folder.resolve().parents[1]

@@ -6,6 +6,7 @@ folder, so a run that was stopped anywhere goes on from there.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,8 +34,7 @@ from deepspec.records import Sample
 from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
 from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
-from deepspec.training.engine import Engine
-from deepspec.training.resume import starting_point
+from deepspec.training.engine import Engine, choose_device
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
@@ -53,10 +53,7 @@ class TrainingData:
 def open_target(config: RunConfig) -> Target:
     """The frozen target, on the device that `engine.device` asks for."""
     quiet_libraries()
-    device = config.engine.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_target(config.target, device)
+    return load_target(config.target, choose_device(config.engine.device))
 
 
 def quiet_libraries() -> None:
@@ -97,15 +94,20 @@ def load_samples(config: RunConfig, target: Target, folder: RunFolder) -> Traini
 
 
 def train_drafter(
-    config: RunConfig, target: Target, data: TrainingData, folder: RunFolder
+    config: RunConfig,
+    target: Target,
+    data: TrainingData,
+    folder: RunFolder,
+    start: Checkpoint | None,
 ) -> Checkpoint:
-    """Stage 3: distil, or go on from a checkpoint; gives the best one by validation."""
-    start = starting_point(config, folder.checkpoints)
+    """Stage 3: distil, or go on from `start`; gives the best checkpoint by validation."""
     engine = Engine(config.engine, config.training, config.tracking, folder.path)
     kind = drafter_kind(config.drafter.kind)
     torch.manual_seed(config.seed)
     drafter = kind.build(kind.resolve(config.drafter, target))
     trainer = Trainer(config, target, drafter, data.samples, data.validation, folder, engine)
+    if config.training.resume == "never":
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:
         trainer.resume(start)
         say(f"going on from {start.folder}")

@@ -45,8 +45,14 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
 
     from deepspec.commands import stages
     from deepspec.commands.sources import from_checkpoint
+    from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
+    from deepspec.training.resume import starting_point
 
+    # what can be refused is refused before anything is written
+    if config.evaluation.enabled:
+        check_benchmarks(config.evaluation.benchmarks)
+    start = starting_point(config, folder.checkpoints)
     target = stages.open_target(config)
     folder.save_config(config)
     skipped: stages.Skipped = {}
@@ -57,7 +63,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     stages.print_skipped(skipped)
     folder.save_skipped(skipped)
 
-    source = from_checkpoint(stages.train_drafter(config, target, data, folder))
+    source = from_checkpoint(stages.train_drafter(config, target, data, folder, start))
     drafter = source.load(target)
     report = None
     if config.evaluation.enabled:

@@ -110,7 +110,7 @@ def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
     changes = OmegaConf.create()
     for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals:
+        if not (key and equals):
             raise ConfigError(f"{word!r} is not key=value")
         if key not in KEYS:
             raise unknown_key(key)

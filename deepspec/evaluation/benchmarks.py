@@ -111,6 +111,17 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+def check_benchmarks(names: Iterable[str]) -> None:
+    """Raises ConfigError for a name that is neither a benchmark nor a file, naming the nearest."""
+    for name in names:
+        path = Path(name).expanduser()
+        if name not in BENCHMARKS and not path.is_file():
+            raise ConfigError(
+                f"evaluation.benchmarks: {name} is neither a benchmark nor a file"
+                f"{_nearest(path)}; a path to a .jsonl file of prompts is possible too"
+            )
+
+
 def load_prompts(
     name_or_path: str, limit: int | None, fields: FieldsConfig
 ) -> tuple[str, list[Conversation], SkipCounts]:
@@ -126,12 +137,8 @@ def load_prompts(
     skips = SkipCounts()
     if name_or_path in BENCHMARKS:
         return name_or_path, _hub_prompts(name_or_path, limit), skips
+    check_benchmarks([name_or_path])
     path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        raise ConfigError(
-            f"evaluation.benchmarks: {name_or_path} is neither a benchmark nor a file"
-            f"{_nearest(path)}; a path to a .jsonl file of prompts is possible too"
-        )
     prompts = list(islice(_file_prompts(path, fields, skips), limit))
     if not prompts:
         found = ", ".join(f"{count} x {reason}" for reason, count in skips.items())

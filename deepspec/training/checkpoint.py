@@ -101,6 +101,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} is unreadable: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} is unreadable: expected a JSON object, found {raw!r:.60}")
     if raw.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} has format {raw.get('format')}, this version reads {FORMAT}; install the "

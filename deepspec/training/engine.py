@@ -20,6 +20,14 @@ from deepspec.training.tracking import check_trackers
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def choose_device(wanted: str) -> str:
+    """`engine.device` as a device torch knows. Raises ConfigError when it is not there."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError("engine.device=cuda, but torch sees no CUDA device; see deepspec doctor")
+    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+
+
 class Engine:
     """One process, AdamW, fp32 parameters; bf16 by autocast."""
 
@@ -30,10 +38,7 @@ class Engine:
         tracking: TrackingConfig,
         folder: Path,
     ) -> None:
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "engine.device=cuda, but torch sees no CUDA device; see deepspec doctor"
-            )
+        choose_device(config.device)
         check_trackers(tracking)
         self._training = training
         self.accelerator = Accelerator(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from deepspec.config.schema import RunConfig, as_dict, dotted
@@ -37,7 +36,6 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     """
     resume = config.training.resume
     if resume == "never":
-        shutil.rmtree(checkpoints, ignore_errors=True)
         return None
     if resume != "auto":
         return read_checkpoint(Path(resume).expanduser())

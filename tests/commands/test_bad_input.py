@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,6 @@ def test_what_does_not_fit_the_target(change: str, expected: str, refused: Refus
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.xfail(strict=True, reason="stages.open_target moves the target before it looks")
 def test_device_that_is_not_there(refused: Refused) -> None:
     assert "engine.device=cuda" in refused("train", "engine.device=cuda")
 
@@ -197,7 +197,6 @@ def test_device_that_is_not_there(refused: Refused) -> None:
         pytest.param(
             '{"turns": ["a"]}\n{"turns": ["caf\u00e9"]}\n'.encode("latin1"),
             "rows.jsonl, line 2: not UTF-8",
-            marks=pytest.mark.xfail(strict=True, reason="read_jsonl lets UnicodeDecodeError out"),
         ),
     ],
 )
@@ -273,7 +272,6 @@ def test_broken_checkpoint(
         pytest.param(
             "[]",
             "checkpoint.json",
-            marks=pytest.mark.xfail(strict=True, reason="read_checkpoint expects an object"),
         ),
     ],
 )
@@ -285,7 +283,6 @@ def test_broken_description(text: str, expected: str, refused: Refused, run: Pat
     assert "checkpoint.json" in message
 
 
-@pytest.mark.xfail(strict=True, reason="only exports are checked for the captured layers")
 def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> None:
     message = refused("evaluate", f"run={trained}", "target.layer_ids=[1,2,3]")
     assert "target.layer_ids" in message
@@ -341,14 +338,14 @@ def test_full_disk_keeps_the_previous_checkpoint(
     assert list_checkpoints(run / "checkpoints")[-1].name == "step-00000003"
 
 
-def test_no_room_at_all(settings: dict[str, str], tmp_path: Path) -> None:
-    command = ["train", "recipe=tiny", f"out={tmp_path / 'run'}", *words(settings)]
-    code = WITH_LITTLE_ROOM.format(room=100)
-    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert "File too large" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_no_room_at_all(refused: Refused) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        message = refused("train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in message
 
 
 def test_nan_loss(refused: Refused, trained: Path, tmp_path: Path) -> None:
@@ -361,7 +358,7 @@ def test_nan_loss(refused: Refused, trained: Path, tmp_path: Path) -> None:
         "training.warmup_ratio=0",
         "training.max_steps=4",
     )
-    found = re.search(r"at step (\d+); samples of the micro-batch: ([^.]*)", message)
+    found = re.search(r"at step (\d+); samples[^:]*: ([^.]*)", message)
     assert found, message
     step, samples = found.groups()
     assert step == "2"
@@ -412,14 +409,12 @@ def test_other_settings_do_not_go_on_by_themselves(refused: Refused, run: Path) 
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="train writes config.yaml before it looks at the checkpoint")
 def test_a_refused_command_leaves_the_run_as_it_was(refused: Refused, run: Path) -> None:
     before = contents(run)
     refused("train", f"out={run}", "training.learning_rate=1e-5")
     assert contents(run) == before
 
 
-@pytest.mark.xfail(strict=True, reason="benchmarks are looked for after the training")
 @pytest.mark.parametrize("name", ["gsm9k", "nothing.jsonl"])
 def test_unknown_benchmarks_are_refused_before_any_work(
     name: str, refused: Refused, tmp_path: Path

@@ -20,7 +20,7 @@ from deepspec.config.schema import RunConfig
 CONFIGS = resource("configs")
 GROUPS = [field.name for field in fields(RunConfig) if is_dataclass(field.default_factory)]
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
-WHOLE = [path for path in FILES if not path.read_text().startswith("# DFlash")]
+WHOLE = [path for path in FILES if "defaults:" not in path.read_text()]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_a_later_word_wins_and_a_saved_config_is_changed_by_key() -> None:
         ("data.fields=x", "data.fields.messages=..."),
         ("out=${target.pth}", "target.pth"),
         ("seed=${recipe}", "seed=test must be a whole number"),
-        ("=3", "unknown key"),
+        ("=3", "'=3' is not key=value"),
         ("epochs", "'epochs' is not key=value"),
     ],
 )

@@ -26,6 +26,7 @@ def small(target: Path, prompts: Path) -> dict[str, str]:
         "data.max_length": "64",
         "regenerate.max_new_tokens": "12",
         "drafter.num_layers": "1",
+        "training.epochs": "9",
         "training.max_steps": str(STEPS),
         "training.batch_size": "4",
         "training.micro_batch_size": "4",
