@@ -193,9 +193,7 @@ def markdown_table(report: Report) -> str:
 def results_table(report: Report) -> RichTable:
     """The acceptance table for a terminal of 80 columns, the exactness statement below it."""
     table = acceptance(report)
-    shown = [
-        i for i, name in enumerate(table.header) if name not in ("verify rate", "plain tokens/s")
-    ]
+    shown = [i for i, name in enumerate(table.header) if name not in HIDDEN]
     verdict = exactness(report)
     style = "bold red" if verdict.verdict == "broken" else "dim"
     drawn = RichTable(
