@@ -56,27 +56,48 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One setting of one side: counts [runs, requests, 2]."""
+class Lengths:
+    """Accepted lengths of one side: of all runs together, of each, and by the bootstrap [DRAWS]."""
 
-    counts: Floats
+    pooled: float
+    runs: list[float]
+    drawn: Floats
 
-    @property
-    def length(self) -> float:
-        """Accepted length, all runs together."""
-        tokens, rounds = self.counts.sum(axis=(0, 1))
-        return float(tokens / rounds)
+    def __str__(self) -> str:
+        single = " ".join(f"{length:.2f}" for length in self.runs)
+        return f"{self.pooled:.3f}" + (f" ({single})" if len(self.runs) > 1 else "")
 
-    @property
-    def runs(self) -> str:
-        """Accepted length of each run."""
-        sums = self.counts.sum(axis=1)
-        return " ".join(f"{tokens / rounds:.2f}" for tokens, rounds in sums)
 
-    def drawn(self, times: Floats) -> Floats:
-        """Accepted lengths [draws] when request i counts `times[draw, i]` times."""
-        tokens, rounds = (times @ self.counts.sum(axis=0)).T
-        return np.asarray(tokens / rounds)
+def lengths(runs: Sequence[Counts], setting: Setting, requests: Sequence[str]) -> Lengths:
+    """Tokens over rounds. The same requests are drawn for every side: the seed is fixed."""
+    counts = np.stack([run.of(setting, requests) for run in runs])  # [runs, requests, 2]
+    even = np.full(len(requests), 1 / len(requests))
+    times = np.random.default_rng(0).multinomial(len(requests), even, size=DRAWS)
+    return Lengths(
+        pooled=float(ratio(counts.sum(axis=(0, 1)))),
+        runs=[float(length) for length in ratio(counts.sum(axis=1))],
+        drawn=ratio(times @ counts.sum(axis=0)),
+    )
+
+
+def mean(sides: Sequence[Lengths]) -> Lengths:
+    """Over domains, each counting once, as the report averages."""
+    return Lengths(
+        pooled=float(np.mean([side.pooled for side in sides])),
+        runs=np.mean([side.runs for side in sides], axis=0).tolist(),
+        drawn=np.mean([side.drawn for side in sides], axis=0),
+    )
+
+
+def ratio(counts: Floats) -> Floats:
+    """Counts [.., 2] -> tokens over rounds [..]."""
+    return np.asarray(counts[..., 0] / counts[..., 1])
+
+
+def gain(ours: Lengths, theirs: Lengths) -> str:
+    """Relative gain and its standard error, in percent."""
+    error = (ours.drawn / theirs.drawn).std(ddof=1)
+    return f"{100 * (ours.pooled / theirs.pooled - 1):+.1f} ± {100 * error:.1f} %"
 
 
 def main() -> None:
@@ -87,54 +108,16 @@ def main() -> None:
     options = parser.parse_args()
     ours, theirs = ([Counts(path) for path in side] for side in (options.runs, options.against))
 
-    table = Table(title=f"accepted length, {names(options.runs)} over {names(options.against)}")
-    for column in ("T", "domain", "prompts", "first", "runs", "second", "runs", "gain"):
+    table = Table(title=f"accepted length: {names(options.runs)}, {names(options.against)}")
+    for column in ("T", "domain", "prompts", "first", "second", "gain"):
         table.add_column(column, justify="left" if column == "domain" else "right")
-    generator = np.random.default_rng(0)
-    settings = sorted(ours[0].cells)
-    for temperature in sorted({setting[0] for setting in settings}):
-        pairs, draws = [], []
-        for setting in (s for s in settings if s[0] == temperature):
-            requests = sorted(ours[0].cells[setting])
-            pair = [
-                Side(np.stack([counts.of(setting, requests) for counts in side]))
-                for side in (ours, theirs)
-            ]
-            times = generator.multinomial(
-                len(requests), np.full(len(requests), 1 / len(requests)), size=DRAWS
-            ).astype(float)
-            drawn = [side.drawn(times) for side in pair]
-            pairs.append([side.length for side in pair])
-            draws.append(drawn)
-            cells = [text for side in pair for text in (f"{side.length:.3f}", side.runs)]
-            table.add_row(
-                f"{temperature:g}",
-                setting[1],
-                str(len(requests)),
-                *cells,
-                gain(pairs[-1][0] / pairs[-1][1], drawn[0] / drawn[1]),
-            )
-        first, second = np.mean(pairs, axis=0)  # over domains, as the report averages
-        drawn_mean = np.mean(draws, axis=0)
-        table.add_row(
-            f"{temperature:g}",
-            "mean",
-            "",
-            f"{first:.3f}",
-            "",
-            f"{second:.3f}",
-            "",
-            gain(first / second, drawn_mean[0] / drawn_mean[1]),
-            end_section=True,
-        )
-    Console().print(table)
-
-
-def gain(ratio: float, drawn: Floats) -> str:
-    """Relative gain and its standard error, in percent."""
-    return f"{100 * (ratio - 1):+.1f} ± {100 * drawn.std(ddof=1):.1f} %"
-
-
+    by_temperature: dict[float, list[tuple[Lengths, Lengths]]] = defaultdict(list)
+    for temperature, domain in sorted(ours[0].cells):
+        setting = temperature, domain
+        requests = sorted(ours[0].cells[setting])
+        pair = lengths(ours, setting, requests), lengths(theirs, setting, requests)
+        by_temperature[temperature].append(pair)
+    for temperature, pairs in by_temperature.items():
 def names(folders: Sequence[Path]) -> str:
     """The folders' names."""
     return ", ".join(folder.name for folder in folders)

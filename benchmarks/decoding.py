@@ -5,8 +5,10 @@
 
 The baselines are `plain_decode` (same cache and sampling, no drafter) and `generate` of
 transformers. All three decode the first prompts of each of the run's benchmarks, prefill included,
-in one process; their order turns with every repeat, so that none is always the first or always
-behind the same one. Ratios are taken within a repeat, over plain_decode.
+in one process, by turns: a prompt goes through all three before the next one, in an order that
+changes with every prompt and repeat, so a machine that slows down slows all of them. Ratios are
+taken within a repeat, over plain_decode. `--clock cpu` counts the processor time of this process
+instead of wall time, which other processes disturb less; use it with one thread only.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from deepspec.records import DecodeTrace
 from deepspec.targets import Target
 
 GREEDY = Sampling(0.0)
+PLAIN = "plain_decode"
 WARM_UP_TOKENS = 16  # first calls allocate buffers and choose kernels
 
 
@@ -56,7 +59,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="of each benchmark")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
 
     source = open_source(options.run)
@@ -64,28 +69,35 @@ def main() -> None:
     drafter = source.load(target).to(target.device)
     decoder = Decoder(target, drafter_kind(source.kind).proposer(drafter, target))
     decoders: dict[str, Decode] = {
-        "plain_decode": plain(target),
-        "transformers generate": transformers_generate(target),
-        "verifying decoder": verifying(decoder),
+        PLAIN: plain(target),
+        "transformers": transformers_generate(target),
+        "verifying": verifying(decoder),
     }
     prompts = read_prompts(source.config, target, options.prompts)
     for decode in decoders.values():
         decode(prompts[0], WARM_UP_TOKENS)
 
+    limit = source.config.decoding.max_new_tokens
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
-    outputs: dict[str, list[Output]] = {}
-    names = list(decoders)
     for repeat in range(options.repeats):
-        turned = repeat % len(names)
-        for name in names[turned:] + names[:turned]:
-            begun = time.perf_counter()
-            limit = source.config.decoding.max_new_tokens
-            outputs[name] = [decoders[name](prompt, limit) for prompt in prompts]
-            seconds = time.perf_counter() - begun
-            speeds[name].append(sum(len(output.tokens) for output in outputs[name]) / seconds)
+        outputs: dict[str, list[Output]] = {name: [] for name in decoders}
+        seconds = dict.fromkeys(decoders, 0.0)
+        for number, prompt in enumerate(prompts, start=repeat):
+            for name in turned(list(decoders), number):
+                begun = clock()
+                outputs[name].append(decoders[name](prompt, limit))
+                seconds[name] += clock() - begun
+        for name in decoders:
+            speeds[name].append(sum(len(out.tokens) for out in outputs[name]) / seconds[name])
     Console().print(summary(speeds, outputs, len(prompts)))
     machine = describe_machine()
     print(f"{machine['processor']}, {options.threads} threads, torch {machine['torch']}")
+
+
+def turned(names: list[str], by: int) -> list[str]:
+    """`names`, begun `by` places later."""
+    first = by % len(names)
+    return names[first:] + names[:first]
 
 
 def read_prompts(config: RunConfig, target: Target, count: int) -> list[list[int]]:
@@ -142,9 +154,9 @@ def summary(
     speeds: dict[str, list[float]], outputs: dict[str, list[Output]], prompts: int
 ) -> Table:
     """A row a decoder: median and range of its speed, ratio over plain_decode, agreement."""
-    baseline, expected = speeds["plain_decode"], outputs["plain_decode"]
+    baseline, expected = speeds[PLAIN], outputs[PLAIN]
     table = Table(title=f"{prompts} prompts, batch 1, greedy, {len(baseline)} repeats")
-    for column in ("", "tokens/s", "range", "ratio", "range", "accepted", "same output"):
+    for column in ("", "tokens/s", "range", "ratio", "range", "accepted", "same"):
         table.add_column(column, justify="right" if column else "left")
     for name, found in speeds.items():
         ratios = [ours / theirs for ours, theirs in zip(found, baseline, strict=True)]
@@ -156,9 +168,9 @@ def summary(
         table.add_row(
             name,
             f"{median(found):.0f}",
-            f"{min(found):.0f} to {max(found):.0f}",
+            f"{min(found):.0f}-{max(found):.0f}",
             f"{median(ratios):.2f}",
-            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{min(ratios):.2f}-{max(ratios):.2f}",
             f"{numerator / rounds:.2f}" if rounds else "1",
             f"{same}/{prompts}",
         )
