@@ -68,16 +68,24 @@ class Lengths:
         return f"{self.pooled:.3f}" + (f" ({single})" if len(self.runs) > 1 else "")
 
 
-def lengths(runs: Sequence[Counts], setting: Setting, requests: Sequence[str]) -> Lengths:
-    """Tokens over rounds. The same requests are drawn for every side: the seed is fixed."""
-    counts = np.stack([run.of(setting, requests) for run in runs])  # [runs, requests, 2]
+def compare(
+    sides: Sequence[Sequence[Counts]], setting: Setting, generator: np.random.Generator
+) -> list[Lengths]:
+    """The sides' lengths at one temperature on one domain, with the same prompts drawn for all."""
+    requests = sorted(sides[0][0].cells[setting])
     even = np.full(len(requests), 1 / len(requests))
-    times = np.random.default_rng(0).multinomial(len(requests), even, size=DRAWS)
-    return Lengths(
-        pooled=float(ratio(counts.sum(axis=(0, 1)))),
-        runs=[float(length) for length in ratio(counts.sum(axis=1))],
-        drawn=ratio(times @ counts.sum(axis=0)),
-    )
+    times = generator.multinomial(len(requests), even, size=DRAWS)  # [DRAWS, requests]
+    found = []
+    for runs in sides:
+        counts = np.stack([run.of(setting, requests) for run in runs])  # [runs, requests, 2]
+        found.append(
+            Lengths(
+                pooled=float(ratio(counts.sum(axis=(0, 1)))),
+                runs=ratio(counts.sum(axis=1)).tolist(),
+                drawn=ratio(times @ counts.sum(axis=0)),
+            )
+        )
+    return found
 
 
 def mean(sides: Sequence[Lengths]) -> Lengths:
@@ -94,30 +102,36 @@ def ratio(counts: Floats) -> Floats:
     return np.asarray(counts[..., 0] / counts[..., 1])
 
 
-def gain(ours: Lengths, theirs: Lengths) -> str:
-    """Relative gain and its standard error, in percent."""
-    error = (ours.drawn / theirs.drawn).std(ddof=1)
-    return f"{100 * (ours.pooled / theirs.pooled - 1):+.1f} ± {100 * error:.1f} %"
-
-
 def main() -> None:
     """Read, compare, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders with a traces.jsonl")
     parser.add_argument("--against", nargs="+", type=Path, required=True, help="the baseline's")
     options = parser.parse_args()
-    ours, theirs = ([Counts(path) for path in side] for side in (options.runs, options.against))
+    sides = [[Counts(path) for path in side] for side in (options.runs, options.against)]
+    settings = sorted(sides[0][0].cells)
+    generator = np.random.default_rng(0)
 
-    table = Table(title=f"accepted length: {names(options.runs)}, {names(options.against)}")
+    table = Table(title=f"accepted length: {names(options.runs)} over {names(options.against)}")
     for column in ("T", "domain", "prompts", "first", "second", "gain"):
         table.add_column(column, justify="left" if column == "domain" else "right")
-    by_temperature: dict[float, list[tuple[Lengths, Lengths]]] = defaultdict(list)
-    for temperature, domain in sorted(ours[0].cells):
-        setting = temperature, domain
-        requests = sorted(ours[0].cells[setting])
-        pair = lengths(ours, setting, requests), lengths(theirs, setting, requests)
-        by_temperature[temperature].append(pair)
-    for temperature, pairs in by_temperature.items():
+    for temperature in sorted({temperature for temperature, _ in settings}):
+        pairs = []
+        for setting in (setting for setting in settings if setting[0] == temperature):
+            pairs.append(compare(sides, setting, generator))
+            prompts = str(len(sides[0][0].cells[setting]))
+            table.add_row(f"{temperature:g}", setting[1], prompts, *cells(*pairs[-1]))
+        means = cells(*(mean(side) for side in zip(*pairs, strict=True)))
+        table.add_row(f"{temperature:g}", "mean", "", *means, end_section=True)
+    Console().print(table)
+
+
+def cells(ours: Lengths, theirs: Lengths) -> tuple[str, str, str]:
+    """Both lengths, and the relative gain with its standard error in percent."""
+    gain, drawn = ours.pooled / theirs.pooled - 1, ours.drawn / theirs.drawn
+    return str(ours), str(theirs), f"{100 * gain:+.1f} ± {100 * drawn.std(ddof=1):.1f} %"
+
+
 def names(folders: Sequence[Path]) -> str:
     """The folders' names."""
     return ", ".join(folder.name for folder in folders)
