@@ -51,7 +51,12 @@ class Counts:
         """[requests, 2]. Raises DataError where this run decoded others."""
         cell = self.cells.get(setting, {})
         if set(cell) != set(requests):
-            raise DataError(f"{self.folder}: other prompts of {setting} than the first run's")
+            temperature, domain = setting
+            raise DataError(
+                f"{self.folder} decoded {len(cell)} prompts of {domain} at temperature "
+                f"{temperature:g}, not the {len(requests)} of the first run; evaluate all "
+                "runs with the same evaluation.benchmarks, limit and temperatures"
+            )
         return np.stack([cell[request] for request in requests])
 
 

@@ -97,7 +97,7 @@ class ObjectiveConfig:
     confidence_weight: float = 1.0
     decay: float | None = None
     implementation: str = "fused"  # fused | eager
-    chunk_size: int = 1024
+    chunk_size: int = 256
 
 
 @dataclass
