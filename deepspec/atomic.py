@@ -1,7 +1,8 @@
-"""A folder that appears whole or not at all."""
+"""Files that are whole or not there: a folder that appears at once, and the hash of a file."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone; servers run as others
+            _sync(file)
+        _sync(partial)
         if final.exists():
             shutil.rmtree(previous, ignore_errors=True)
             final.rename(previous)
@@ -37,6 +40,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    """The hash that a checkpoint or export records of its files, as hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -70,9 +70,11 @@ def make_answers(config: RunConfig, target: Target, out: Path) -> Skipped:
     """Stage 1: the conversations of `config.data`, answered by the target, into `out`."""
     skips, wanted = SkipCounts(), config.regenerate
     conversations = list(load_conversations(config.data, skips))
-    answerer: Answerer = TargetAnswerer(target, config.data)
-    if wanted.server:
-        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data)
+    answerer: Answerer = (
+        ServerAnswerer(wanted.server, wanted.server_model, config.data)
+        if wanted.server
+        else TargetAnswerer(target, config.data)
+    )
     counts = regenerate(conversations, answerer, wanted, out)
     say(
         f"answers: {counts.rows} rows, {counts.resumed} from before; {counts.truncated} were cut "
@@ -118,6 +120,9 @@ def train_drafter(
 def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path) -> Report:
     """Stage 4: decode the benchmarks; traces and report go to the folder `out`."""
     config = source.config
+    # what can fail fails now rather than behind the work
+    skipped, training = source.skipped(), source.training()
+    out.mkdir(parents=True, exist_ok=True)
     proposer = drafter_kind(source.kind).proposer(drafter.to(target.device), target)
     evaluation = evaluate(config, target, proposer)
     report = Report(
@@ -137,10 +142,9 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         config=as_dict(config),
         results=evaluation.results,
         averages=average(evaluation.results),
-        skipped={**source.skipped(), **evaluation.skipped},
-        training=source.training(),
+        skipped={**skipped, **evaluation.skipped},
+        training=training,
     )
-    out.mkdir(parents=True, exist_ok=True)
     evaluation.save_traces(out / "traces.jsonl")
     write_report(report, out)
     return report

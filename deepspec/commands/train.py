@@ -48,8 +48,10 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
     from deepspec.training.resume import starting_point
+    from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
+    check_trackers(config.tracking)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
     start = starting_point(config, folder.checkpoints)

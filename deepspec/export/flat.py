@@ -12,7 +12,6 @@ library needs (whose target, which files) is under the one extra key `deepspec`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec import __version__
-from deepspec.atomic import atomic_folder
+from deepspec.atomic import atomic_folder, sha256
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.model import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
@@ -83,7 +82,7 @@ def export_flat(
             weights = folder / WEIGHTS
             rounded = {name: _bf16(tensor) for name, tensor in tensors.items()}
             save_file(rounded, weights, metadata={"format": "pt"})
-            config["deepspec"]["sha256"] = _sha256(weights)
+            config["deepspec"]["sha256"] = sha256(weights)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -288,7 +287,7 @@ def _read_weights(file: Path, recorded: str | None) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; the export is incomplete")
     broken = f"{file} is corrupt or incomplete"
-    if recorded is not None and _sha256(file) != recorded:
+    if recorded is not None and sha256(file) != recorded:
         raise CheckpointError(
             f"{broken}: its sha256 is not the one in {CONFIG}; copy it again or export again"
         )
@@ -331,8 +330,3 @@ def _check_fit(file: Path, tensors: dict[str, Tensor], expected: dict[str, Tenso
         raise CheckpointError(
             f"{file} does not fit {CONFIG} beside it: {'; '.join(problems[:5])}{more}. Export again"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -154,6 +154,11 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
             f"target.path={config.path} could not be loaded ({type(error).__name__}: {first}); "
             "check the path or hub name, target.revision, and that its files are complete"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise TargetError(
+            f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
+            "files of the model's tokenizer there"
+        )
     layers = config.num_layer_ids if config.layer_ids is None else list(config.layer_ids)
     model.to(torch.device(device))  # type: ignore[arg-type]
     return Target(model, tokenizer, layers, config.path)

@@ -11,7 +11,6 @@ safetensors and JSON are read; no pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.atomic import atomic_folder
+from deepspec.atomic import atomic_folder, sha256
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
@@ -31,11 +30,21 @@ from deepspec.errors import CheckpointError, TrainingError
 FORMAT = 1
 WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
 NAME = re.compile(r"step-(\d{8})")
+FIELDS = {  # of checkpoint.json, with the type each has in JSON
+    "step": int,
+    "kind": str,
+    "shape": dict,
+    "identity": dict,
+    "target": str,
+    "config": dict,
+    "metrics": dict,
+    "sha256": dict,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder's description. `metrics` are those of the validation before it."""
+    """A checkpoint folder's description: `metrics` of the validation before it, hashes of files."""
 
     folder: Path
     step: int
@@ -45,6 +54,7 @@ class Checkpoint:
     target: str
     config: dict[str, Any]
     metrics: dict[str, float]
+    sha256: dict[str, str]
 
     @property
     def acceptance(self) -> float:
@@ -79,7 +89,7 @@ def save_checkpoint(
             save_file(weights, partial / WEIGHTS)
             if optimizer:
                 save_file(optimizer, partial / OPTIMIZER)
-            hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+            hashes = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             text = json.dumps({"format": FORMAT, **description, "sha256": hashes}, indent=2)
             (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -108,11 +118,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{file} has format {raw.get('format')}, this version reads {FORMAT}; install the "
             "DeepSpec version that wrote it"
         )
-    names = ("step", "kind", "shape", "identity", "target", "config", "metrics")
-    missing = [name for name in names if name not in raw]
-    if missing:
-        raise CheckpointError(f"{file} misses {', '.join(missing)}")
-    return Checkpoint(folder, **{name: raw[name] for name in names})
+    damaged = [name for name, kind in FIELDS.items() if not isinstance(raw.get(name), kind)]
+    if damaged:
+        raise CheckpointError(
+            f"{file} is damaged: {', '.join(damaged)} missing or of the wrong type; use another "
+            f"checkpoint of {folder.parent}"
+        )
+    return Checkpoint(folder, **{name: raw[name] for name in FIELDS})
 
 
 def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
@@ -121,10 +133,10 @@ def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     Raises CheckpointError for a missing, truncated or altered file.
     """
     file = checkpoint.folder / name
-    recorded = json.loads((checkpoint.folder / DESCRIPTION).read_text())["sha256"].get(name)
+    recorded = checkpoint.sha256.get(name)
     if not file.is_file() or recorded is None:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete")
-    if _sha256(file) != recorded:
+    if sha256(file) != recorded:
         raise CheckpointError(
             f"{file} is corrupt: its sha256 is not the recorded one; use another checkpoint of "
             f"{checkpoint.folder.parent}"
@@ -168,8 +180,3 @@ def prune(folder: Path, keep_last: int) -> None:
         for entry in entries[: -max(keep_last, 1)]:
             if entry != best:
                 shutil.rmtree(entry)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -68,16 +68,17 @@ class Engine:
         """Accumulate gradients of one micro-batch's share of the loss."""
         self.accelerator.backward(loss)
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, forget gradients; the gradient's norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(
-            self._module.parameters(), self._training.max_grad_norm
-        )
+    def clip(self) -> Tensor:
+        """Clip the gradients to `max_grad_norm`; their norm before that, a scalar."""
+        limit = self._training.max_grad_norm
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(self._module.parameters(), limit))
+
+    def step(self, learning_rate: float) -> None:
+        """Update the parameters and forget the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(norm)
 
     def weights(self) -> dict[str, Tensor]:
         """Full fp32 parameters by name, on CPU."""

@@ -28,6 +28,7 @@ class RunFolder:
     """`with RunFolder(path) as folder:` holds the folder against other processes."""
 
     def __init__(self, path: Path) -> None:
+        path = path.expanduser()
         self.path = path
         self.config = path / "config.yaml"
         self.answers = path / "answers.jsonl"
@@ -73,4 +74,7 @@ class RunFolder:
         """What `save_skipped` wrote; nothing where it never did."""
         if not self.skipped.is_file():
             return {}
-        return dict(json.loads(self.skipped.read_text(encoding="utf-8")))
+        try:
+            return dict(json.loads(self.skipped.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise TrainingError(f"{self.skipped} is damaged ({error}); delete it") from None

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepspec.config.schema import RunConfig, TrainingConfig, as_dict
 from deepspec.data.anchors import draw_anchors
@@ -86,19 +87,23 @@ class Trainer:
             if not batch.weights.any():
                 continue
             output, batch = self.loss_of(samples, batch, denominator)
-            self._require_finite(output, batch)
+            self._require_finite("loss", output.loss, batch.sample_ids)
             self.engine.backward(output.loss)
             loss += float(output.loss.detach())
             ratios.add_loss(output, batch)
         rate = learning_rate(self.step, self.total_steps, self.config.training)
-        norm = self.engine.step(rate)
+        norm = self.engine.clip()
+        # what is not finite here would be in the weights next, and then in a checkpoint
+        ids = [sample_id for _, batch in micro_batches for sample_id in batch.sample_ids]
+        self._require_finite("gradient norm", norm, ids)
+        self.engine.step(rate)
         self.step += 1
         return {
             "step": self.step,
             "loss": loss,
             **ratios.divided(),
             "learning_rate": rate,
-            "gradient_norm": norm,
+            "gradient_norm": float(norm),
         }
 
     def micro_batches(self, step: int) -> list[list[Sample]]:
@@ -223,12 +228,12 @@ class Trainer:
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number  # acted on after the step, when weights and step agree
 
-    def _require_finite(self, output: LossOutput, batch: BlockBatch) -> None:
-        if not torch.isfinite(output.loss):
+    def _require_finite(self, what: str, value: Tensor, sample_ids: Sequence[str]) -> None:
+        if not torch.isfinite(value):
             kept = [entry.name for entry in list_checkpoints(self.folder.checkpoints)]
             raise TrainingError(
-                f"the loss is {float(output.loss.detach())} at step {self.step + 1}; samples: "
-                f"{', '.join(batch.sample_ids)}. Lower training.learning_rate, raise "
+                f"the {what} is {float(value.detach())} at step {self.step + 1}; samples: "
+                f"{', '.join(sample_ids)}. Lower training.learning_rate, raise "
                 "training.warmup_ratio, or try training.precision=fp32; the last checkpoint is "
                 f"{kept[-1] if kept else 'none'}"
             )

@@ -268,11 +268,9 @@ def test_broken_checkpoint(
     [
         ("", "is unreadable"),
         ('{"format": 9}', "has format 9, this version reads 1"),
-        ('{"format": 1}', "misses step, kind"),
-        pytest.param(
-            "[]",
-            "checkpoint.json",
-        ),
+        ('{"format": 1}', "is damaged: step, kind"),
+        ('{"format": 1, "step": "2"}', "is damaged: step, kind"),
+        ("[]", "expected a JSON object"),
     ],
 )
 def test_broken_description(text: str, expected: str, refused: Refused, run: Path) -> None:
@@ -286,6 +284,11 @@ def test_broken_description(text: str, expected: str, refused: Refused, run: Pat
 def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> None:
     message = refused("evaluate", f"run={trained}", "target.layer_ids=[1,2,3]")
     assert "target.layer_ids" in message
+
+
+def test_broken_skipped_rows(refused: Refused, run: Path) -> None:
+    (run / "skipped.json").write_text('{"prom')
+    assert "skipped.json is damaged" in refused("evaluate", f"run={run}", "out=report")
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])

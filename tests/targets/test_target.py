@@ -81,6 +81,13 @@ def test_identity_knows_weights_and_template_but_not_dtype(target_folder: Path) 
     assert changed == {"weights", "template"}
 
 
+def test_a_folder_without_a_tokenizer_is_named(target_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(target_folder / name)
+    with pytest.raises(TargetError, match=r"no tokenizer \(tokenizer.json is missing\)"):
+        load_target(TargetConfig(path=str(tmp_path)), "cpu")
+
+
 def test_mistakes_are_named(target_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"no config\.json"):
         load_target(TargetConfig(path=str(tmp_path / "nowhere")), "cpu")
