@@ -21,6 +21,10 @@ class TemplateError(DeepSpecError):
     """The tokenizer's chat template is missing or gives no usable loss mask."""
 
 
+class TemplateRefusal(TemplateError):
+    """The chat template raised on one conversation: roles that do not alternate, for example."""
+
+
 class TargetError(DeepSpecError):
     """The target is missing, of an unsupported kind, or cannot give what was asked of it."""
 

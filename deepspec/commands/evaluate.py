@@ -44,7 +44,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands import stages
     from deepspec.evaluation.report import results_table
 
-    out = Path(values.get("out", Path("runs") / f"evaluate-{source.config.recipe}"))
+    out = Path(values.get("out", f"runs/evaluate-{source.config.recipe}")).expanduser()
     target = stages.open_target(source.config)
     report = stages.evaluate_drafter(source, target, source.load(target), out)
     stages.print_skipped(report.skipped)

@@ -38,7 +38,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.evaluation.results import read_report
     from deepspec.export.engines import loads_in
 
-    out = Path(values["out"])
+    out = Path(values["out"]).expanduser()
     target = stages.open_target(source.config)
     report = source.run and source.run.path / "report.json"
     measured = read_report(report) if report and report.is_file() else None

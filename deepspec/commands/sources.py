@@ -55,6 +55,7 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
     An export carries no run's config: `recipe` gives one, else the defaults hold. Raises
     CheckpointError when nothing usable is there, ConfigError for bad overrides.
     """
+    place = place.expanduser()
     if is_flat_export(place):
         return _from_export(place, overrides, recipe)
     if recipe is not None:
@@ -70,6 +71,8 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
         f"{place} is neither a run, a checkpoint nor an export; give the out= of a training, one "
         "of its checkpoints/step-... folders, or an exported drafter"
         if place.is_dir()
+        else f"{place} is a file, not a folder"
+        if place.exists()
         else f"{place} does not exist"
     )
 
@@ -80,6 +83,11 @@ def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> S
         config = load_config(recipe, overrides)
     else:
         target = json.loads((place / "config.json").read_text())["deepspec"]["target"]
+        if "/" not in target and not any(word.startswith("target.path=") for word in overrides):
+            raise ConfigError(
+                f"{place} was made for a local target, {target}; say where it is by "
+                "target.path=DIR or by recipe=R"
+            )
         raw = {"recipe": place.name, "target": {"path": target}, "data": {"path": []}}
         config = config_from(raw, overrides)
     return Source(
@@ -105,6 +113,13 @@ def from_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> So
             )
         return load_drafter(checkpoint)
 
+    try:
+        config_from(checkpoint.config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the config saved in {checkpoint.folder / DESCRIPTION} does not fit this version of "
+            f"DeepSpec: {error}"
+        ) from None
     run = checkpoint.folder.resolve().parents[1]
     return Source(
         place=checkpoint.folder,

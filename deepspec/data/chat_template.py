@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import jinja2
 import torch
 
 from deepspec.data.conversations import Conversation, Message, SkipCounts
-from deepspec.errors import TemplateError
+from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
+
+REFUSED = "refused by the chat template"  # why a row is left out
 
 
 class ChatEncoder:
@@ -43,28 +46,37 @@ class ChatEncoder:
         self._options = {"enable_thinking": thinking}
         self.has_markers = "{% generation" in template or "{%- generation" in template
 
-    def encode(self, conversation: Conversation) -> Sample | None:
-        """Token ids and loss mask; None when `max_length` cuts every answer away.
+    def encode(self, conversation: Conversation) -> list[Sample]:
+        """Token ids and loss masks; nothing where `max_length` cuts every answer away.
 
-        A conversation whose last answer was cut by a length limit is not supervised at the end of
-        turn that the template adds: the target did not write it.
+        One sample, unless the template renders an answer differently once more turns follow (Qwen3
+        takes its thoughts away): then one sample an answer, each as the target wrote it. An answer
+        that was cut by a length limit is not supervised at the end of turn that the template adds:
+        the target did not write it.
         """
         messages = self._with_system(conversation.messages)
-        ids, mask = (self._marked if self.has_markers else self._by_prefix)(messages, conversation)
-        if not any(mask) or all(mask):
-            raise TemplateError(
-                f"sample {conversation.id}: the chat template of {self.tokenizer.name_or_path} "
-                f"gives a loss mask that is {'all ones' if all(mask) and mask else 'empty'}; the "
-                "answers cannot be told from the prompt. Mend the template's {% generation %} "
-                "markers, or check that the conversation has an assistant turn"
-            )
-        if conversation.truncated:
-            last = max(index for index, masked in enumerate(mask) if masked)
-            mask[last] = False
-        ids, mask = ids[: self.max_length], mask[: self.max_length]
-        if not any(mask):
-            return None
-        return Sample(torch.tensor(ids), torch.tensor(mask, dtype=torch.bool), conversation.id)
+        try:
+            rendered = self._marked(messages) if self.has_markers else self._by_prefix(messages)
+        except TemplateError as error:
+            raise type(error)(f"sample {conversation.id}: {error}") from None
+        samples = []
+        for number, (ids, mask) in enumerate(rendered, start=1):
+            if not any(mask) or all(mask):
+                raise TemplateError(
+                    f"sample {conversation.id}: the {self._template} gives a loss mask that is "
+                    f"{'all ones' if all(mask) and mask else 'empty'}; the answers cannot be told "
+                    "from the prompt. Mend the template's {% generation %} markers, or check that "
+                    "the conversation has an assistant turn"
+                )
+            if conversation.truncated and number == len(rendered):
+                last = max(index for index, masked in enumerate(mask) if masked)
+                mask[last] = False
+            ids, mask = ids[: self.max_length], mask[: self.max_length]
+            if any(mask):
+                name = conversation.id if len(rendered) == 1 else f"{conversation.id}#{number}"
+                tokens, supervised = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
+                samples.append(Sample(tokens, supervised, name))
+        return samples
 
     def prompt(self, messages: Iterable[Message]) -> list[int]:
         """Token ids of `messages` with the generation prompt, ready for the target to answer."""
@@ -76,51 +88,56 @@ class ChatEncoder:
             messages.insert(0, {"role": "system", "content": self._system})
         return messages
 
+    @property
+    def _template(self) -> str:
+        return f"chat template of {self.tokenizer.name_or_path}"
+
+    def _apply(self, messages: list[Message], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, return_dict=True, **options, **self._options
+            )
+        except jinja2.TemplateError as error:  # raise_exception() inside the template, mostly
+            raise TemplateRefusal(f"the {self._template} refuses it: {error}") from None
+
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=True,
-                **self._options,
-            )["input_ids"]
-        )
+        return list(self._apply(messages, add_generation_prompt=add_generation_prompt)["input_ids"])
 
-    def _marked(
-        self, messages: list[Message], conversation: Conversation
-    ) -> tuple[list[int], list[bool]]:
-        out = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, **self._options
-        )
-        return list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]
+    def _marked(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
+        out = self._apply(messages, return_assistant_tokens_mask=True)
+        return [(list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]])]
 
-    def _by_prefix(
-        self, messages: list[Message], conversation: Conversation
-    ) -> tuple[list[int], list[bool]]:
+    def _by_prefix(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
         """Before each answer the prompt, after it the prompt plus answer: the difference is it."""
-        whole = self._render(messages)
-        mask = [False] * len(whole)
+        answers = []  # a (rendering that ends with it, where it begins, where it ends) each
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1])
-            if whole[: len(before)] != before or whole[: len(after)] != after:
-                raise TemplateError(
-                    f"sample {conversation.id}: the chat template of "
-                    f"{self.tokenizer.name_or_path} renders turn {index} differently when more "
-                    "turns follow, so prefixes do not show where the answer stands; add "
-                    "{% generation %} markers to the template"
-                )
-            for position in range(len(before), self._end_of_turn(whole, len(before), len(after))):
-                mask[position] = True
-        return whole, mask
+            if message["role"] == "assistant":
+                before = self._render(messages[:index], add_generation_prompt=True)
+                after = self._render(messages[: index + 1])
+                if after[: len(before)] != before:
+                    raise TemplateError(
+                        f"the {self._template} renders the prompt of turn {index} differently "
+                        "once it is answered, so the answer's place does not show; add "
+                        "{% generation %} markers to the template"
+                    )
+                answers.append((after, len(before), self._end_of_turn(after, len(before))))
+        whole = self._render(messages)
+        if all(whole[: len(after)] == after for after, _, _ in answers):
+            return [(whole, _mask(len(whole), [(start, end) for _, start, end in answers]))]
+        return [(after, _mask(len(after), [(start, end)])) for after, start, end in answers]
 
-    def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
+    def _end_of_turn(self, ids: list[int], start: int) -> int:
         """Templates write a line break behind the end of turn; the model never does."""
         special = set(self.tokenizer.all_special_ids)
-        marks = [position for position in range(start, end) if ids[position] in special]
-        return marks[-1] + 1 if marks else end
+        marks = [position for position in range(start, len(ids)) if ids[position] in special]
+        return marks[-1] + 1 if marks else len(ids)
+
+
+def _mask(length: int, answers: Iterable[tuple[int, int]]) -> list[bool]:
+    mask = [False] * length
+    for start, end in answers:
+        mask[start:end] = [True] * (end - start)
+    return mask
 
 
 def encode_all(
@@ -132,11 +149,16 @@ def encode_all(
         if not any(message["role"] == "assistant" for message in conversation.messages):
             skips["no answer"] += 1
             continue
-        sample = encoder.encode(conversation)
-        if sample is None:
+        try:
+            encoded = encoder.encode(conversation)
+        except TemplateRefusal:
+            skips[REFUSED] += 1
+            continue
+        if not encoded:
             skips["answers behind max_length"] += 1
-        elif not bool((sample.loss_mask[1:] & sample.loss_mask[:-1]).any()):
-            skips["answer too short for an anchor"] += 1
-        else:
-            samples.append(sample)
+        for sample in encoded:
+            if bool((sample.loss_mask[1:] & sample.loss_mask[:-1]).any()):
+                samples.append(sample)
+            else:
+                skips["answer too short for an anchor"] += 1
     return samples

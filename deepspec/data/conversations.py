@@ -110,13 +110,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                # some editors put a byte order mark in front of the first line
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected a JSON object, found {row!r:.60}")
+                raise DataError(
+                    f"{path}, line {number}: expected a JSON object, found {row!r:.60}"
+                    + ("; one object a line, not one array" if isinstance(row, list) else "")
+                )
             yield number, row
 
 

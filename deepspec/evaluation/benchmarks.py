@@ -117,8 +117,8 @@ def check_benchmarks(names: Iterable[str]) -> None:
         path = Path(name).expanduser()
         if name not in BENCHMARKS and not path.is_file():
             raise ConfigError(
-                f"evaluation.benchmarks: {name} is neither a benchmark nor a file"
-                f"{_nearest(path)}; a path to a .jsonl file of prompts is possible too"
+                f"evaluation.benchmarks: {name} is neither a benchmark nor a .jsonl file of "
+                f"prompts; {_nearest(path)}"
             )
 
 
@@ -206,5 +206,4 @@ def first_turn(conversation: Conversation) -> Conversation | None:
 def _nearest(path: Path) -> str:
     siblings = [str(file) for file in path.parent.glob("*.jsonl")]
     near = difflib.get_close_matches(str(path), [*BENCHMARKS, *siblings], n=1, cutoff=0.5)
-    names = f"; the benchmarks are {', '.join(BENCHMARKS)}"
-    return f"; did you mean {near[0]}?" if near else names
+    return f"did you mean {near[0]}?" if near else f"benchmarks are {', '.join(BENCHMARKS)}"

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import fmean
 
 from deepspec.config.schema import RunConfig
-from deepspec.data.chat_template import ChatEncoder
+from deepspec.data.chat_template import REFUSED, ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
 from deepspec.decoding.exactness import first_difference
 from deepspec.drafters.base import Proposer
-from deepspec.errors import DataError
+from deepspec.errors import DataError, TemplateRefusal
 from deepspec.evaluation import metrics
 from deepspec.evaluation.benchmarks import load_prompts
 from deepspec.evaluation.results import Average, Baseline, BenchmarkResult, mean_over_seeds
@@ -93,7 +93,11 @@ def _load(name: str, config: RunConfig, target: Target) -> tuple[str, list[Promp
     short, conversations, skips = load_prompts(name, config.evaluation.limit, data.fields)
     prompts = []
     for conversation in conversations:
-        tokens = encoder.prompt(conversation.messages)
+        try:
+            tokens = encoder.prompt(conversation.messages)
+        except TemplateRefusal:
+            skips[REFUSED] += 1
+            continue
         if len(tokens) > data.max_length:
             skips["prompt longer than data.max_length"] += 1
         else:

@@ -7,12 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jinja2 import TemplateError
-
 from deepspec.config.schema import DataConfig, RegenerateConfig
-from deepspec.data.chat_template import ChatEncoder
+from deepspec.data.chat_template import REFUSED, ChatEncoder
 from deepspec.decoding import Completion, Sampling, plain_decode
-from deepspec.errors import DataError, DeepSpecError
+from deepspec.errors import DataError, DeepSpecError, TemplateRefusal
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
 from deepspec.targets import Target
 
@@ -72,8 +70,8 @@ class TargetAnswerer:
         for dialogue in batch:
             try:
                 prompt = self._encoder.prompt(dialogue.messages)
-            except TemplateError as error:  # some templates refuse system prompts, for one
-                dialogue.give_up("refused by the chat template", str(error))
+            except TemplateRefusal as error:  # some templates take no system prompts, for one
+                dialogue.give_up(REFUSED, str(error))
                 continue
             if problem := self._too_long(len(prompt), config.max_new_tokens):
                 dialogue.give_up("prompt too long", problem)

@@ -38,7 +38,12 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return read_checkpoint(Path(resume).expanduser())
+        folder = Path(resume).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"training.resume={resume} is neither auto, never, nor the folder of a checkpoint"
+            )
+        return read_checkpoint(folder)
     found = list_checkpoints(checkpoints)
     if not found:
         return None

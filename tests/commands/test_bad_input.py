@@ -192,6 +192,10 @@ def test_device_that_is_not_there(refused: Refused) -> None:
     [
         (b'{"turns": ["a"]}\n\n{"turns": ["b"\n', "rows.jsonl, line 3: not JSON"),
         (b'{"turns": ["a"]}\n[1, 2]\n', "rows.jsonl, line 2: expected a JSON object"),
+        (
+            b'\xef\xbb\xbf[{"turns": ["a"]}]',
+            "line 1: expected a JSON object, found [{'turns': ['a']}]; one",
+        ),
         (b'{"text": "a"}\n{"turns": []}\n', "(1 x no messages field, 1 x empty conversation)"),
         (b"", "(no rows)"),
         pytest.param(
@@ -281,6 +285,23 @@ def test_broken_description(text: str, expected: str, refused: Refused, run: Pat
     assert "checkpoint.json" in message
 
 
+def test_a_saved_config_with_an_unknown_key_names_its_checkpoint(
+    refused: Refused, run: Path
+) -> None:
+    for place in list_checkpoints(run / "checkpoints"):
+        file = place / "checkpoint.json"
+        file.write_text(file.read_text().replace('"num_layers"', '"layer_count"'))
+    message = refused("evaluate", f"run={run}")
+    assert "checkpoint.json does not fit this version" in message
+    assert "drafter.layer_count" in message
+
+
+def test_an_export_for_a_local_target_asks_where_it_is(refused: Refused, trained: Path) -> None:
+    message = refused("evaluate", f"checkpoint={trained / 'export'}")
+    assert "was made for a local target" in message
+    assert "target.path=DIR or by recipe=R" in message
+
+
 def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> None:
     message = refused("evaluate", f"run={trained}", "target.layer_ids=[1,2,3]")
     assert "target.layer_ids" in message
@@ -305,6 +326,8 @@ def test_nothing_to_evaluate(refused: Refused, tmp_path: Path) -> None:
     assert "nowhere does not exist" in refused("evaluate", "run=nowhere")
     message = refused("evaluate", f"run={tmp_path}")
     assert "neither a run, a checkpoint nor an export" in message
+    (tmp_path / "file").touch()
+    assert "is a file, not a folder" in refused("evaluate", f"run={tmp_path / 'file'}")
 
 
 def test_an_export_takes_no_foreign_folder(refused: Refused, trained: Path, tmp_path: Path) -> None:
@@ -412,6 +435,11 @@ def test_other_settings_do_not_go_on_by_themselves(refused: Refused, run: Path) 
     ]
 
 
+def test_resume_from_what_is_no_checkpoint(refused: Refused) -> None:
+    message = refused("train", "training.resume=yes")
+    assert "training.resume=yes is neither auto, never, nor the folder of a checkpoint" in message
+
+
 def test_a_refused_command_leaves_the_run_as_it_was(refused: Refused, run: Path) -> None:
     before = contents(run)
     refused("train", f"out={run}", "training.learning_rate=1e-5")
@@ -423,5 +451,5 @@ def test_unknown_benchmarks_are_refused_before_any_work(
     name: str, refused: Refused, tmp_path: Path
 ) -> None:
     message = refused("train", f"evaluation.benchmarks={name}")
-    assert f"evaluation.benchmarks: {name} is neither a benchmark nor a file" in message
+    assert f"evaluation.benchmarks: {name} is neither a benchmark nor a .jsonl file" in message
     assert not (tmp_path / "out" / "checkpoints").exists()

@@ -94,8 +94,7 @@ def test_every_answer_is_the_targets_own(writer: Target, tmp_path: Path) -> None
         row = rows[conversation.id]
         assert list(row.messages) == messages
         assert row.truncated == cut
-        sample = encoder.encode(row)
-        assert sample is not None
+        (sample,) = encoder.encode(row)
         assert sample.input_ids[sample.loss_mask].tolist() == written
     assert counts.samples == len(conversations) == len(rows) + answers[0]
     assert sum(counts.failed.values()) == answers[0]

@@ -2,7 +2,7 @@
 
 Parameter names are those of the flat checkpoint layout. The frozen embedding and LM head belong to
 the target and are passed in, so only trainable parameters live here. Training (`forward`) and
-decoding (`context_keys_values`, `draft_hidden`) go through the same layers; a test compares them.
+decoding (`ContextKeysValues`, `draft_hidden`) go through the same layers; a test compares them.
 Legend: B rows, Q new context tokens, T context tokens, N blocks, K block size, D hidden size,
 L captured layers, H heads, G key/value heads, E head dimension, R Markov rank.
 """
@@ -177,18 +177,6 @@ class DSparkDrafter(Drafter):
         """Target features [.., L*D] -> what every layer's keys and values are made of [.., D]."""
         return self.hidden_norm(self.fc(context.to(self.fc.weight.dtype)))
 
-    def context_keys_values(
-        self, context: Tensor, positions: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Decoding: features [B, Q, L*D] at `positions` [B, Q] -> a layer's (keys, values).
-
-        Each [B, G, Q, E], as `RowKV.write` takes them.
-        """
-        projected = self.project(context)
-        rotation = self.rotary(positions, projected.dtype)
-        pairs = (layer.self_attn.keys_values(projected, rotation) for layer in self.draft_layers)
-        return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pairs]
-
     def draft_hidden(
         self,
         tokens: Tensor,
@@ -219,3 +207,32 @@ class DSparkDrafter(Drafter):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class ContextKeysValues:
+    """Decoding: the context's keys and values for all layers by one product and one norm.
+
+    The context reaches every layer in the same form, so the layers' weights can be stacked. They
+    are copied here: weights that change later ask for a new one.
+    """
+
+    def __init__(self, drafter: DSparkDrafter) -> None:
+        self._drafter = drafter
+        attentions = [layer.self_attn for layer in drafter.draft_layers]
+        weights = [weight for a in attentions for weight in (a.k_proj.weight, a.v_proj.weight)]
+        self._weight = torch.cat(weights)  # [layers * 2 * G * E, D]
+        self._norm = torch.stack([a.k_norm.weight for a in attentions])[:, None]  # [layers, 1, E]
+        self._shape = (len(attentions), 2, -1, drafter.config.head_dim)
+
+    def __call__(self, context: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features [B, Q, L*D] at `positions` [B, Q] -> a layer's (keys, values).
+
+        Each [B, G, Q, E], as `RowKV.write` takes them.
+        """
+        projected = self._drafter.project(context)
+        keys, values = F.linear(projected, self._weight).unflatten(-1, self._shape).unbind(-3)
+        eps = self._drafter.config.rms_norm_eps
+        keys = F.rms_norm(keys, keys.shape[-1:], eps=eps) * self._norm
+        rotation = self._drafter.rotary(positions[..., None], projected.dtype)  # over the layers
+        keys, values = rotate(keys, rotation).transpose(1, 3), values.transpose(1, 3)
+        return list(zip(keys.unbind(2), values.unbind(2), strict=True))

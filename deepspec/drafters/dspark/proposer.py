@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepspec.drafters.base import Draw, Observation
 from deepspec.drafters.cache import RowKV
-from deepspec.drafters.dspark.model import DSparkDrafter
+from deepspec.drafters.dspark.model import ContextKeysValues, DSparkDrafter
 from deepspec.records import Proposal
 
 
@@ -35,6 +35,7 @@ class DSparkProposer:
     def start(self, rows: int) -> None:
         """Forget everything and expect `rows` requests."""
         self._caches = [RowKV() for _ in self.drafter.layers]
+        self._context_keys_values = ContextKeysValues(self.drafter)
 
     def select(self, rows: Tensor) -> None:
         """Keep the requests `rows` [B'], in this order."""
@@ -44,7 +45,7 @@ class DSparkProposer:
     def observe(self, seen: Observation) -> None:
         """Append the context keys and values of one target forward; see `Observation`."""
         offsets = torch.arange(seen.tokens.shape[1], device=seen.tokens.device)
-        pairs = self.drafter.context_keys_values(seen.context, seen.starts[:, None] + offsets)
+        pairs = self._context_keys_values(seen.context, seen.starts[:, None] + offsets)
         for cache, (keys, values) in zip(self._caches, pairs, strict=True):
             cache.write(keys, values, seen.starts, seen.end)
 
@@ -88,7 +89,7 @@ class DSparkProposer:
             if markov is not None:
                 embedded = F.embedding(previous, markov.markov_w1.weight)
                 latent, state = markov.step(hidden[:, slot], embedded, state)
-                logits = logits + F.linear(latent, markov.markov_w2.weight)
+                logits = torch.addmm(logits, latent, markov.markov_w2.weight.T)
                 embeddings.append(embedded)
             previous, distribution = draw(logits)
             tokens.append(previous)
