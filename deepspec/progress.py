@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from deepspec.processes import rank
+
 T = TypeVar("T")
 LINE_SECONDS = 10.0
 
@@ -22,7 +24,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0, show: bool = True):
         self._label, self._total, self._unit = label, total, unit
         self._done = self._first = done
-        self._show = show
+        self._show = show and rank() == 0
         self._bar: RichProgress | None = None
         self._begun = self._printed = time.monotonic()
 

@@ -19,7 +19,7 @@ from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import Conversation, SkipCounts
 from deepspec.records import Sample
 from deepspec.targets import Target
-from deepspec.training.engine import Engine
+from deepspec.training.engine import open_engine
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 from examples import simple_loop
@@ -67,7 +67,7 @@ def trainer_losses(
             "engine": {"device": "cpu"},
         }
     )
-    engine = Engine(config.engine, config.training, config.tracking, folder)
+    engine = open_engine(config.engine, config.training, config.tracking, folder)
     drafter = simple_loop.build(target)
     trainer = Trainer(config, target, drafter, samples, [], RunFolder(folder), engine)
     return [trainer.train_step()["loss"] for _ in range(STEPS)]

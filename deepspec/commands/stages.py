@@ -30,6 +30,7 @@ from deepspec.evaluation.results import Report
 from deepspec.export.card import model_card
 from deepspec.export.flat import export_flat, flat_config
 from deepspec.machine import describe_machine
+from deepspec.processes import rank
 from deepspec.records import Sample
 from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
 from deepspec.targets import Target, load_target
@@ -100,15 +101,15 @@ def train_drafter(
     target: Target,
     data: TrainingData,
     folder: RunFolder,
+    engine: Engine,
     start: Checkpoint | None,
 ) -> Checkpoint:
     """Stage 3: distil, or go on from `start`; gives the best checkpoint by validation."""
-    engine = Engine(config.engine, config.training, config.tracking, folder.path)
     kind = drafter_kind(config.drafter.kind)
     torch.manual_seed(config.seed)
     drafter = kind.build(kind.resolve(config.drafter, target))
     trainer = Trainer(config, target, drafter, data.samples, data.validation, folder, engine)
-    if config.training.resume == "never":
+    if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:
         trainer.resume(start)
@@ -171,5 +172,6 @@ def print_skipped(skipped: Skipped) -> None:
 
 
 def say(line: str) -> None:
-    """A line about the work, beside the progress; results go to standard output."""
-    print(line, file=sys.stderr, flush=True)
+    """A line about the work, once, beside the progress; results go to standard output."""
+    if rank() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -47,6 +47,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.commands.sources import from_checkpoint
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
+    from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
     from deepspec.training.tracking import check_trackers
 
@@ -55,17 +56,25 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
     start = starting_point(config, folder.checkpoints)
+    engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     target = stages.open_target(config)
-    folder.save_config(config)
     skipped: stages.Skipped = {}
-    if config.regenerate.enabled:
-        skipped |= stages.make_answers(config, target, folder.answers)
+    if engine.is_main:
+        folder.save_config(config)
+        if config.regenerate.enabled:
+            skipped |= stages.make_answers(config, target, folder.answers)
+    engine.wait()
     data = stages.load_samples(config, target, folder)
     skipped |= data.skipped
-    stages.print_skipped(skipped)
-    folder.save_skipped(skipped)
+    if engine.is_main:
+        stages.print_skipped(skipped)
+        folder.save_skipped(skipped)
 
-    source = from_checkpoint(stages.train_drafter(config, target, data, folder, start))
+    best = stages.train_drafter(config, target, data, folder, engine, start)
+    engine.close()
+    if not engine.is_main:  # the rest is for one
+        return
+    source = from_checkpoint(best)
     drafter = source.load(target)
     report = None
     if config.evaluation.enabled:

@@ -128,8 +128,13 @@ class TrainingConfig:
 class EngineConfig:
     """How the optimizer state and gradients are laid out over processes."""
 
-    kind: str = "single"
+    kind: str = "single"  # single | zero0 | zero1 | zero2 | zero3
     device: str = "auto"  # auto | cpu | cuda
+    offload: str = "none"  # none | cpu
+    bucket_size: int = 50_000_000
+    overlap_comm: bool = True
+    persistence_threshold: int = 100_000
+    timeout: float = 1800.0
 
 
 @dataclass

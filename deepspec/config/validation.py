@@ -16,8 +16,9 @@ CHOICES: dict[str, Sequence[str]] = {
     "drafter.markov_head": ("vanilla", "gated", "rnn"),
     "objective.implementation": ("fused", "eager"),
     "training.precision": ("bf16", "fp32"),
-    "engine.kind": ("single",),
+    "engine.kind": ("single", "zero0", "zero1", "zero2", "zero3"),
     "engine.device": ("auto", "cpu", "cuda"),
+    "engine.offload": ("none", "cpu"),
     "tracking.wandb_mode": ("offline", "online", "disabled"),
     "export.format": ("flat",),
     "export.profile": ("serving", "full"),
@@ -43,6 +44,7 @@ AT_LEAST_ONE = (
     "training.save_every",
     "training.keep_last",
     "training.log_every",
+    "engine.bucket_size",
     "decoding.max_new_tokens",
     "decoding.batch_size",
 )
@@ -58,6 +60,7 @@ NOT_NEGATIVE = (
     "training.weight_decay",
     "training.validation_samples",
     "decoding.top_k",
+    "engine.persistence_threshold",
     "evaluation.baseline_prompts",
 )
 POSITIVE = (
@@ -67,6 +70,7 @@ POSITIVE = (
     "training.learning_rate",
     "training.max_grad_norm",
     "training.max_steps",
+    "engine.timeout",
     "data.limit",
     "evaluation.limit",
 )
@@ -129,6 +133,11 @@ def _cross(config: RunConfig) -> None:
     if (config.drafter.head_dim or 0) % 2:
         raise ConfigError(
             f"drafter.head_dim={config.drafter.head_dim} must be even: rotary positions turn pairs"
+        )
+    if config.engine.offload != "none" and config.engine.kind in ("single", "zero0"):
+        raise ConfigError(
+            f"engine.offload={config.engine.offload} needs DeepSpeed; set engine=zero1, zero2 or "
+            "zero3"
         )
     if config.training.micro_batch_size > config.training.batch_size:
         raise ConfigError(

@@ -83,7 +83,7 @@ def save_checkpoint(
     Raises TrainingError when it cannot be written (a full disk); older checkpoints stay as they
     are.
     """
-    final = folder / f"step-{description['step']:08d}"
+    final = step_folder(folder, description["step"])
     try:
         with atomic_folder(final) as partial:
             save_file(weights, partial / WEIGHTS)
@@ -98,6 +98,11 @@ def save_checkpoint(
             "and start the same command again: it resumes from the last one"
         ) from error
     return final
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies among those of `folder`."""
+    return folder / f"step-{step:08d}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -1,35 +1,71 @@
-"""The engine under the loop: device, precision, optimizer, and the optimizer's state by name.
+"""The engine under the loop: processes, device, optimizer, and its state by name.
 
-Accelerate moves models and gradients. Only the drafter's parameters enter it; the target stays
-outside (house plan, decision 6).
+Accelerate starts the processes and knows their devices. Only the drafter's parameters enter the
+engine; the target stays outside (house plan, decision 6). `Engine` is one process, or several
+replicas whose gradients are summed once a step; `zero.ZeroEngine` shards them with DeepSpeed. Both
+give weights and moments by parameter name, so a checkpoint knows no number of processes.
 """
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from deepspec.config.schema import EngineConfig, TrackingConfig, TrainingConfig
+from deepspec.drafters.base import Drafter
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.processes import local_rank, world_size
+from deepspec.training.distillation import Distillation
 from deepspec.training.tracking import check_trackers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PATIENCE = timedelta(days=7)  # for work that one process does while the others wait
 
 
 def choose_device(wanted: str) -> str:
-    """`engine.device` as a device torch knows. Raises ConfigError when it is not there."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
+    """`engine.device` as a device torch knows, this process's own of several.
+
+    Raises ConfigError when it is not there.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    found = torch.cuda.device_count()
+    if not found:
         raise ConfigError("engine.device=cuda, but torch sees no CUDA device; see deepspec doctor")
-    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+    if local_rank() >= found:
+        raise ConfigError(
+            f"process {local_rank()} of this machine has no CUDA device of its own; start at most "
+            f"{found} processes (one a device), or set engine.device=cpu"
+        )
+    return f"cuda:{local_rank()}" if world_size() > 1 else "cuda"
+
+
+def open_engine(
+    config: EngineConfig, training: TrainingConfig, tracking: TrackingConfig, folder: Path
+) -> Engine:
+    """The engine of `config.kind`. Raises ConfigError for one that this start does not fit."""
+    if config.kind == "single" and world_size() > 1:
+        raise ConfigError(
+            f"engine=single is one process, but {world_size()} were started; set engine=zero0 "
+            "(replicas), zero1, zero2 or zero3 (sharded by DeepSpeed)"
+        )
+    if config.kind in ("single", "zero0"):
+        return Engine(config, training, tracking, folder)
+    from deepspec.training.zero import ZeroEngine
+
+    return ZeroEngine(config, training, tracking, folder)
 
 
 class Engine:
-    """One process, AdamW, fp32 parameters; bf16 by autocast."""
+    """AdamW on fp32 parameters; every process holds everything."""
 
     def __init__(
         self,
@@ -38,57 +74,110 @@ class Engine:
         tracking: TrackingConfig,
         folder: Path,
     ) -> None:
-        choose_device(config.device)
         check_trackers(tracking)
-        self._training = training
+        self._config, self._training = config, training
+        kind = choose_device(config.device).partition(":")[0]
         self.accelerator = Accelerator(
-            cpu=config.device == "cpu", log_with=list(tracking.trackers) or None, project_dir=folder
+            log_with=list(tracking.trackers) or None,
+            project_dir=folder,
+            **self._start(kind),
         )
         self.device: torch.device = self.accelerator.device
-        self.is_main: bool = self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        assert self.world == world_size(), "Accelerate did not take the processes as they are"
+        self.is_main = self.rank == 0
+        self._patient = None
+        if dist.is_initialized():
+            self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def prepare(self, drafter: nn.Module) -> nn.Module:
-        """Place the drafter and make its optimizer; returns the module to call."""
-        self._drafter = drafter.to(self.device)
-        optimizer = torch.optim.AdamW(
-            drafter.parameters(),
+    def _start(self, device: str) -> dict[str, Any]:
+        """How Accelerate is to start the processes."""
+        options: dict[str, Any] = {"cpu": device == "cpu"}
+        if world_size() > 1:
+            options["kwargs_handlers"] = [self._process_group(device)]
+        return options
+
+    def _process_group(self, device: str) -> InitProcessGroupKwargs:
+        return InitProcessGroupKwargs(
+            backend="gloo" if device == "cpu" else "nccl",
+            timeout=timedelta(seconds=self._config.timeout),
+        )
+
+    # ----------------------------------------------------------------------------- processes
+
+    def wait(self) -> None:
+        """Until all processes are here, however long one of them still works."""
+        if self._patient is not None:
+            dist.barrier(group=self._patient)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes, in fp64 and in rank order: the same everywhere."""
+        if not dist.is_initialized() or self.world == 1:
+            return list(values)
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(gathered, own)
+        return torch.stack(gathered).sum(0).tolist()
+
+    def close(self) -> None:
+        """Leave the job. Without the pause, gloo's threads may abort a process that succeeded."""
+        if dist.is_initialized():
+            self.wait()
+            dist.destroy_process_group()
+            time.sleep(0.2)
+
+    # ------------------------------------------------------------------------------ training
+
+    def prepare(self, distillation: Distillation) -> nn.Module:
+        """Place the module and make its optimizer; returns the module to call."""
+        self._drafter: Drafter = distillation.drafter
+        distillation.to(self.device)
+        self._optimizer: Any = self.accelerator.prepare(self._adamw(distillation))
+        return distillation
+
+    def _adamw(self, module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            module.parameters(),
             lr=self._training.learning_rate,
             betas=(self._training.betas[0], self._training.betas[1]),
             weight_decay=self._training.weight_decay,
         )
-        self._module, self._optimizer = self.accelerator.prepare(self._drafter, optimizer)
-        return self._module
-
-    def autocast(self) -> Any:
-        """bf16 arithmetic where `training.precision` asks for it."""
-        enabled = self._training.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of one micro-batch's share of the loss."""
+        """Accumulate gradients of one micro-batch's share of the step's loss."""
         self.accelerator.backward(loss)
 
-    def clip(self) -> Tensor:
-        """Clip the gradients to `max_grad_norm`; their norm before that, a scalar."""
-        limit = self._training.max_grad_norm
-        return torch.as_tensor(self.accelerator.clip_grad_norm_(self._module.parameters(), limit))
+    def update(self, learning_rate: float) -> float:
+        """Sum the gradients over the processes, clip, update, forget them.
 
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters and forget the gradients."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        Returns their norm before clipping. Where it is not finite, no weight is touched.
+        """
+        parameters = list(self._drafter.parameters())
+        if self.world > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        norm = self.accelerator.clip_grad_norm_(parameters, self._training.max_grad_norm)
+        norm = float(torch.as_tensor(norm))
+        if norm - norm == 0:  # finite
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
         self._optimizer.zero_grad()
+        return norm
+
+    # --------------------------------------------------------------------------------- state
 
     def weights(self) -> dict[str, Tensor]:
-        """Full fp32 parameters by name, on CPU."""
+        """Full fp32 parameters by name, on CPU. All processes call it; the main one gets them."""
         return {
             name: parameter.detach().float().cpu().contiguous()
             for name, parameter in self._drafter.named_parameters()
         }
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Full moments by `<moment>/<parameter>`, on CPU; the step count is the checkpoint's."""
+        """Full moments by `<moment>/<parameter>`, as `weights`; the step count is the caller's."""
         state = self._optimizer.optimizer.state
         return {
             f"{moment}/{name}": state[parameter][moment].detach().cpu().contiguous()
@@ -98,7 +187,7 @@ class Engine:
         }
 
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
-        """Put back what `weights` and `optimizer_state` gave after `step` steps."""
+        """Put back what `weights` and `optimizer_state` gave after `step` steps, on any engine."""
         try:
             self._drafter.load_state_dict(weights)
         except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,16 @@ class Ratios:
         self.add("l1", output.l1_sum, weight)
         self.add("confidence", output.confidence_sum, weight)
         lengths = expected_accept_length(output.acceptance, batch.weights)
-        self.add("accept_length", lengths.sum(), lengths.shape[0])
+        counted = batch.weights[:, 0] > 0  # not where a process without samples only takes part
+        self.add("accept_length", lengths[counted].sum(), counted.sum())
 
-    def divided(self) -> dict[str, float]:
-        """Every ratio whose denominator is not zero."""
-        return {name: a / b for name, (a, b) in self._sums.items() if b}
+    def divided(self, summed: Callable[..., list[float]]) -> dict[str, float]:
+        """Every ratio whose denominator is not zero, after `summed` added up the processes'."""
+        if not self._sums:
+            return {}
+        sums = iter(summed(*(value for pair in self._sums.values() for value in pair)))
+        pairs = {name: (next(sums), next(sums)) for name in self._sums}
+        return {name: a / b for name, (a, b) in pairs.items() if b}
 
 
 def expected_accept_length(acceptance: Tensor, weights: Tensor) -> Tensor:

@@ -22,10 +22,14 @@ from filelock import FileLock, Timeout
 
 from deepspec.config.schema import RunConfig, as_dict
 from deepspec.errors import TrainingError
+from deepspec.processes import rank
 
 
 class RunFolder:
-    """`with RunFolder(path) as folder:` holds the folder against other processes."""
+    """`with RunFolder(path) as folder:` holds the folder against other jobs.
+
+    Of a job's processes the main one holds it and writes in it.
+    """
 
     def __init__(self, path: Path) -> None:
         path = path.expanduser()
@@ -43,7 +47,8 @@ class RunFolder:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            if rank() == 0:
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise TrainingError(
                 f"{self.path} is in use by another deepspec process; wait for it, stop it, or set "

@@ -1,7 +1,8 @@
 """The training loop. Start at `Trainer.train_step`: that is the whole algorithm.
 
 What a step sees is a function of (seed, step): batches, anchors and the learning rate have no state
-of their own, so a resumed run goes on exactly where it was.
+of their own, so a resumed run goes on exactly where it was. Several processes share the samples of
+a step; every one runs this loop, and all of them together do what one alone would.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepspec.config.schema import RunConfig, TrainingConfig, as_dict
 from deepspec.data.anchors import draw_anchors
@@ -22,7 +23,7 @@ from deepspec.data.batching import epoch_batches, split_batch
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.base import Drafter
 from deepspec.errors import Interrupted, TrainingError
-from deepspec.objective import LossOutput, compute_loss, slots_of
+from deepspec.objective import LossOutput
 from deepspec.progress import Progress
 from deepspec.records import BlockBatch, Sample
 from deepspec.targets import Target
@@ -34,7 +35,9 @@ from deepspec.training.checkpoint import (
     prune,
     read_tensors,
     save_checkpoint,
+    step_folder,
 )
+from deepspec.training.distillation import Distillation, loss_output
 from deepspec.training.engine import Engine
 from deepspec.training.metrics import MetricsLog, Ratios
 from deepspec.training.run_folder import RunFolder
@@ -63,9 +66,9 @@ class Trainer:
         self.folder = folder
         self.engine = engine
         self.shape = drafter.config
-        self.drafter: Any = engine.prepare(drafter)
-        self._drafter = drafter
+        self.distillation: Any = engine.prepare(Distillation(drafter, target, config))
         self._lengths = [len(sample) for sample in samples]
+        self._shortest = samples[self._lengths.index(min(self._lengths))]
         training = config.training
         self.steps_an_epoch = math.ceil(len(samples) / training.batch_size)
         self.total_steps = max(1, round(training.epochs * self.steps_an_epoch))
@@ -81,43 +84,54 @@ class Trainer:
         """One optimizer step: sample anchors, capture features, forward, objective, update."""
         micro_batches = [self.blocks_of(samples) for samples in self.micro_batches(self.step)]
         # decision 2: every term is divided by the weight of the whole step, known beforehand
-        denominator = sum(float(batch.weights.sum()) for _, batch in micro_batches)
+        (denominator,) = self.engine.sum(sum(float(b.weights.sum()) for _, b in micro_batches))
         ratios, loss = Ratios(), 0.0
         for samples, batch in micro_batches:
-            if not batch.weights.any():
-                continue
             output, batch = self.loss_of(samples, batch, denominator)
-            self._require_finite("loss", output.loss, batch.sample_ids)
+            self._require_finite("loss", float(output.loss.detach()), batch.sample_ids)
             self.engine.backward(output.loss)
             loss += float(output.loss.detach())
             ratios.add_loss(output, batch)
         rate = learning_rate(self.step, self.total_steps, self.config.training)
-        norm = self.engine.clip()
-        # what is not finite here would be in the weights next, and then in a checkpoint
+        norm = self.engine.update(rate)
+        # what is not finite here is not saved: the last checkpoint stays good
         ids = [sample_id for _, batch in micro_batches for sample_id in batch.sample_ids]
         self._require_finite("gradient norm", norm, ids)
-        self.engine.step(rate)
         self.step += 1
+        (loss,) = self.engine.sum(loss)
         return {
             "step": self.step,
             "loss": loss,
-            **ratios.divided(),
+            **ratios.divided(self.engine.sum),
             "learning_rate": rate,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
         }
 
     def micro_batches(self, step: int) -> list[list[Sample]]:
-        """The samples of `step`, cut into micro-batches."""
+        """This process's samples of `step`, cut into micro-batches: as many in every process."""
         epoch, index = divmod(step, self.steps_an_epoch)
         training = self.config.training
         batches = epoch_batches(len(self.samples), training.batch_size, self.config.seed, epoch)
-        own = split_batch(batches[index], self._lengths, 1, training.micro_batch_size)[0]
-        return [[self.samples[index] for index in micro] for micro in own]
+        return self._share(self.samples, self._lengths, batches[index])
+
+    def _share(
+        self, samples: Sequence[Sample], lengths: Sequence[int], batch: Sequence[int]
+    ) -> list[list[Sample]]:
+        engine, size = self.engine, self.config.training.micro_batch_size
+        own = split_batch(batch, lengths, engine.world, size)[engine.rank]
+        return [[samples[index] for index in micro] for micro in own]
 
     def blocks_of(
         self, samples: Sequence[Sample], epoch: int | None = None
     ) -> tuple[Sequence[Sample], BlockBatch]:
-        """Blocks of `samples` at this epoch's anchors."""
+        """Blocks of `samples` at this epoch's anchors.
+
+        Without a sample, blocks that weigh nothing: a process whose share is empty still takes part
+        in every collective of a sharded forward and backward.
+        """
+        if not samples:
+            samples, batch = self.blocks_of([self._shortest], epoch)
+            return samples, replace(batch, weights=torch.zeros_like(batch.weights))
         epoch = self.step // self.steps_an_epoch if epoch is None else epoch
         count = self.config.training.anchors_per_sample
         anchors = [draw_anchors(sample, count, self.config.seed, epoch) for sample in samples]
@@ -133,32 +147,31 @@ class Trainer:
         """Features of the frozen target, the drafter's forward, and the objective."""
         batch = batch.to(self.engine.device)
         features = self.target.features(samples)
-        with self.engine.autocast():
-            output = self.drafter(features.context, batch, self.target.embedding)
-        inputs = slots_of(output, self._drafter.bias_weight, batch, features)
-        head = self.target.head
-        loss = compute_loss(inputs, head, head, self.config.objective, denominator)
-        return loss, batch
+        fields = self.distillation(features.context, features.final, batch, denominator)
+        return loss_output(fields), batch
 
     # ------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
         """Train to the last step, with validation, checkpoints and a clean stop on a signal."""
-        training = self.config.training
-        log = MetricsLog(self.folder.metrics, self.step)
+        training, main = self.config.training, self.engine.is_main
+        log = MetricsLog(self.folder.metrics, self.step) if main else None
         accelerator = self.engine.accelerator
         start_trackers(accelerator, self.config.tracking, as_dict(self.config), self.folder.path)
 
         def record(row: dict[str, float]) -> None:
-            log.write(row)
+            if log is not None:
+                log.write(row)
             accelerator.log(row, step=self.step)
 
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        done, total = self.step, self.total_steps
         try:
-            with Progress("train", self.total_steps, "steps", done=self.step) as progress:
-                while self.step < self.total_steps:
+            with Progress("train", total, "steps", done=done, show=main) as progress:
+                while self.step < total:
                     metrics = self.train_step()
-                    last = self.step == self.total_steps
+                    self._agree_to_stop()
+                    last = self.step == total
                     if last or self.step % training.log_every == 0:
                         record(metrics)
                     progress.advance(1, _note(metrics))
@@ -171,27 +184,30 @@ class Trainer:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            accelerator.end_training()
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
     def validate(self) -> dict[str, float]:
         """Loss terms and expected accepted length on the held-out samples."""
         ratios = Ratios()
-        size = self.config.training.micro_batch_size
-        self._drafter.eval()
+        lengths = [len(sample) for sample in self.validation]
+        self.distillation.eval()
         with torch.no_grad():
-            for first in range(0, len(self.validation), size):
-                samples = self.validation[first : first + size]
-                _, batch = self.blocks_of(samples, VALIDATION_EPOCH)
-                if batch.weights.any():
-                    ratios.add_loss(*self.loss_of(samples, batch, 1.0))
-        self._drafter.train()
+            for share in self._share(self.validation, lengths, range(len(lengths))):
+                samples, batch = self.blocks_of(share, VALIDATION_EPOCH)
+                ratios.add_loss(*self.loss_of(samples, batch, 1.0))
+        self.distillation.train()
         self._last_validation = {
-            f"validation_{name}": value for name, value in ratios.divided().items()
+            f"validation_{name}": value for name, value in ratios.divided(self.engine.sum).items()
         }
         return {"step": self.step, **self._last_validation}
 
     def save(self) -> Path:
-        """A checkpoint of the current step; old ones beyond `keep_last` and the best go."""
+        """A checkpoint of the current step; old ones beyond `keep_last` and the best go.
+
+        Written by the main process while the others wait: when they go on, it is there.
+        """
+        weights, moments = self.engine.weights(), self.engine.optimizer_state()
         description = {
             "step": self.step,
             "kind": self.config.drafter.kind,
@@ -201,14 +217,11 @@ class Trainer:
             "config": as_dict(self.config),
             "metrics": self._last_validation,
         }
-        saved = save_checkpoint(
-            self.folder.checkpoints,
-            self.engine.weights(),
-            self.engine.optimizer_state(),
-            description,
-        )
-        prune(self.folder.checkpoints, self.config.training.keep_last)
-        return saved
+        if self.engine.is_main:
+            save_checkpoint(self.folder.checkpoints, weights, moments, description)
+            prune(self.folder.checkpoints, self.config.training.keep_last)
+        self.engine.wait()
+        return step_folder(self.folder.checkpoints, self.step)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`: same weights, moments and place in the data."""
@@ -228,11 +241,17 @@ class Trainer:
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number  # acted on after the step, when weights and step agree
 
-    def _require_finite(self, what: str, value: Tensor, sample_ids: Sequence[str]) -> None:
-        if not torch.isfinite(value):
+    def _agree_to_stop(self) -> None:
+        """A signal to one process is one to all: they save the same step."""
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        heard = self.engine.sum(*(float(self._signal == kind) for kind in kinds))
+        self._signal = next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
+
+    def _require_finite(self, what: str, value: float, sample_ids: Sequence[str]) -> None:
+        if not math.isfinite(value):
             kept = [entry.name for entry in list_checkpoints(self.folder.checkpoints)]
             raise TrainingError(
-                f"the {what} is {float(value.detach())} at step {self.step + 1}; samples: "
+                f"the {what} is {value} at step {self.step + 1}; samples: "
                 f"{', '.join(sample_ids)}. Lower training.learning_rate, raise "
                 "training.warmup_ratio, or try training.precision=fp32; the last checkpoint is "
                 f"{kept[-1] if kept else 'none'}"

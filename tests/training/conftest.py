@@ -12,7 +12,7 @@ from deepspec.config.loading import config_from
 from deepspec.drafters.registry import drafter_kind
 from deepspec.records import Sample
 from deepspec.targets import Target
-from deepspec.training.engine import Engine
+from deepspec.training.engine import open_engine
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
@@ -49,6 +49,21 @@ def make_samples(count: int, seed: int = 0) -> list[Sample]:
     return samples
 
 
+def build_trainer(target: Target, folder: Path, *overrides: str, samples: int = 13) -> Trainer:
+    """A trainer in the run folder `folder`, which it holds until the process ends or it is let go.
+
+    13 samples make a last step of one: of several processes, all but one are without work.
+    """
+    config = config_from(SETTINGS, overrides)
+    run = RunFolder(folder).__enter__()
+    kind = drafter_kind(config.drafter.kind)
+    torch.manual_seed(config.seed)
+    drafter = kind.build(kind.resolve(config.drafter, target))
+    engine = open_engine(config.engine, config.training, config.tracking, run.path)
+    data, validation = make_samples(samples), make_samples(4, seed=1)
+    return Trainer(config, target, drafter, data, validation, run, engine)
+
+
 MakeTrainer = Callable[..., Trainer]
 
 
@@ -58,15 +73,9 @@ def make_trainer(target: Target, tmp_path: Path) -> Iterator[MakeTrainer]:
     folders: list[RunFolder] = []
 
     def make(name: str, *overrides: str, samples: int = 13) -> Trainer:
-        config = config_from(SETTINGS, overrides)
-        folder = RunFolder(tmp_path / name)
-        folders.append(folder.__enter__())
-        kind = drafter_kind(config.drafter.kind)
-        torch.manual_seed(config.seed)
-        drafter = kind.build(kind.resolve(config.drafter, target))
-        engine = Engine(config.engine, config.training, config.tracking, folder.path)
-        data, validation = make_samples(samples), make_samples(4, seed=1)
-        return Trainer(config, target, drafter, data, validation, folder, engine)
+        trainer = build_trainer(target, tmp_path / name, *overrides, samples=samples)
+        folders.append(trainer.folder)
+        return trainer
 
     yield make
     for folder in folders:

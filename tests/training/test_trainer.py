@@ -104,7 +104,7 @@ def test_nan_loss_names_step_samples_and_ways_out(make_trainer: MakeTrainer) -> 
 def test_nan_gradient_under_a_finite_loss_reaches_no_weight(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run")
     before = weights(trainer)
-    next(trainer.drafter.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    next(trainer.distillation.parameters()).register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(TrainingError, match=r"gradient norm is nan at step 1.*sample-0"):
         trainer.train_step()
     for name, tensor in weights(trainer).items():

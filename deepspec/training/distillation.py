@@ -1,0 +1,47 @@
+"""What an engine wraps: the drafter's forward and the objective as one module.
+
+ZeRO-3 gathers a module's parameters around its forward; the objective reads the Markov head's W2,
+so it has to happen inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.config.schema import RunConfig
+from deepspec.drafters.base import Drafter
+from deepspec.objective import LossOutput, compute_loss, slots_of
+from deepspec.records import BlockBatch, TargetFeatures
+from deepspec.targets import Target
+
+
+class Distillation(nn.Module):
+    """Loss of one micro-batch: the drafter in `training.precision`, the objective in fp32.
+
+    Only the drafter's parameters are seen by the engine.
+    """
+
+    def __init__(self, drafter: Drafter, target: Target, config: RunConfig) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self._frozen = (target.embedding, target.head)  # in a tuple: no submodule, no buffer
+        self._config = config.objective
+        self._bf16 = config.training.precision == "bf16"
+
+    def forward(
+        self, context: Tensor, final: Tensor, batch: BlockBatch, denominator: float
+    ) -> tuple[Tensor, ...]:
+        """The fields of LossOutput; a plain tuple, because DeepSpeed's hooks look into no other."""
+        embedding, head = self._frozen
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=self._bf16):
+            output = self.drafter(context, batch, embedding)
+        features = TargetFeatures(context, final)
+        inputs = slots_of(output, self.drafter.bias_weight, batch, features)
+        loss = compute_loss(inputs, head, head, self._config, denominator)
+        return loss.loss, loss.ce_sum, loss.l1_sum, loss.confidence_sum, loss.acceptance
+
+
+def loss_output(fields: tuple[Tensor, ...]) -> LossOutput:
+    """What `Distillation` gave, by name."""
+    return LossOutput(*fields)

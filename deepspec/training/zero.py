@@ -1,0 +1,185 @@
+"""ZeRO stages 1 to 3 by DeepSpeed, through Accelerate.
+
+What is peculiar to DeepSpeed 0.19 is here and nowhere else. Checkpoints do not use its own format:
+stages 1 to 3 cannot all load another number of processes from it, and weights and moments by name,
+gathered one parameter at a time, can.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.errors import CheckpointError, MissingDependencyError
+from deepspec.training.distillation import Distillation
+from deepspec.training.engine import MOMENTS, Engine
+
+
+class ZeroEngine(Engine):
+    """Optimizer state (1), gradients (2) and parameters (3) sharded over the processes."""
+
+    def _start(self, device: str) -> dict[str, Any]:
+        _require_deepspeed()
+        _alone()
+        from accelerate import DeepSpeedPlugin
+
+        self._stage = int(self._config.kind.removeprefix("zero"))
+        plugin = DeepSpeedPlugin(hf_ds_config=self._settings())
+        return {"deepspeed_plugin": plugin, "kwargs_handlers": [self._process_group(device)]}
+
+    def _settings(self) -> dict[str, Any]:
+        config = self._config
+        zero: dict[str, Any] = {
+            "stage": self._stage,
+            "overlap_comm": config.overlap_comm and self._stage == 2,
+            "reduce_bucket_size": config.bucket_size,
+            "allgather_bucket_size": config.bucket_size,
+        }
+        if self._stage == 3:
+            zero |= {
+                "stage3_param_persistence_threshold": config.persistence_threshold,
+                "stage3_prefetch_bucket_size": config.bucket_size,
+            }
+        if config.offload == "cpu":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {
+            # batches are ours: DeepSpeed sees micro-batches, as many as a step has
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self._training.max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            # torch's AdamW also where the state is offloaded: DeepSpeed's compiles for 35 s
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
+        }
+
+    def prepare(self, distillation: Distillation) -> nn.Module:
+        """See `Engine.prepare`; shards the parameters."""
+        self._drafter = distillation.drafter
+        distillation.to(self.device)
+        self._module: Any
+        self._module, wrapped = self.accelerator.prepare(distillation, self._adamw(distillation))
+        self._optimizer = wrapped
+        self._zero: Any = self._module.optimizer  # DeepSpeed's, around torch's
+        return self._module
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`. DeepSpeed averages over processes; the loss wants a sum."""
+        self._module.backward(loss * self.world)
+
+    def update(self, learning_rate: float) -> float:
+        """See `Engine.update`; but here weights are touched before the norm is known."""
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+        self._module.step()
+        return float(self._module.get_global_grad_norm())
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`; gathered one parameter at a time, kept by the main process."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return self._gathered({"": safe_get_full_fp32_param})
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See `Engine.optimizer_state`."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        def getter(moment: str) -> Any:
+            return lambda parameter: safe_get_full_optimizer_state(parameter, moment)
+
+        return self._gathered({f"{moment}/": getter(moment) for moment in MOMENTS})
+
+    def _gathered(self, getters: dict[str, Any]) -> dict[str, Tensor]:
+        kept = {}
+        for name, parameter in self._drafter.named_parameters():
+            for prefix, get in getters.items():
+                full = get(parameter)  # a collective: every process takes part
+                if self.is_main:
+                    kept[prefix + name] = full.detach().float().cpu().clone().contiguous()
+        return kept
+
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
+        """See `Engine.restore`."""
+        parameters = dict(self._drafter.named_parameters())
+        if set(weights) != set(parameters):
+            raise CheckpointError("the checkpoint does not fit this drafter: other parameters")
+        for shard in self._shards():  # empty until the first step
+            state = self._zero.optimizer.state[shard]
+            state["step"] = torch.tensor(float(step))
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(shard)
+        put = self._put_share if self._stage == 3 else self._put_whole
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in parameters.items():
+            put(parameter, weights[name], {m: moments[f"{m}/{name}"] for m in MOMENTS})
+
+    def _put_whole(self, parameter: Any, value: Tensor, moments: dict[str, Tensor]) -> None:
+        """Stages 1 and 2: the parameter is whole, DeepSpeed cuts the fp32 copy and the moments."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter.data.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+        for moment, state in moments.items():
+            safe_set_full_optimizer_state(parameter, state, moment)
+
+    def _put_share(self, parameter: Any, value: Tensor, moments: dict[str, Tensor]) -> None:
+        """Stage 3: cut here, because DeepSpeed forgets the padding of the last process's share."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            if self.is_main:
+                parameter.data.copy_(value)
+        size = parameter.ds_tensor.numel()
+
+        def share(full: Tensor) -> Tensor:
+            own = full.flatten()[self.rank * size : (self.rank + 1) * size].to(self.device)
+            return nn.functional.pad(own, (0, size - own.numel()))
+
+        safe_set_local_fp32_param(parameter, share(value))
+        for moment, state in moments.items():
+            safe_set_local_optimizer_state(parameter, share(state), moment)
+
+    def _shards(self) -> Iterator[Tensor]:
+        """This process's flat fp32 share of each parameter group: what torch's AdamW updates."""
+        if self._stage == 3:
+            yield from self._zero.fp32_partitioned_groups_flat
+        else:
+            yield from self._zero.single_partition_of_fp32_groups
+
+
+def _require_deepspeed() -> None:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingDependencyError(
+            "engine=zero1, zero2 and zero3 need DeepSpeed; run: pip install 'deepspec[deepspeed]', "
+            "or set engine=single (one process) or engine=zero0 (replicas)"
+        ) from error
+    # compiled for 20 s at the first start, needs a compiler and hangs on a stale lock
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _alone() -> None:
+    """DeepSpeed wants a process group even for one process: what a launcher would have set."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,53 @@
+"""A training job for tests, started by torchrun: train some steps, maybe from a checkpoint.
+
+    torchrun --nproc-per-node 2 -m tests.training.zero_job TARGET FOLDER STEPS RESUME key=value ...
+
+Several jobs may follow each other in one process (separated by the word `then`), because starting
+Python and DeepSpeed takes longer than the training.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+from deepspec.config.schema import TargetConfig
+from deepspec.processes import rank
+from deepspec.targets import load_target
+from deepspec.training.checkpoint import read_checkpoint
+from tests.training.conftest import build_trainer
+
+
+def main() -> None:
+    """Run the jobs of the command line."""
+    torch.set_num_threads(1)
+    jobs: list[list[str]] = [[]]
+    for word in sys.argv[1:]:
+        if word == "then":
+            jobs.append([])
+        else:
+            jobs[-1].append(word)
+    for path, folder, steps, resume, *overrides in jobs:
+        AcceleratorState._reset_state()
+        target = load_target(TargetConfig(path=path, dtype="float32", num_layer_ids=3), "cpu")
+        trainer = build_trainer(target, Path(folder), *overrides)
+        if resume != "new":
+            trainer.resume(read_checkpoint(Path(resume)))
+        losses, seen = [], []
+        while trainer.step < int(steps):
+            seen += [s.sample_id for micro in trainer.micro_batches(trainer.step) for s in micro]
+            metrics = trainer.train_step()
+            losses.append([metrics["loss"], metrics["gradient_norm"], metrics["accept_length"]])
+        validation = trainer.validate()
+        trainer.save()
+        row = {"losses": losses, "seen": seen, "validation": validation}
+        Path(folder, f"rank{rank()}.json").write_text(json.dumps(row))
+    trainer.engine.close()
+
+
+if __name__ == "__main__":
+    main()
