@@ -14,6 +14,7 @@ from types import ModuleType
 
 from deepspec import __version__
 from deepspec.errors import DeepSpecError, Interrupted
+from deepspec.processes import rank
 
 COMMANDS = ("train", "regenerate", "evaluate", "export", "recipes", "doctor")
 
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"stopped; {stop.saved} is saved and the same command goes on", file=sys.stderr)
+        if rank() == 0:
+            print(f"stopped; {stop.saved} is saved and the same command goes on", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

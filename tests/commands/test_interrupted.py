@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -11,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from deepspec.training.checkpoint import WEIGHTS, list_checkpoints, read_checkpoint, read_tensors
 
@@ -48,9 +52,24 @@ def recipe(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "deepspec", "train", f"recipe={recipe}", f"out={out}"]
+def start(
+    recipe: Path, out: Path, *words: str, processes: int | None = None
+) -> subprocess.Popen[str]:
+    """`deepspec train`, by torchrun where a number of processes is given."""
+    launcher = [] if processes is None else ["-m", "torch.distributed.run", "--standalone"]
+    if processes is not None:
+        launcher += ["--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "deepspec", "train"]
+    command += [f"recipe={recipe}", f"out={out}", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of `rank` under torchrun."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child
+    raise AssertionError(f"no process has rank {rank}")
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -98,3 +117,46 @@ def test_signals_save_and_exit(recipe: Path, tmp_path: Path, number: int, code: 
     saved = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert f"{saved.folder} is saved" in output
     assert 2 <= saved.step < STEPS
+
+
+ENGINE = "zero2" if importlib.util.find_spec("deepspeed") else "zero0"
+
+
+def test_a_job_of_several_processes_loses_one_and_goes_on_as_another(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of a rank ends the job and names it; SIGTERM of one makes all save; one finishes."""
+    quiet = start(recipe, tmp_path / "quiet")
+    output = quiet.communicate(timeout=300)[0]
+    assert quiet.returncode == 0, output
+
+    out, engine = tmp_path / "job", f"engine={ENGINE}"
+    killed = start(recipe, out, engine, processes=2)
+    wait_for_step(out, 4, killed)
+    rank_of(killed, 1).send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    output = killed.communicate(timeout=60)[0]
+    assert time.monotonic() - begun < 30
+    assert killed.returncode != 0
+    assert "rank      : 1" in output
+    assert "SIGKILL" in output
+
+    stopped = start(recipe, out, engine, processes=2)
+    wait_for_step(out, 10, stopped)
+    rank_of(stopped, 1).send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=60)[0]
+    assert "exitcode  : 143" in output
+    assert output.count("is saved and the same command goes on") == 1
+    saved = read_checkpoint(list_checkpoints(out / "checkpoints")[-1])
+    assert 10 <= saved.step < STEPS
+    assert f"{saved.folder} is saved" in output
+
+    last = start(recipe, out)
+    output = last.communicate(timeout=300)[0]
+    assert last.returncode == 0, output
+    assert f"going on from {saved.folder}" in output
+    name = Path("checkpoints") / f"step-{STEPS:08d}" / WEIGHTS
+    expected = load_file(tmp_path / "quiet" / name)
+    for key, tensor in load_file(out / name).items():
+        scale = float(expected[key].abs().max())
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-4 * scale)
