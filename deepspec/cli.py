@@ -57,6 +57,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
         epilog="Begin with: deepspec train recipe=tiny",
     )
     parser.add_argument("--version", action="version", version=f"deepspec {__version__}")
+    # the deepspeed launcher says it twice; LOCAL_RANK is what counts
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands = {}
     for name in COMMANDS:

@@ -45,6 +45,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
 
     from deepspec.commands import stages
     from deepspec.commands.sources import from_checkpoint
+    from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
     from deepspec.training.engine import open_engine
@@ -70,7 +71,11 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         stages.print_skipped(skipped)
         folder.save_skipped(skipped)
 
-    best = stages.train_drafter(config, target, data, folder, engine, start)
+    try:
+        best = stages.train_drafter(config, target, data, folder, engine, start)
+    except Interrupted:  # in all processes at the same step
+        engine.close()
+        raise
     engine.close()
     if not engine.is_main:  # the rest is for one
         return

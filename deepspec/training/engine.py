@@ -120,11 +120,12 @@ class Engine:
         return torch.stack(gathered).sum(0).tolist()
 
     def close(self) -> None:
-        """Leave the job. Without the pause, gloo's threads may abort a process that succeeded."""
+        """Leave the job, the main process first: when one is gone, a launcher may end the rest."""
         if dist.is_initialized():
             self.wait()
             dist.destroy_process_group()
-            time.sleep(0.2)
+            # without a pause gloo's threads may abort a process that succeeded
+            time.sleep(0.2 if self.is_main else 1.0)
 
     # ------------------------------------------------------------------------------ training
 

@@ -170,17 +170,17 @@ class Trainer:
             with Progress("train", total, "steps", done=done, show=main) as progress:
                 while self.step < total:
                     metrics = self.train_step()
-                    self._agree_to_stop()
+                    stop = self._signal_to_any()
                     last = self.step == total
                     if last or self.step % training.log_every == 0:
                         record(metrics)
                     progress.advance(1, _note(metrics))
                     if last or self.step % training.evaluate_every == 0:
                         record(self.validate())
-                    if last or self._signal or self.step % training.save_every == 0:
+                    if last or stop or self.step % training.save_every == 0:
                         saved = self.save()
-                    if self._signal and not last:
-                        raise Interrupted(self._signal, str(saved))
+                    if stop and not last:
+                        raise Interrupted(stop, str(saved))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -241,11 +241,14 @@ class Trainer:
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number  # acted on after the step, when weights and step agree
 
-    def _agree_to_stop(self) -> None:
-        """A signal to one process is one to all: they save the same step."""
+    def _signal_to_any(self) -> int | None:
+        """A signal to one process is one to all: they save the same step.
+
+        What came since then counts at the next step: only what all know of may be acted on.
+        """
         kinds = (signal.SIGTERM, signal.SIGINT)
         heard = self.engine.sum(*(float(self._signal == kind) for kind in kinds))
-        self._signal = next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
+        return next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
 
     def _require_finite(self, what: str, value: float, sample_ids: Sequence[str]) -> None:
         if not math.isfinite(value):

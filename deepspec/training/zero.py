@@ -23,13 +23,23 @@ from deepspec.training.engine import MOMENTS, Engine
 class ZeroEngine(Engine):
     """Optimizer state (1), gradients (2) and parameters (3) sharded over the processes."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # Accelerate tells transformers of stage 3, and then every model that is loaded comes in
+        # shards: the frozen target too
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
     def _start(self, device: str) -> dict[str, Any]:
         _require_deepspeed()
         _alone()
         from accelerate import DeepSpeedPlugin
 
         self._stage = int(self._config.kind.removeprefix("zero"))
-        plugin = DeepSpeedPlugin(hf_ds_config=self._settings())
+        # `accelerate launch --cpu` sets it, and then Accelerate forgets the plugin
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        plugin = DeepSpeedPlugin(hf_ds_config=self._settings(), zero3_init_flag=False)
         return {"deepspeed_plugin": plugin, "kwargs_handlers": [self._process_group(device)]}
 
     def _settings(self) -> dict[str, Any]:

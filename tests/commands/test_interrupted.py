@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from deepspec.training.checkpoint import WEIGHTS, list_checkpoints, read_checkpoint, read_tensors
 
 STEPS = 24
+LAST = Path("checkpoints") / f"step-{STEPS:08d}" / WEIGHTS
 RECIPE = """\
 defaults: [base, _self_]
 target: {{path: {target}, dtype: float32, num_layer_ids: 3}}
@@ -82,11 +83,19 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"never got to step {step}: {process.communicate()[0]}")
 
 
-def test_killed_at_any_moment_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> None:
-    quiet = start(recipe, tmp_path / "quiet")
-    output = quiet.communicate(timeout=300)[0]
-    assert quiet.returncode == 0, output
+@pytest.fixture(scope="module")
+def quiet(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last weights of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("quiet")
+    process = start(recipe, out)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return out / LAST
 
+
+def test_killed_at_any_moment_ends_with_the_same_weights(
+    recipe: Path, quiet: Path, tmp_path: Path
+) -> None:
     out, rng = tmp_path / "killed", random.Random(0)
     for step in (3, 11, 18):
         process = start(recipe, out)
@@ -101,8 +110,7 @@ def test_killed_at_any_moment_ends_with_the_same_weights(recipe: Path, tmp_path:
     assert last.returncode == 0, output
     assert "going on from" in output
 
-    name = Path("checkpoints") / f"step-{STEPS:08d}" / WEIGHTS
-    assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
+    assert (out / LAST).read_bytes() == quiet.read_bytes()
     assert not list((out / "checkpoints").glob(".*"))
 
 
@@ -119,17 +127,13 @@ def test_signals_save_and_exit(recipe: Path, tmp_path: Path, number: int, code: 
     assert 2 <= saved.step < STEPS
 
 
-ENGINE = "zero2" if importlib.util.find_spec("deepspeed") else "zero0"
+ENGINE = "zero3" if importlib.util.find_spec("deepspeed") else "zero0"
 
 
 def test_a_job_of_several_processes_loses_one_and_goes_on_as_another(
-    recipe: Path, tmp_path: Path
+    recipe: Path, quiet: Path, tmp_path: Path
 ) -> None:
     """SIGKILL of a rank ends the job and names it; SIGTERM of one makes all save; one finishes."""
-    quiet = start(recipe, tmp_path / "quiet")
-    output = quiet.communicate(timeout=300)[0]
-    assert quiet.returncode == 0, output
-
     out, engine = tmp_path / "job", f"engine={ENGINE}"
     killed = start(recipe, out, engine, processes=2)
     wait_for_step(out, 4, killed)
@@ -155,8 +159,32 @@ def test_a_job_of_several_processes_loses_one_and_goes_on_as_another(
     output = last.communicate(timeout=300)[0]
     assert last.returncode == 0, output
     assert f"going on from {saved.folder}" in output
-    name = Path("checkpoints") / f"step-{STEPS:08d}" / WEIGHTS
-    expected = load_file(tmp_path / "quiet" / name)
-    for key, tensor in load_file(out / name).items():
+    expected = load_file(quiet)
+    for key, tensor in load_file(out / LAST).items():
         scale = float(expected[key].abs().max())
         torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-4 * scale)
+
+
+LAUNCHERS = {
+    "deepspeed": "--num_accelerators 2 --module",
+    "accelerate": (
+        "launch --use_deepspeed --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no --main_process_port 0 -m"
+    ),
+}
+
+
+@pytest.mark.skipif(ENGINE == "zero0", reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(launcher: str, recipe: Path, tmp_path: Path) -> None:
+    """torchrun is tested above; the others start the same two processes."""
+    program = Path(sys.executable).with_name(launcher)
+    words = [f"recipe={recipe}", f"out={tmp_path}", "engine=zero2", "training.max_steps=2"]
+    command = [str(program), *LAUNCHERS[launcher].split(), "deepspec", "train", *words]
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"  # both start `python` from there
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("checkpoint: ") == 1
+    assert read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1]).step == 2

@@ -66,6 +66,7 @@ def test_greedy_equals_generate(embedded: Target) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5400)
 def test_greedy_equals_generate_on_every_held_out_prompt(embedded: Target) -> None:
     check(embedded, None, 160)
 
