@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,15 @@ def start(
     command = [sys.executable, *launcher, "-m", "deepspec", "train"]
     command += [f"recipe={recipe}", f"out={out}", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """A job that hangs fails its test, and does not outlive it."""
+    yield
+    for child in psutil.Process().children(recursive=True):
+        if "deepspec" in child.cmdline():
+            child.kill()
 
 
 def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
