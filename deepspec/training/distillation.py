@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
-from deepspec.objective import LossOutput, compute_loss, slots_of
+from deepspec.objective import compute_loss, slots_of
 from deepspec.records import BlockBatch, TargetFeatures
 from deepspec.targets import Target
 
@@ -40,8 +40,3 @@ class Distillation(nn.Module):
         inputs = slots_of(output, self.drafter.bias_weight, batch, features)
         loss = compute_loss(inputs, head, head, self._config, denominator)
         return loss.loss, loss.ce_sum, loss.l1_sum, loss.confidence_sum, loss.acceptance
-
-
-def loss_output(fields: tuple[Tensor, ...]) -> LossOutput:
-    """What `Distillation` gave, by name."""
-    return LossOutput(*fields)

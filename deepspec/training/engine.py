@@ -8,6 +8,7 @@ give weights and moments by parameter name, so a checkpoint knows no number of p
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -112,7 +113,7 @@ class Engine:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64 and in rank order: the same everywhere."""
-        if not dist.is_initialized() or self.world == 1:
+        if self.world == 1:
             return list(values)
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
         gathered = [torch.empty_like(own) for _ in range(self.world)]
@@ -161,7 +162,7 @@ class Engine:
                 dist.all_reduce(parameter.grad)
         norm = self.accelerator.clip_grad_norm_(parameters, self._training.max_grad_norm)
         norm = float(torch.as_tensor(norm))
-        if norm - norm == 0:  # finite
+        if math.isfinite(norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()

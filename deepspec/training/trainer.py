@@ -37,7 +37,7 @@ from deepspec.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from deepspec.training.distillation import Distillation, loss_output
+from deepspec.training.distillation import Distillation
 from deepspec.training.engine import Engine
 from deepspec.training.metrics import MetricsLog, Ratios
 from deepspec.training.run_folder import RunFolder
@@ -148,7 +148,7 @@ class Trainer:
         batch = batch.to(self.engine.device)
         features = self.target.features(samples)
         fields = self.distillation(features.context, features.final, batch, denominator)
-        return loss_output(fields), batch
+        return LossOutput(*fields), batch
 
     # ------------------------------------------------------------------------------- the loop
 

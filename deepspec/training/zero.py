@@ -76,8 +76,7 @@ class ZeroEngine(Engine):
         self._drafter = distillation.drafter
         distillation.to(self.device)
         self._module: Any
-        self._module, wrapped = self.accelerator.prepare(distillation, self._adamw(distillation))
-        self._optimizer = wrapped
+        self._module, _ = self.accelerator.prepare(distillation, self._adamw(distillation))
         self._zero: Any = self._module.optimizer  # DeepSpeed's, around torch's
         return self._module
 
