@@ -42,6 +42,23 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(final: Path) -> Iterator[Path]:
+    """Yield a sibling of `final` to write; on success it is synced and takes its place.
+
+    Raises OSError.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        yield partial
+        partial.chmod(0o644)  # as in `atomic_folder`
+        _sync(partial)
+        partial.rename(final)
+        _sync(final.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sha256(file: Path) -> str:
     """The hash that a checkpoint or export records of its files, as hex."""
     with file.open("rb") as stream:

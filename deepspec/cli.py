@@ -16,7 +16,16 @@ from deepspec import __version__
 from deepspec.errors import DeepSpecError, Interrupted
 from deepspec.processes import rank
 
-COMMANDS = ("train", "regenerate", "evaluate", "export", "recipes", "doctor")
+COMMANDS = (
+    "train",
+    "regenerate",
+    "extract",
+    "verify-store",
+    "evaluate",
+    "export",
+    "recipes",
+    "doctor",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +71,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands = {}
     for name in COMMANDS:
-        command = commands[name] = importlib.import_module(f"deepspec.commands.{name}")
+        command = commands[name] = importlib.import_module(
+            f"deepspec.commands.{name.replace('-', '_')}"
+        )
         summary = (command.__doc__ or "").splitlines()[0]
         sub = subparsers.add_parser(
             name,

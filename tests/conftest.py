@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from deepspec.config.schema import TargetConfig
 from deepspec.targets import Target, load_target
+from deepspec.training.run_folder import RunFolder
+from deepspec.training.trainer import Trainer
+from tests.trainers import MakeTrainer, build_trainer
 
 torch.set_num_threads(1)
 
@@ -86,3 +91,18 @@ def target(target_folder: Path) -> Target:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose template has generation markers."""
     return make_tokenizer()
+
+
+@pytest.fixture
+def make_trainer(target: Target, tmp_path: Path) -> Iterator[MakeTrainer]:
+    """`make_trainer(name, *overrides, **options)`: `build_trainer` in a run folder of its own."""
+    folders: list[RunFolder] = []
+
+    def make(name: str, *overrides: str, **options: Any) -> Trainer:
+        trainer = build_trainer(target, tmp_path / name, *overrides, **options)
+        folders.append(trainer.folder)
+        return trainer
+
+    yield make
+    for folder in folders:
+        folder.__exit__(None, None, None)

@@ -17,6 +17,7 @@ from deepspec.config.loading import config_from
 from deepspec.config.schema import as_dict
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import Conversation, SkipCounts
+from deepspec.features.sources import Online
 from deepspec.records import Sample
 from deepspec.targets import Target
 from deepspec.training.engine import open_engine
@@ -69,7 +70,8 @@ def trainer_losses(
     )
     engine = open_engine(config.engine, config.training, config.tracking, folder)
     drafter = simple_loop.build(target)
-    trainer = Trainer(config, target, drafter, samples, [], RunFolder(folder), engine)
+    run = RunFolder(folder)
+    trainer = Trainer(config, target, Online(target), drafter, samples, [], run, engine)
     return [trainer.train_step()["loss"] for _ in range(STEPS)]
 
 

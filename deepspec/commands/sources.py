@@ -13,7 +13,7 @@ from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export.flat import flat_shape, is_flat_export, load_flat
-from deepspec.targets import Target
+from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
     DESCRIPTION,
     Checkpoint,
@@ -36,7 +36,7 @@ class Source:
     config: RunConfig
     kind: str
     step: int | None
-    load: Callable[[Target], Drafter]
+    load: Callable[[TargetEnds], Drafter]
     run: RunFolder | None
 
     def training(self) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> S
 def from_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> Source:
     """A checkpoint as a source; its run folder is the one around it."""
 
-    def load(target: Target) -> Drafter:
+    def load(target: TargetEnds) -> Drafter:
         checkpoint.check_target(target.identity)
         read = list(checkpoint.shape["target_layer_ids"])
         if read != list(target.layer_ids):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,16 +25,20 @@ from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.drafters.registry import drafter_kind
+from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.evaluate import average, evaluate
 from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
 from deepspec.export.card import model_card
 from deepspec.export.flat import export_flat, flat_config
+from deepspec.features.extract import check_room, extract, header_of, plan_shards
+from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online
+from deepspec.features.store import Store
 from deepspec.machine import describe_machine
-from deepspec.processes import rank
+from deepspec.processes import rank, world_size
 from deepspec.records import Sample
 from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
-from deepspec.targets import Target, load_target
+from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
 from deepspec.training.run_folder import RunFolder
@@ -49,6 +54,12 @@ class TrainingData:
     samples: list[Sample]
     validation: list[Sample]
     skipped: Skipped
+
+
+def open_ends(config: RunConfig) -> TargetEnds:
+    """What training on features from elsewhere needs of the target, on `engine.device`."""
+    quiet_libraries()
+    return load_ends(config.target, choose_device(config.engine.device))
 
 
 def open_target(config: RunConfig) -> Target:
@@ -67,15 +78,16 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def make_answers(config: RunConfig, target: Target, out: Path) -> Skipped:
+def make_answers(config: RunConfig, target: TargetEnds, out: Path) -> Skipped:
     """Stage 1: the conversations of `config.data`, answered by the target, into `out`."""
     skips, wanted = SkipCounts(), config.regenerate
     conversations = list(load_conversations(config.data, skips))
-    answerer: Answerer = (
-        ServerAnswerer(wanted.server, wanted.server_model, config.data)
-        if wanted.server
-        else TargetAnswerer(target, config.data)
-    )
+    answerer: Answerer
+    if wanted.server:
+        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data)
+    else:
+        assert isinstance(target, Target), "checked by config.validation"
+        answerer = TargetAnswerer(target, config.data)
     counts = regenerate(conversations, answerer, wanted, out)
     say(
         f"answers: {counts.rows} rows, {counts.resumed} from before; {counts.truncated} were cut "
@@ -85,20 +97,99 @@ def make_answers(config: RunConfig, target: Target, out: Path) -> Skipped:
     return {"prompts": dict(skips), "answers": counts.failed}
 
 
-def load_samples(config: RunConfig, target: Target, folder: RunFolder) -> TrainingData:
-    """Stage 2: the target's answers (or the data's own) as tokens and loss masks."""
+def load_samples(
+    config: RunConfig, target: TargetEnds, answers: Path, store: Store | None = None
+) -> TrainingData:
+    """Stage 2: the target's answers (or the data's own) as tokens and loss masks.
+
+    In a `store` they lie beside their features.
+    """
     skips, data = SkipCounts(), config.data
-    if config.regenerate.enabled:
-        data = replace(data, path=[str(folder.answers)], fields=FieldsConfig(), limit=None)
-    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
-    samples = encode_all(load_conversations(data, skips), encoder, skips)
+    if store is not None:
+        samples = list(store.samples())
+    else:
+        if config.regenerate.enabled:
+            data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
+        encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+        samples = encode_all(load_conversations(data, skips), encoder, skips)
     training, validation = hold_out(samples, config.training.validation_samples, config.seed)
     return TrainingData(training, validation, {"training samples": dict(skips)})
 
 
+def extract_features(
+    config: RunConfig, target: Target, data: TrainingData, out: Path, wait: Callable[[], None]
+) -> Store:
+    """A store of all samples in the folder `out`, made by the processes of this job together."""
+    samples = [*data.samples, *data.validation]
+    header = header_of(target, samples, config.extract.dtype)
+    if rank() == 0:
+        Store.create(out, header)
+    wait()
+    store = Store.create(out, header)
+    shards = plan_shards(samples, config.extract, header.bytes_a_token)
+    missing = [shard for shard in shards if shard.name not in store.finished()]
+    tokens = sum(shard.tokens for shard in missing)
+    say(
+        f"store: {tokens} tokens at {header.bytes_a_token} bytes ({header.dtype}) make "
+        f"{tokens * header.bytes_a_token / 2**30:.2f} GiB in {len(missing)} shards; "
+        f"{len(shards) - len(missing)} are there from before"
+    )
+    check_room(out, header, tokens, config.extract)
+    extract(target, missing[rank() :: world_size()], store, config.extract)
+    wait()
+    store.refresh()
+    return store
+
+
+def open_store(config: RunConfig, target: TargetEnds) -> Store:
+    """The store at `features.path`, whose target `target` is from now on the ends of.
+
+    Raises DataError where samples are missing, ConfigError for other layers than the drafter reads.
+    """
+    store = Store.open(Path(str(config.features.path)).expanduser(), config.features.verify)
+    if len(store) < store.header.samples:
+        raise DataError(
+            f"{store.path} has {len(store)} of {store.header.samples} samples; finish it by the "
+            "same deepspec extract command"
+        )
+    layers = list(store.header.layer_ids)
+    if layers != list(target.layer_ids):
+        raise ConfigError(
+            f"{store.path} holds the layers {layers}, but the drafter is to read "
+            f"{list(target.layer_ids)}; set target.layer_ids={layers}, or extract again"
+        )
+    target.adopt(store.header.identity, str(store.path))
+    return store
+
+
+def feature_source(
+    config: RunConfig,
+    target: TargetEnds,
+    data: TrainingData,
+    folder: RunFolder,
+    engine: Engine,
+    store: Store | None,
+) -> FeatureSource:
+    """Where training gets features from, by `features.source`."""
+    wanted = config.features
+    if store is not None:
+        return Ahead(store.read, workers=min(4, wanted.prefetch))
+    assert isinstance(target, Target)
+    if wanted.source == "hybrid":
+        path = Path(wanted.path).expanduser() if wanted.path else folder.features
+        header = header_of(target, [*data.samples, *data.validation], config.extract.dtype)
+        if engine.is_main:
+            Store.create(path, header)
+        engine.wait()
+        store = Store.create(path, header, wanted.verify)
+        return Hybrid(target, store, f"hybrid-{engine.rank}", int(config.extract.shard_mib * 2**20))
+    return Online(target)
+
+
 def train_drafter(
     config: RunConfig,
-    target: Target,
+    target: TargetEnds,
+    source: FeatureSource,
     data: TrainingData,
     folder: RunFolder,
     engine: Engine,
@@ -108,13 +199,17 @@ def train_drafter(
     kind = drafter_kind(config.drafter.kind)
     torch.manual_seed(config.seed)
     drafter = kind.build(kind.resolve(config.drafter, target))
-    trainer = Trainer(config, target, drafter, data.samples, data.validation, folder, engine)
+    samples, validation = data.samples, data.validation
+    trainer = Trainer(config, target, source, drafter, samples, validation, folder, engine)
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:
         trainer.resume(start)
         say(f"going on from {start.folder}")
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        source.close()
     return best_checkpoint(folder.checkpoints)
 
 
@@ -152,7 +247,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
 
 
 def export_drafter(
-    source: Source, target: Target, drafter: Drafter, out: Path, report: Report | None
+    source: Source, target: TargetEnds, drafter: Drafter, out: Path, report: Report | None
 ) -> dict[str, Any]:
     """Stage 5: files for serving engines, with a model card; the config.json that was written."""
     export, anchors = source.config.export, source.config.training.anchors_per_sample

@@ -48,6 +48,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
+    from deepspec.targets import Target
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
     from deepspec.training.tracking import check_trackers
@@ -58,37 +59,40 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         check_benchmarks(config.evaluation.benchmarks)
     start = starting_point(config, folder.checkpoints)
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
-    target = stages.open_target(config)
+    stored, remote = config.features.source == "stored", config.features.source == "remote"
+    target = stages.open_ends(config) if stored or remote else stages.open_target(config)
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)
-        if config.regenerate.enabled:
+        if config.regenerate.enabled and not stored:
             skipped |= stages.make_answers(config, target, folder.answers)
     engine.wait()
-    data = stages.load_samples(config, target, folder)
+    store = stages.open_store(config, target) if stored else None
+    data = stages.load_samples(config, target, folder.answers, store)
     skipped |= data.skipped
     if engine.is_main:
         stages.print_skipped(skipped)
         folder.save_skipped(skipped)
 
     try:
-        best = stages.train_drafter(config, target, data, folder, engine, start)
+        source = stages.feature_source(config, target, data, folder, engine, store)
+        best = stages.train_drafter(config, target, source, data, folder, engine, start)
     except Interrupted:  # in all processes at the same step
         engine.close()
         raise
     engine.close()
     if not engine.is_main:  # the rest is for one
         return
-    source = from_checkpoint(best)
-    drafter = source.load(target)
+    drafted = from_checkpoint(best)
     report = None
     if config.evaluation.enabled:
-        report = stages.evaluate_drafter(source, target, drafter, folder.path)
-    stages.export_drafter(source, target, drafter, folder.export, report)
+        whole = target if isinstance(target, Target) else stages.open_target(config)
+        report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
+    stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if report is not None:
         Console().print(results_table(report))
         print(f"report:     {folder.path / 'report.html'}")
-    print(f"checkpoint: {source.place}")
+    print(f"checkpoint: {drafted.place}")
     print(f"export:     {folder.export}")
     print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")

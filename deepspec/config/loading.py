@@ -128,6 +128,7 @@ def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """`node` with a single value for a list as a list of one. Raises ConfigError for its keys."""
     shaped = {}
     for name, value in node.items():
+        name = "yes" if name is True else name  # what YAML makes of a bare `yes:`
         key = f"{prefix}{name}"
         if key not in KEYS:
             raise unknown_key(key)

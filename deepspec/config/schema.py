@@ -101,6 +101,42 @@ class ObjectiveConfig:
 
 
 @dataclass
+class FeaturesConfig:
+    """Where the training loop gets the target's features from."""
+
+    source: str = "online"  # online | stored | hybrid | remote
+    path: str | None = None
+    servers: list[str] = field(default_factory=list)
+    prefetch: int = 8
+    verify: bool = True
+    timeout: float = 120.0
+    patience: float = 600.0
+
+
+@dataclass
+class ExtractConfig:
+    """A store of features."""
+
+    dtype: str = "auto"  # auto | bfloat16 | float8
+    shard_mib: float = 256.0
+    batch_tokens: int = 16384
+    limit_gib: float = 50.0
+    yes: bool = False
+
+
+@dataclass
+class ServeConfig:
+    """A server of features."""
+
+    host: str = "127.0.0.1"
+    port: int = 8300
+    dtype: str = "auto"  # auto | bfloat16 | float8
+    queue: int = 64
+    max_body_mib: int = 16
+    max_tokens: int = 131072
+
+
+@dataclass
 class TrainingConfig:
     """The optimizer, the schedule, and when to look and save."""
 
@@ -190,6 +226,9 @@ class RunConfig:
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -15,6 +15,9 @@ CHOICES: dict[str, Sequence[str]] = {
     "drafter.kind": ("dspark", "dflash"),
     "drafter.markov_head": ("vanilla", "gated", "rnn"),
     "objective.implementation": ("fused", "eager"),
+    "features.source": ("online", "stored", "hybrid", "remote"),
+    "extract.dtype": ("auto", "bfloat16", "float8"),
+    "serve.dtype": ("auto", "bfloat16", "float8"),
     "training.precision": ("bf16", "fp32"),
     "engine.kind": ("single", "zero0", "zero1", "zero2", "zero3"),
     "engine.device": ("auto", "cpu", "cuda"),
@@ -37,6 +40,10 @@ AT_LEAST_ONE = (
     "drafter.num_key_value_heads",
     "drafter.head_dim",
     "objective.chunk_size",
+    "extract.batch_tokens",
+    "serve.queue",
+    "serve.max_body_mib",
+    "serve.max_tokens",
     "training.batch_size",
     "training.micro_batch_size",
     "training.anchors_per_sample",
@@ -58,6 +65,7 @@ NOT_NEGATIVE = (
     "objective.confidence_weight",
     "training.min_learning_rate",
     "training.weight_decay",
+    "features.prefetch",
     "training.validation_samples",
     "decoding.top_k",
     "engine.persistence_threshold",
@@ -71,6 +79,10 @@ POSITIVE = (
     "training.max_grad_norm",
     "training.max_steps",
     "engine.timeout",
+    "features.timeout",
+    "features.patience",
+    "extract.limit_gib",
+    "extract.shard_mib",
     "data.limit",
     "evaluation.limit",
 )
@@ -123,6 +135,7 @@ def validate(config: RunConfig) -> None:
     trackers = config.tracking.trackers
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
+    _require(config.serve.port in range(65536), config, "serve.port", "from 0 to 65535")
     _cross(config)
 
 
@@ -138,6 +151,15 @@ def _cross(config: RunConfig) -> None:
         raise ConfigError(
             f"engine.offload={config.engine.offload} needs DeepSpeed; set engine=zero1, zero2 or "
             "zero3"
+        )
+    if config.features.source == "stored" and config.features.path is None:
+        raise ConfigError(
+            "features.source=stored needs features.path=DIR, a store made by deepspec extract"
+        )
+    if config.features.source == "remote" and not config.features.servers:
+        raise ConfigError(
+            "features.source=remote needs features.servers=[http://host:port, ...], servers "
+            "started by deepspec serve-target"
         )
     if config.training.micro_batch_size > config.training.batch_size:
         raise ConfigError(

@@ -28,7 +28,7 @@ from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.model import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export.names import public_name
-from deepspec.targets import Target
+from deepspec.targets import TargetEnds
 
 PROFILES = ("serving", "full")
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -64,7 +64,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def export_flat(
-    drafter: DSparkDrafter, target: Target, out: Path, profile: str, card: str, num_anchors: int
+    drafter: DSparkDrafter, target: TargetEnds, out: Path, profile: str, card: str, num_anchors: int
 ) -> Path:
     """Write `drafter` for serving beside `target` into `out`, whole or not at all; returns `out`.
 
@@ -94,7 +94,7 @@ def export_flat(
 
 
 def flat_config(
-    shape: DSparkConfig, target: Target, profile: str, num_anchors: int
+    shape: DSparkConfig, target: TargetEnds, profile: str, num_anchors: int
 ) -> dict[str, Any]:
     """config.json: the drafter's backbone as a Qwen3 config, and DSpark's keys, at top level.
 
@@ -132,7 +132,7 @@ def flat_config(
     }
 
 
-def _shared(target: Target) -> dict[str, Tensor]:
+def _shared(target: TargetEnds) -> dict[str, Tensor]:
     return {EMBEDDING: target.embedding, HEAD: target.head.weight}
 
 
@@ -172,7 +172,7 @@ def flat_shape(folder: Path) -> DSparkConfig:
     return _shape(_read_config(folder), folder / CONFIG)
 
 
-def load_flat(folder: Path, target: Target | None = None) -> DSparkDrafter:
+def load_flat(folder: Path, target: TargetEnds | None = None) -> DSparkDrafter:
     """The exported drafter, fp32 (of bf16 values), in evaluation mode; either profile.
 
     With a `target`, checks that the export was made for it and that it captures the drafter's
@@ -259,7 +259,7 @@ def _check_layout(config: dict[str, Any], file: Path) -> None:
 
 
 def _check_target(
-    folder: Path, config: dict[str, Any], shape: DSparkConfig, target: Target
+    folder: Path, config: dict[str, Any], shape: DSparkConfig, target: TargetEnds
 ) -> None:
     extra = config.get("deepspec", {})
     identity = extra.get("identity", {})
@@ -297,7 +297,7 @@ def _read_weights(file: Path, recorded: str | None) -> dict[str, Tensor]:
         raise CheckpointError(f"{broken}: {error}; copy it again or export again") from None
 
 
-def _check_shared(file: Path, shared: dict[str, Tensor], target: Target) -> None:
+def _check_shared(file: Path, shared: dict[str, Tensor], target: TargetEnds) -> None:
     """The full profile's embedding and head must be the target's: drafting uses the latter."""
     for name, own in _shared(target).items():
         if name in shared and not torch.equal(shared[name].to(torch.bfloat16), _bf16(own)):

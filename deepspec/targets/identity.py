@@ -6,36 +6,41 @@ import hashlib
 import json
 from typing import Any
 
-import torch
+from torch import Tensor
 
-SAMPLED_VALUES = 4096
+from deepspec.targets.files import update_digest
+
+Identity = dict[str, str]
 
 
-def fingerprint(model: Any, tokenizer: Any) -> dict[str, str]:
-    """Hashes of architecture, weights (names, shapes and a sample of values), tokenizer, template.
-
-    Cheap at any size: `SAMPLED_VALUES` evenly spaced values of each tensor that is in memory.
-    """
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name}{tuple(tensor.shape)}".encode())
-        if tensor.device.type != "meta" and tensor.is_floating_point():
-            flat = tensor.detach().flatten()
-            stride = max(1, flat.numel() // SAMPLED_VALUES)
-            # values in bf16: the same checkpoint loaded in fp32 or bf16 is the same target
-            sample = flat[::stride].to(torch.bfloat16).view(torch.int16).cpu()
-            weights.update(sample.numpy().tobytes())
-    text = model.config.get_text_config()
+def identity_of_ends(text_config: Any, tokenizer: Any, embedding: Tensor, head: Tensor) -> Identity:
+    """Fingerprints of architecture, embedding and head, tokenizer, template: no decoder layer."""
     architecture = {
-        "model_type": text.model_type,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "vocab_size": text.vocab_size,
+        "model_type": text_config.model_type,
+        "hidden_size": text_config.hidden_size,
+        "num_hidden_layers": text_config.num_hidden_layers,
+        "vocab_size": text_config.vocab_size,
     }
+    ends = hashlib.sha256()
+    for name, tensor in (("embedding", embedding), ("head", head)):
+        update_digest(ends, name, list(tensor.shape), tensor)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return {
         "architecture": json.dumps(architecture, sort_keys=True),
-        "weights": weights.hexdigest()[:32],
+        "ends": ends.hexdigest()[:32],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:32],
         "template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:32],
     }
+
+
+def fingerprint_of_model(model: Any) -> str:
+    """As `WeightFiles.fingerprint`, of a model that came from no safetensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        update_digest(digest, name, list(tensor.shape), tensor)
+    return digest.hexdigest()[:32]
+
+
+def differing(known: Identity, other: Identity) -> list[str]:
+    """Which parts of `known` are another's in `other`."""
+    return [key for key, value in known.items() if other.get(key) != value]

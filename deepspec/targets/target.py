@@ -5,23 +5,27 @@ Legend: B rows, Q new tokens, T packed tokens, D hidden size, L captured layers,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
-from deepspec.errors import TargetError
 from deepspec.records import Sample, TargetFeatures
+from deepspec.targets.ends import (
+    DTYPES,
+    TargetEnds,
+    checked_path,
+    explained,
+    layers_of,
+    load_tokenizer,
+)
 from deepspec.targets.families import find_parts
-from deepspec.targets.features import FeatureCapture, check_layer_ids, default_layer_ids
-from deepspec.targets.identity import fingerprint
-
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+from deepspec.targets.features import FeatureCapture
+from deepspec.targets.files import WeightFiles
+from deepspec.targets.identity import Identity, fingerprint_of_model
 
 
 @dataclass(frozen=True)
@@ -32,46 +36,30 @@ class TargetOutput:
     context: Tensor | None
 
 
-class Target:
-    """A frozen Hugging Face causal LM with what a drafter shares of it."""
+class Target(TargetEnds):
+    """A frozen Hugging Face causal LM: features for training, block forwards for decoding.
 
-    def __init__(self, model: Any, tokenizer: Any, layer_ids: Sequence[int] | int, name: str):
+    `files`: the checkpoint it was loaded from, whose fingerprint is its identity.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        layer_ids: Sequence[int] | int,
+        name: str,
+        files: WeightFiles | None = None,
+    ) -> None:
         parts = find_parts(model)
+        super().__init__(parts, tokenizer, layer_ids, name)
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.family = parts.family
-        self.config = parts.text_config
-        self.embedding = parts.embedding
-        self.head = parts.head
-        self.hidden_size = int(self.embedding.shape[1])
-        self.vocab_size = int(self.head.weight.shape[0])
-        self.num_layers = len(parts.layers)
-        self.layer_ids = (
-            default_layer_ids(self.num_layers, layer_ids)
-            if isinstance(layer_ids, int)
-            else check_layer_ids(layer_ids, self.num_layers)
-        )
+        self._files = files
         self._backbone = parts.backbone
         self._capture = FeatureCapture(parts, self.layer_ids)
-        self._identity: dict[str, str] | None = None
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """Fingerprint of weights, tokenizer and template; see `identity.fingerprint`."""
-        if self._identity is None:
-            self._identity = fingerprint(self.model, self.tokenizer)
-        return self._identity
-
-    @property
-    def device(self) -> torch.device:
-        """Where the embedding is, and so where inputs go."""
-        return self.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the embedding."""
-        return self.embedding.dtype
+    def _fingerprint(self) -> Identity:
+        known = self._files.fingerprint() if self._files else fingerprint_of_model(self.model)
+        return {**super()._fingerprint(), "weights": known}
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -131,34 +119,17 @@ class Target:
 
 def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     """The target of `config` on `device`, frozen. Raises TargetError with what to change."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    if config.dtype not in DTYPES:
-        raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
-    path = os.path.expanduser(config.path)
-    if looks_local and not Path(path, "config.json").is_file():
-        raise TargetError(
-            f"target.path={config.path}: no config.json there; give the folder of a Hugging Face "
-            "checkpoint or the name of one on the hub"
-        )
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    path = checked_path(config)
+    tokenizer, files = load_tokenizer(config), WeightFiles(config)
+    with explained(config):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[config.dtype], attn_implementation=config.attention, **options
+            path,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
         )
-    except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
-        first = (str(error).splitlines() or [""])[0]
-        raise TargetError(
-            f"target.path={config.path} could not be loaded ({type(error).__name__}: {first}); "
-            "check the path or hub name, target.revision, and that its files are complete"
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
-        raise TargetError(
-            f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
-            "files of the model's tokenizer there"
-        )
-    layers = config.num_layer_ids if config.layer_ids is None else list(config.layer_ids)
     model.to(torch.device(device))  # type: ignore[arg-type]
-    return Target(model, tokenizer, layers, config.path)
+    return Target(model, tokenizer, layers_of(config), config.path, files)

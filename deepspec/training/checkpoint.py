@@ -26,6 +26,7 @@ from deepspec.atomic import atomic_folder, sha256
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
+from deepspec.targets.identity import differing
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
@@ -63,8 +64,7 @@ class Checkpoint:
 
     def check_target(self, identity: dict[str, str]) -> None:
         """Raises CheckpointError unless `identity` is the target this was trained for."""
-        different = [key for key, value in self.identity.items() if identity.get(key) != value]
-        if different:
+        if different := differing(self.identity, identity):
             raise CheckpointError(
                 f"{self.folder} was trained for another target than this one: the "
                 f"{', '.join(different)} differ(s) (it was trained for {self.target}); set "

@@ -13,7 +13,7 @@ from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.objective import compute_loss, slots_of
 from deepspec.records import BlockBatch, TargetFeatures
-from deepspec.targets import Target
+from deepspec.targets import TargetEnds
 
 
 class Distillation(nn.Module):
@@ -22,7 +22,7 @@ class Distillation(nn.Module):
     Only the drafter's parameters are seen by the engine.
     """
 
-    def __init__(self, drafter: Drafter, target: Target, config: RunConfig) -> None:
+    def __init__(self, drafter: Drafter, target: TargetEnds, config: RunConfig) -> None:
         super().__init__()
         self.drafter = drafter
         self._frozen = (target.embedding, target.head)  # in a tuple: no submodule, no buffer

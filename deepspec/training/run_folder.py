@@ -5,6 +5,7 @@ answers.jsonl      the training conversations, answered by the target
 skipped.json       rows left out, by stage and reason
 metrics.jsonl      a row an event of the training
 checkpoints/       step-N folders, newest and best
+features/          the target's features, where features=hybrid keeps them
 export/            the best drafter in the layout of `export.format`
 traces.jsonl       a row a decoding round of the evaluation
 report.json|md|html
@@ -39,6 +40,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.json"
         self.checkpoints = path / "checkpoints"
+        self.features = path / "features"
         self.export = path / "export"
         self.traces = path / "traces.jsonl"
         # the operating system lets go of it when the process dies, however it dies

@@ -23,10 +23,11 @@ from deepspec.data.batching import epoch_batches, split_batch
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.base import Drafter
 from deepspec.errors import Interrupted, TrainingError
+from deepspec.features.sources import FeatureSource
 from deepspec.objective import LossOutput
 from deepspec.progress import Progress
 from deepspec.records import BlockBatch, Sample
-from deepspec.targets import Target
+from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
     OPTIMIZER,
     WEIGHTS,
@@ -52,7 +53,8 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        target: Target,
+        target: TargetEnds,
+        source: FeatureSource,
         drafter: Drafter,
         samples: Sequence[Sample],
         validation: Sequence[Sample],
@@ -61,7 +63,7 @@ class Trainer:
     ) -> None:
         if not samples:
             raise TrainingError("no sample to train on; see the skipped rows above and data.path")
-        self.config, self.target = config, target
+        self.config, self.target, self.source = config, target, source
         self.samples, self.validation = samples, validation
         self.folder = folder
         self.engine = engine
@@ -75,6 +77,7 @@ class Trainer:
         if training.max_steps is not None:
             self.total_steps = min(self.total_steps, training.max_steps)
         self.step = 0
+        self._expected = 0  # the first step that the source has not heard of
         self._signal: int | None = None
         self._last_validation: dict[str, float] = {}
 
@@ -82,6 +85,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step: sample anchors, capture features, forward, objective, update."""
+        self._expect()
         micro_batches = [self.blocks_of(samples) for samples in self.micro_batches(self.step)]
         # decision 2: every term is divided by the weight of the whole step, known beforehand
         (denominator,) = self.engine.sum(sum(float(b.weights.sum()) for _, b in micro_batches))
@@ -141,12 +145,26 @@ class Trainer:
         )
         return samples, batch
 
+    def _expect(self) -> None:
+        """Tell the source what this and the next steps will ask for, `features.prefetch` ahead."""
+        self._expected = max(self._expected, self.step)
+        ahead = 0
+        for step in range(self.step, self.total_steps):
+            micro_batches = self.micro_batches(step)
+            if step >= self._expected:
+                for samples in micro_batches:
+                    self.source.expect(samples or [self._shortest])
+                self._expected = step + 1
+            ahead += len(micro_batches)
+            if ahead >= self.config.features.prefetch:
+                return
+
     def loss_of(
         self, samples: Sequence[Sample], batch: BlockBatch, denominator: float
     ) -> tuple[LossOutput, BlockBatch]:
         """Features of the frozen target, the drafter's forward, and the objective."""
         batch = batch.to(self.engine.device)
-        features = self.target.features(samples)
+        features = self.source.features(samples).to(self.engine.device, non_blocking=True)
         fields = self.distillation(features.context, features.final, batch, denominator)
         return LossOutput(*fields), batch
 
@@ -179,6 +197,8 @@ class Trainer:
                         record(self.validate())
                     if last or stop or self.step % training.save_every == 0:
                         saved = self.save()
+                    if self.step % self.steps_an_epoch == 0:
+                        self.source.settle(self.engine.wait)
                     if stop and not last:
                         raise Interrupted(stop, str(saved))
         finally:
@@ -207,6 +227,7 @@ class Trainer:
 
         Written by the main process while the others wait: when they go on, it is there.
         """
+        self.source.settle(self.engine.wait)
         weights, moments = self.engine.weights(), self.engine.optimizer_state()
         description = {
             "step": self.step,

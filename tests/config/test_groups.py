@@ -66,5 +66,5 @@ def test_dflash_changes_keys_of_dspark() -> None:
 def test_every_key_is_described_in_the_line_above_it(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for above, line in zip(["", *lines], lines, strict=False):
-        if re.match(r"\s*\w+:", line):
+        if re.match(r'\s*"?\w+"?:', line):
             assert re.match(r"\s*# .*\w.*[.;)]$", above), f"{path}: {line!r} is not described"

@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.records import Sample
-from deepspec.targets import FrozenHead, Target, check_layer_ids, default_layer_ids, load_target
+from deepspec.targets import (
+    FrozenHead,
+    Target,
+    check_layer_ids,
+    default_layer_ids,
+    load_ends,
+    load_target,
+)
+from deepspec.targets.identity import differing
 
 
 def samples_of(*lengths: int) -> list[Sample]:
@@ -66,7 +74,9 @@ def test_soft_cap() -> None:
     torch.testing.assert_close(FrozenHead(weight, 5.0)(hidden), expected)
 
 
-def test_identity_knows_weights_and_template_but_not_dtype(target_folder: Path) -> None:
+def test_identity_knows_weights_and_template_but_not_dtype(
+    target_folder: Path, tmp_path: Path
+) -> None:
     def identity(**options: object) -> dict[str, str]:
         return load_target(
             TargetConfig(path=str(target_folder), num_layer_ids=3, **options), "cpu"
@@ -74,11 +84,29 @@ def test_identity_knows_weights_and_template_but_not_dtype(target_folder: Path) 
 
     base = identity(dtype="float32")
     assert identity(dtype="bfloat16") == base
-    other = load_target(TargetConfig(path=str(target_folder), num_layer_ids=3), "cpu")
+    config = TargetConfig(path=str(target_folder), num_layer_ids=3)
+    ends = load_ends(config, "cpu")
+    assert ends.identity == {key: base[key] for key in base if key != "weights"}
+
+    other = load_target(config, "cpu")
     other.model.model.layers[2].mlp.up_proj.weight += 0.1
     other.tokenizer.chat_template += " "
-    changed = {key for key in base if other.identity[key] != base[key]}
-    assert changed == {"weights", "template"}
+    other.model.save_pretrained(tmp_path)
+    other.tokenizer.save_pretrained(tmp_path)
+    changed = load_target(TargetConfig(path=str(tmp_path), num_layer_ids=3), "cpu").identity
+    assert differing(base, changed) == ["template", "weights"]
+    with pytest.raises(TargetError, match=r"of another target than .*: the template differ"):
+        ends.adopt(changed, "the store")
+
+
+def test_the_ends_are_the_targets(target_folder: Path) -> None:
+    """Read alone out of the files, without a decoder layer."""
+    config = TargetConfig(path=str(target_folder), dtype="bfloat16", num_layer_ids=3)
+    ends, whole = load_ends(config, "cpu"), load_target(config, "cpu")
+    assert torch.equal(ends.embedding, whole.embedding)
+    assert torch.equal(ends.head.weight, whole.head.weight)
+    for name in ("hidden_size", "vocab_size", "num_layers", "layer_ids", "family", "dtype"):
+        assert getattr(ends, name) == getattr(whole, name)
 
 
 def test_a_folder_without_a_tokenizer_is_named(target_folder: Path, tmp_path: Path) -> None:

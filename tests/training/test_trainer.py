@@ -16,7 +16,7 @@ from deepspec.training.checkpoint import list_checkpoints, read_checkpoint
 from deepspec.training.metrics import expected_accept_length, read_metrics
 from deepspec.training.resume import starting_point
 from deepspec.training.trainer import Trainer, learning_rate
-from tests.training.conftest import MakeTrainer
+from tests.trainers import MakeTrainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

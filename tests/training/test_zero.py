@@ -23,7 +23,7 @@ from deepspec.errors import ConfigError, MissingDependencyError
 from deepspec.targets import Target
 from deepspec.training.checkpoint import OPTIMIZER, WEIGHTS, read_checkpoint, step_folder
 from deepspec.training.engine import open_engine
-from tests.training.conftest import MakeTrainer, build_trainer
+from tests.trainers import MakeTrainer, build_trainer
 
 STEPS, HALF = 6, 3
 HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

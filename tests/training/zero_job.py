@@ -19,7 +19,7 @@ from deepspec.config.schema import TargetConfig
 from deepspec.processes import rank
 from deepspec.targets import load_target
 from deepspec.training.checkpoint import read_checkpoint
-from tests.training.conftest import build_trainer
+from tests.trainers import build_trainer
 
 
 def main() -> None:

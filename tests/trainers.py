@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from deepspec.config.loading import config_from
 from deepspec.drafters.registry import drafter_kind
+from deepspec.features.sources import FeatureSource, Online
 from deepspec.records import Sample
-from deepspec.targets import Target
+from deepspec.targets import TargetEnds
 from deepspec.training.engine import open_engine
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
@@ -45,11 +45,18 @@ def make_samples(count: int, seed: int = 0) -> list[Sample]:
         first = int(torch.randint(10, 200, (1,), generator=generator))
         answer = first + torch.arange(length) % 5
         ids = torch.cat((torch.tensor([1, 20, 21]), answer))
-        samples.append(Sample(ids, torch.arange(len(ids)) >= 3, f"sample-{index:03d}"))
+        name = "sample" if seed == 0 else f"other-{seed}"
+        samples.append(Sample(ids, torch.arange(len(ids)) >= 3, f"{name}-{index:03d}"))
     return samples
 
 
-def build_trainer(target: Target, folder: Path, *overrides: str, samples: int = 13) -> Trainer:
+def build_trainer(
+    target: TargetEnds,
+    folder: Path,
+    *overrides: str,
+    samples: int = 13,
+    source: FeatureSource | None = None,
+) -> Trainer:
     """A trainer in the run folder `folder`, which it holds until the process ends or it is let go.
 
     13 samples make a last step of one: of several processes, all but one are without work.
@@ -61,22 +68,8 @@ def build_trainer(target: Target, folder: Path, *overrides: str, samples: int = 
     drafter = kind.build(kind.resolve(config.drafter, target))
     engine = open_engine(config.engine, config.training, config.tracking, run.path)
     data, validation = make_samples(samples), make_samples(4, seed=1)
-    return Trainer(config, target, drafter, data, validation, run, engine)
+    source = Online(target) if source is None else source
+    return Trainer(config, target, source, drafter, data, validation, run, engine)
 
 
 MakeTrainer = Callable[..., Trainer]
-
-
-@pytest.fixture
-def make_trainer(target: Target, tmp_path: Path) -> Iterator[MakeTrainer]:
-    """`make_trainer(name, *overrides, samples=13)`: a fresh one, in its own run folder."""
-    folders: list[RunFolder] = []
-
-    def make(name: str, *overrides: str, samples: int = 13) -> Trainer:
-        trainer = build_trainer(target, tmp_path / name, *overrides, samples=samples)
-        folders.append(trainer.folder)
-        return trainer
-
-    yield make
-    for folder in folders:
-        folder.__exit__(None, None, None)

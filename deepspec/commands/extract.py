@@ -1,0 +1,52 @@
+"""Store the target's features of a recipe's conversations, to train on many times.
+
+Works under torchrun: the processes share the shards. Started again after a stop, it makes those
+that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+SETTINGS = "recipe=R, out=DIR for the store, and overrides of the config"
+EXAMPLES = """\
+  deepspec extract recipe=tiny out=features
+  deepspec extract recipe=qwen3 data.path=[answers.jsonl] regenerate.enabled=false \\
+      extract.dtype=float8 extract.yes=true out=/data/features
+  torchrun --nproc-per-node 8 -m deepspec extract recipe=qwen3 out=/data/features
+"""
+HAS_CONFIG = True
+
+
+def run(settings: Sequence[str], options: argparse.Namespace) -> None:
+    """Answer the conversations where the recipe says so, then make the shards."""
+    from pathlib import Path
+
+    from deepspec.commands.settings import print_config, recipe_config, take
+    from deepspec.errors import ConfigError
+
+    values, others = take(settings, "out")
+    config = recipe_config(others)
+    if options.cfg:
+        print_config(config)
+        return
+    if "out" not in values:
+        raise ConfigError("out= is missing: the folder of the store, such as out=features")
+    from deepspec.commands import stages
+    from deepspec.processes import rank, together
+
+    out = Path(values["out"]).expanduser()
+    target = stages.open_target(config)
+    with together() as wait:
+        answers = out / "answers.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        if rank() == 0 and config.regenerate.enabled:
+            stages.print_skipped(stages.make_answers(config, target, answers))
+        wait()
+        data = stages.load_samples(config, target, answers)
+        stages.print_skipped(data.skipped)
+        stages.extract_features(config, target, data, out, wait)
+    if rank() == 0:
+        print(f"store: {out}")
+        print(f"next:  deepspec train recipe={config.recipe} features=stored features.path={out}")

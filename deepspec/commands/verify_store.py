@@ -1,0 +1,48 @@
+"""Reread a store of features whole, against its checksums.
+
+Exits with 2 and names the shards when one is bad or samples are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+SETTINGS = "path=DIR, the store"
+EXAMPLES = """\
+  deepspec verify-store path=features
+"""
+HAS_CONFIG = False
+
+
+def run(settings: Sequence[str], options: argparse.Namespace) -> None:
+    """Check every shard, and that all samples are there."""
+    from pathlib import Path
+
+    from deepspec.commands.settings import take
+    from deepspec.errors import ConfigError, DataError
+    from deepspec.features.store import Store
+    from deepspec.progress import track
+
+    values, others = take(settings, "path")
+    if others or "path" not in values:
+        raise ConfigError("deepspec verify-store takes path=DIR, the store, and nothing else")
+    store = Store.open(Path(values["path"]).expanduser())
+    bad = []
+    for shard in track(store.finished(), "verify", len(store.finished()), "shards"):
+        try:
+            store.check(shard)
+        except DataError as error:
+            bad.append(str(error))
+    if bad:
+        raise DataError("\n".join(bad))
+    if len(store) != store.header.samples:
+        raise DataError(
+            f"{store.path} has {len(store)} of {store.header.samples} samples; finish it by the "
+            "same deepspec extract command"
+        )
+    header = store.header
+    print(
+        f"{store.path}: {len(store)} samples of {header.target} in {len(store.finished())} shards, "
+        f"{header.dtype}, {header.bytes_a_token} bytes a token; all as they were written"
+    )

@@ -1,0 +1,66 @@
+"""Features as plain tensors, for a file or the wire.
+
+FP8 is E4M3 with a scale a token and layer: hidden states of different layers differ by orders of
+magnitude, and a few tokens carry huge ones. Legend: T tokens, L captured layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspec.records import TargetFeatures
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+DTYPES = {"bfloat16": torch.bfloat16, "float8": FLOAT8, "float32": torch.float32}
+
+
+def resolve_dtype(wanted: str, target: torch.dtype) -> str:
+    """`wanted` as a key of DTYPES; auto is what the target computes in."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return names.get(target, "float32") if wanted == "auto" else wanted
+
+
+def token_bytes(dtype: str, layers: int, hidden_size: int) -> int:
+    """Bytes of one token's features: (L + 1) * D numbers, in FP8 also L + 1 scales."""
+    values = (layers + 1) * hidden_size * DTYPES[dtype].itemsize
+    return values + (layers + 1) * torch.float32.itemsize if dtype == "float8" else values
+
+
+def encode(features: TargetFeatures, dtype: str, layers: int) -> dict[str, Tensor]:
+    """`context` [T, L*D] and `final` [T, D] in `dtype`; with float8 `context_scale` [T, L] and
+    `final_scale` [T, 1] fp32."""
+    if dtype != "float8":
+        kind = DTYPES[dtype]
+        return {"context": features.context.to(kind), "final": features.final.to(kind)}
+    context, context_scale = _scaled(features.context, layers)
+    final, final_scale = _scaled(features.final, 1)
+    return {
+        "context": context,
+        "context_scale": context_scale,
+        "final": final,
+        "final_scale": final_scale,
+    }
+
+
+def decode(tensors: dict[str, Tensor]) -> TargetFeatures:
+    """What `encode` was given, rounded; of float8 in bfloat16."""
+    if "context_scale" not in tensors:
+        return TargetFeatures(tensors["context"], tensors["final"])
+    return TargetFeatures(
+        _unscaled(tensors["context"], tensors["context_scale"]),
+        _unscaled(tensors["final"], tensors["final_scale"]),
+    )
+
+
+def _scaled(values: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+    parts = values.float().unflatten(-1, (layers, -1))
+    scale = parts.abs().amax(-1, keepdim=True) / LARGEST
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    return (parts / scale).to(FLOAT8).flatten(-2), scale.squeeze(-1)
+
+
+def _unscaled(values: Tensor, scale: Tensor) -> Tensor:
+    parts = values.float().unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
+    return parts.flatten(-2).to(torch.bfloat16)

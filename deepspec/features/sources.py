@@ -1,0 +1,152 @@
+"""Where the training loop gets features: the target in this process, a store, both, or servers.
+
+The loop asks `features(samples)` and does not know which it is. `expect` tells a source what will
+be asked for, so that reading and fetching happen behind the step before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from deepspec.errors import DataError
+from deepspec.features.encoding import encode
+from deepspec.features.store import Store
+from deepspec.records import Sample, TargetFeatures
+from deepspec.targets import Target
+
+
+class FeatureSource(Protocol):
+    """What every source does."""
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """Features of `samples`, packed end to end, on any device."""
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """`features(samples)` will be asked for soon."""
+
+    def settle(self, wait: Callable[[], None]) -> None:
+        """At a checkpoint and at the end of an epoch, in all processes (`wait` is for all)."""
+
+    def close(self) -> None:
+        """Training is over."""
+
+
+class Online:
+    """The target in the training process."""
+
+    def __init__(self, target: Target) -> None:
+        self.features = target.features
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Nothing: the device is busy with the step."""
+
+    def settle(self, wait: Callable[[], None]) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Ahead:
+    """A source whose `read` runs ahead of the training in threads."""
+
+    def __init__(self, read: Callable[[Sequence[Sample]], TargetFeatures], workers: int) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="features")
+        self._pending: dict[tuple[str, ...], Future[TargetFeatures]] = {}
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """Those that were read ahead, or read now."""
+        ahead = self._pending.pop(_key(samples), None)
+        return self._read(samples) if ahead is None else ahead.result()
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Begin to read."""
+        if _key(samples) not in self._pending:
+            self._pending[_key(samples)] = self._pool.submit(self._read, samples)
+
+    def settle(self, wait: Callable[[], None]) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """What was read ahead in vain is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Hybrid:
+    """Online for what the store lacks, which is then stored; a later epoch reads it.
+
+    A shard is written when `shard_bytes` are together; what was not when the process dies is
+    computed again. `writer` names this process's shards apart from those of others.
+    """
+
+    def __init__(self, target: Target, store: Store, writer: str, shard_bytes: int) -> None:
+        self._target, self._store = target, store
+        self._writer, self._size = writer, shard_bytes
+        self._fresh: dict[str, tuple[Sample, TargetFeatures]] = {}
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """From the store where it has all of `samples`, else from the target."""
+        if all(self._store.holds(sample) for sample in samples):
+            try:
+                return self._store.read(samples)
+            except DataError:  # a bad shard: made again
+                for shard in self._store.finished():
+                    if not self._sound(shard):
+                        self._store.discard(shard)
+        features = self._target.features(samples)
+        lengths = [len(sample) for sample in samples]
+        parts = zip(features.context.split(lengths), features.final.split(lengths), strict=True)
+        for sample, (context, final) in zip(samples, parts, strict=True):
+            if not self._store.holds(sample):
+                own = TargetFeatures(context, final).to("cpu")
+                self._fresh[sample.sample_id] = (sample, own)
+        if sum(len(sample) for sample, _ in self._fresh.values()) >= self._tokens:
+            self._flush()
+        return features
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Nothing: the device is busy with the step."""
+
+    def settle(self, wait: Callable[[], None]) -> None:
+        """All that was computed is on disk, and every process knows of it."""
+        self._flush()
+        wait()
+        self._store.refresh()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    @property
+    def _tokens(self) -> int:
+        return max(1, self._size // self._store.header.bytes_a_token)
+
+    def _sound(self, shard: str) -> bool:
+        try:
+            self._store.check(shard)
+        except DataError:
+            return False
+        return True
+
+    def _flush(self) -> None:
+        if not self._fresh:
+            return
+        header = self._store.header
+        samples = [sample for sample, _ in self._fresh.values()]
+        packed = TargetFeatures(
+            torch.cat([own.context for _, own in self._fresh.values()]),
+            torch.cat([own.final for _, own in self._fresh.values()]),
+        )
+        taken = set(self._store.finished())
+        count = next(n for n in range(len(taken) + 1) if f"{self._writer}-{n:05d}" not in taken)
+        encoded = encode(packed, header.dtype, len(header.layer_ids))
+        self._store.write(f"{self._writer}-{count:05d}", samples, encoded)
+        self._fresh.clear()
+
+
+def _key(samples: Sequence[Sample]) -> tuple[str, ...]:
+    return tuple(sample.sample_id for sample in samples)

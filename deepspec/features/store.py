@@ -1,0 +1,265 @@
+"""A store of samples and their features: safetensors shards, each of them whole or not there.
+
+    store.json               format, identity of the target, layer ids, dtype, which samples
+    NAME.safetensors         samples end to end: input_ids [T] int32, loss_mask [T] bool, context
+                             [T, L*D], final [T, D] and, in float8, their scales
+    NAME.json                written behind it: sample ids, lengths, digests, the tensors' sha256
+
+A killed process leaves finished shards and nothing else that is looked at. Variable lengths, no
+padding. Several processes may write shards of their own names into one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepspec.atomic import atomic_file, sha256
+from deepspec.errors import DataError
+from deepspec.features.encoding import DTYPES, decode, token_bytes
+from deepspec.records import Sample, TargetFeatures
+
+FORMAT = 1
+HEADER = "store.json"
+TOKEN_BYTES = 4 + 1  # of input_ids and loss_mask
+OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What a store is of. `samples` of them when it is complete, `data` their digest."""
+
+    target: str
+    identity: dict[str, str]
+    layer_ids: list[int]
+    hidden_size: int
+    dtype: str
+    samples: int
+    data: str
+
+    @property
+    def bytes_a_token(self) -> int:
+        """Of a shard, tokens and mask included."""
+        return token_bytes(self.dtype, len(self.layer_ids), self.hidden_size) + TOKEN_BYTES
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sample lies: rows `first` to `first + length` of a shard."""
+
+    shard: str
+    first: int
+    length: int
+    digest: str
+
+
+class Store:
+    """The folder at `path`. `verify`: check a shard's hash before its first use by this process."""
+
+    def __init__(self, path: Path, header: StoreHeader, verify: bool = True) -> None:
+        self.path, self.header = path, header
+        self._verify = verify
+        self._places: dict[str, _Place] = {}
+        self._known: set[str] = set()
+        self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open)
+        self._lock = threading.Lock()  # readers run ahead of the training in threads
+        self.refresh()
+
+    # ---------------------------------------------------------------------------- the folder
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = True) -> Store:
+        """An existing store. Raises DataError when there is none or it is not readable."""
+        return cls(path, read_header(path), verify)
+
+    @classmethod
+    def create(cls, path: Path, header: StoreHeader, verify: bool = True) -> Store:
+        """A new store, or the one there, to be continued.
+
+        Raises DataError when that is of other data, another target, or in another dtype.
+        """
+        if not (path / HEADER).is_file():
+            path.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path / HEADER) as partial:
+                text = json.dumps({"format": FORMAT, **asdict(header)}, indent=2)
+                partial.write_text(text + "\n", encoding="utf-8")
+        found = read_header(path)
+        names = [field.name for field in fields(header) if field.name != "target"]
+        different = [name for name in names if getattr(found, name) != getattr(header, name)]
+        if different:
+            raise DataError(
+                f"{path} is a store of something else: its {', '.join(different)} differ(s); "
+                "give another folder, or delete it"
+            )
+        return cls(path, header, verify)
+
+    def refresh(self) -> None:
+        """Look for shards that were finished since."""
+        for file in sorted(self.path.glob("*.json")):
+            if file.name != HEADER and file.stem not in self._known:
+                self._known.add(file.stem)
+                for sample_id, place in _index(file):
+                    self._places[sample_id] = place
+
+    def finished(self) -> list[str]:
+        """Names of the shards that are whole."""
+        return sorted(self._known)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def holds(self, sample: Sample) -> bool:
+        """Whether its features are here. Raises DataError where other tokens have its id."""
+        place = self._places.get(sample.sample_id)
+        if place is not None and place.digest != digest(sample):
+            raise DataError(
+                f"{self.path} has other tokens under the id {sample.sample_id}: the data changed "
+                "since it was made; give another folder, or delete it"
+            )
+        return place is not None
+
+    # ------------------------------------------------------------------------------- reading
+
+    def read(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """Features of `samples`, packed, on the CPU. Raises DataError for a bad shard."""
+        parts = [self._slice(self._places[sample.sample_id]) for sample in samples]
+        return decode({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples, shard by shard."""
+        for shard in self.finished():
+            opened = self._shard(shard)
+            ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
+            for sample_id, place in self._places.items():
+                if place.shard == shard:
+                    own = slice(place.first, place.first + place.length)
+                    yield Sample(ids[own], mask[own].bool(), sample_id)
+
+    def check(self, shard: str) -> None:
+        """Reread one shard whole. Raises DataError when it is not what was written."""
+        file = self.path / f"{shard}.safetensors"
+        expected = json.loads((self.path / f"{shard}.json").read_text())["sha256"]
+        found = sha256(file) if file.is_file() else None
+        if found != expected:
+            raise DataError(
+                f"{file} is {'corrupt: its sha256 is not the recorded one' if found else 'missing'}"
+                f"; delete {shard}.json and what is left of it, and make it again by the same "
+                "deepspec extract command, which keeps all other shards"
+            )
+
+    def discard(self, shard: str) -> None:
+        """Forget a bad shard and delete it."""
+        for suffix in (".json", ".safetensors"):
+            (self.path / f"{shard}{suffix}").unlink(missing_ok=True)
+        self._known.discard(shard)
+        self._places = {i: place for i, place in self._places.items() if place.shard != shard}
+
+    def _slice(self, place: _Place) -> dict[str, Tensor]:
+        opened, own = self._shard(place.shard), slice(place.first, place.first + place.length)
+        names = [name for name in opened.keys() if name not in ("input_ids", "loss_mask")]  # noqa: SIM118
+        return {name: opened.get_slice(name)[own] for name in names}
+
+    def _shard(self, shard: str) -> Any:
+        with self._lock:
+            return self._opened(shard)
+
+    def _open(self, shard: str) -> Any:
+        if self._verify:
+            self.check(shard)
+        try:
+            return safe_open(self.path / f"{shard}.safetensors", "pt")
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{self.path / shard}.safetensors is unreadable: {error}") from None
+
+    # ------------------------------------------------------------------------------- writing
+
+    def write(self, shard: str, samples: Sequence[Sample], encoded: dict[str, Tensor]) -> None:
+        """Write a shard whole: `encoded` features of `samples`, end to end.
+
+        Raises DataError for a full disk; finished shards stay as they are.
+        """
+        tensors = {
+            "input_ids": torch.cat([sample.input_ids for sample in samples]).int(),
+            "loss_mask": torch.cat([sample.loss_mask for sample in samples]),
+            **{name: tensor.cpu().contiguous() for name, tensor in encoded.items()},
+        }
+        rows = [{"id": s.sample_id, "length": len(s), "digest": digest(s)} for s in samples]
+        try:
+            with atomic_file(self.path / f"{shard}.safetensors") as partial:
+                save_file(tensors, partial)
+                hashed = sha256(partial)
+            with atomic_file(self.path / f"{shard}.json") as partial:
+                text = json.dumps({"sha256": hashed, "samples": rows})
+                partial.write_text(text + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            need = sum(tensor.nbytes for tensor in tensors.values())
+            raise DataError(
+                f"could not write {self.path / shard}.safetensors ({error}): a shard takes "
+                f"{need / 2**20:.1f} MiB, {free_bytes(self.path) / 2**20:.1f} MiB are free. "
+                "Finished shards are kept: free disk space and start the same command again"
+            ) from error
+        self.refresh()
+
+
+def read_header(path: Path) -> StoreHeader:
+    """`store.json` of the folder `path`. Raises DataError."""
+    file = path / HEADER
+    if not file.is_file():
+        raise DataError(
+            f"{path} is no store of features ({HEADER} is missing); make one by deepspec extract "
+            f"recipe=R out={path}"
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw.pop("format")
+        header = StoreHeader(**raw) if version == FORMAT else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is damaged ({error}); make the store again") from None
+    if header is None:
+        raise DataError(f"{file} has format {version}, this version reads {FORMAT}; extract again")
+    if header.dtype not in DTYPES:
+        raise DataError(f"{file} has dtype {header.dtype!r}, expected one of {', '.join(DTYPES)}")
+    return header
+
+
+def digest(sample: Sample) -> str:
+    """Of its tokens and mask."""
+    own = hashlib.blake2b(sample.input_ids.numpy().tobytes(), digest_size=8)
+    own.update(sample.loss_mask.numpy().tobytes())
+    return own.hexdigest()
+
+
+def digest_all(samples: Iterable[Sample]) -> str:
+    """Of all samples, whatever their order."""
+    lines = sorted(f"{sample.sample_id}\0{digest(sample)}" for sample in samples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk at `path` or its nearest parent that exists."""
+    place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    return shutil.disk_usage(place).free
+
+
+def _index(file: Path) -> Iterator[tuple[str, _Place]]:
+    try:
+        first = 0
+        for row in json.loads(file.read_text(encoding="utf-8"))["samples"]:
+            yield row["id"], _Place(file.stem, first, row["length"], row["digest"])
+            first += row["length"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is damaged ({error}); delete it and run the same deepspec extract again"
+        ) from None

@@ -1,0 +1,197 @@
+"""The two ends of a frozen target, embedding and LM head: what a drafter shares of it.
+
+Training on features that were computed elsewhere needs nothing else of the target, so they are read
+alone out of its files (house plan, decision 4).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.config.schema import TargetConfig
+from deepspec.errors import TargetError
+from deepspec.targets.families import Parts, find_parts
+from deepspec.targets.features import check_layer_ids, default_layer_ids
+from deepspec.targets.files import WeightFiles
+from deepspec.targets.head import FrozenHead
+from deepspec.targets.identity import Identity, differing, identity_of_ends
+
+DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TargetEnds:
+    """Tokenizer, dimensions, embedding [V, D] and head of a target, without its decoder layers.
+
+    `identity` is that of the ends until the source of the features tells the whole target's.
+    """
+
+    def __init__(
+        self, parts: Parts, tokenizer: Any, layer_ids: Sequence[int] | int, name: str
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.family = parts.family
+        self.config = parts.text_config
+        self.embedding = parts.embedding
+        self.head = parts.head
+        self.hidden_size = int(self.embedding.shape[1])
+        self.vocab_size = int(self.head.weight.shape[0])
+        self.num_layers = len(parts.layers)
+        self.layer_ids = (
+            default_layer_ids(self.num_layers, layer_ids)
+            if isinstance(layer_ids, int)
+            else check_layer_ids(layer_ids, self.num_layers)
+        )
+        self._identity: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Fingerprint of weights, tokenizer and template; what is known of it."""
+        if self._identity is None:
+            self._identity = self._fingerprint()
+        return self._identity
+
+    def _fingerprint(self) -> Identity:
+        return identity_of_ends(self.config, self.tokenizer, self.embedding, self.head.weight)
+
+    def adopt(self, identity: Identity, whose: str) -> None:
+        """Take `identity` of the target that computed the features, which these are the ends of.
+
+        Raises TargetError when they are another's.
+        """
+        if different := differing(self.identity, identity):
+            raise TargetError(
+                f"{whose} is of another target than target.path={self.name}: the "
+                f"{', '.join(different)} differ(s); set target.path to that target"
+            )
+        self._identity = dict(identity)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and so where inputs go."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding."""
+        return self.embedding.dtype
+
+
+def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
+    """The ends of the target of `config` on `device`, read alone. Raises TargetError."""
+    tokenizer = load_tokenizer(config)
+    model = meta_model(config)
+    parts = read_ends(find_parts(model), model, config, torch.device(device))
+    return TargetEnds(parts, tokenizer, layers_of(config), config.path)
+
+
+def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.device) -> Parts:
+    """`parts` with embedding and head read from the files of `config` onto `device`.
+
+    `model` tells their names; its own weights may be on the meta device, sharded or elsewhere.
+    """
+    files = WeightFiles(config)
+    wanted = DTYPES[config.dtype]
+
+    def read(module: Any) -> Tensor:
+        tensor = files.read(_name_of(module.weight, model, files, config))
+        return tensor.to(device, parts.embedding.dtype if wanted == "auto" else wanted)
+
+    embedding = read(model.get_input_embeddings())
+    tied = getattr(parts.text_config, "tie_word_embeddings", False)
+    head = embedding if tied else read(model.get_output_embeddings())
+    return Parts(
+        family=parts.family,
+        text_config=parts.text_config,
+        backbone=parts.backbone,
+        layers=parts.layers,
+        embedding=embedding,
+        head=FrozenHead(head, parts.head.soft_cap),
+    )
+
+
+def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfig) -> str:
+    """The name in the files: the parameter's own, or the only one that ends like it."""
+    (name, *_) = (name for name, own in model.named_parameters() if own is weight)
+    names = files.names()
+    if name in names:
+        return name
+    tail = ".".join(name.split(".")[-2:])  # files may have another prefix than the loaded model
+    found = [other for other in names if other.endswith(tail)]
+    if len(found) != 1:
+        raise TargetError(
+            f"target.path={config.path}: {name} is not in its files under any known name "
+            f"({', '.join(sorted(found)) or 'none'} end(s) with {tail})"
+        )
+    return found[0]
+
+
+def meta_model(config: TargetConfig) -> Any:
+    """The target's modules and shapes without weights, in a moment at any size."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = checked_path(config)
+    options = {"trust_remote_code": config.trust_remote_code}
+    with explained(config), torch.device("meta"):
+        found = AutoConfig.from_pretrained(path, revision=config.revision, **options)
+        wanted = DTYPES[config.dtype]
+        dtype = getattr(found, "dtype", None) if wanted == "auto" else wanted
+        return AutoModelForCausalLM.from_config(found, dtype=dtype or torch.float32, **options)
+
+
+def load_tokenizer(config: TargetConfig) -> Any:
+    """The target's tokenizer. Raises TargetError."""
+    from transformers import AutoTokenizer
+
+    path = checked_path(config)
+    with explained(config):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise TargetError(
+            f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
+            "files of the model's tokenizer there"
+        )
+    return tokenizer
+
+
+def layers_of(config: TargetConfig) -> list[int] | int:
+    """The layer ids of `config`, or how many are to be spaced evenly."""
+    return config.num_layer_ids if config.layer_ids is None else list(config.layer_ids)
+
+
+def checked_path(config: TargetConfig) -> str:
+    """What transformers is to load. Raises TargetError for a folder that holds no checkpoint."""
+    if config.dtype not in DTYPES:
+        raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    path = os.path.expanduser(config.path)
+    if looks_local and not Path(path, "config.json").is_file():
+        raise TargetError(
+            f"target.path={config.path}: no config.json there; give the folder of a Hugging Face "
+            "checkpoint or the name of one on the hub"
+        )
+    return path
+
+
+@contextmanager
+def explained(config: TargetConfig) -> Iterator[None]:
+    """Turns what transformers, safetensors and the hub raise into TargetError."""
+    try:
+        yield
+    except TargetError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise TargetError(
+            f"target.path={config.path} could not be loaded ({type(error).__name__}: {first}); "
+            "check the path or hub name, target.revision, and that its files are complete"
+        ) from error

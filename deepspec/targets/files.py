@@ -1,0 +1,100 @@
+"""A checkpoint's safetensors, read one tensor at a time: never a whole target for two of them.
+
+A hub name stands for its files in the hub's cache; what is not there is fetched file by file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from deepspec.config.schema import TargetConfig
+from deepspec.errors import TargetError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SAMPLED_ROWS, SAMPLED_COLUMNS = 4, 64
+
+
+class WeightFiles:
+    """Tensors of the checkpoint at `target.path`, by the names they have in its files.
+
+    Raises TargetError where there are no safetensors.
+    """
+
+    def __init__(self, config: TargetConfig) -> None:
+        self._path, self._revision = os.path.expanduser(config.path), config.revision
+        index = self._find(INDEX)
+        if index is not None:
+            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return
+        single = self._find(SINGLE)
+        if single is None:
+            raise TargetError(
+                f"target.path={config.path} has neither {SINGLE} nor {INDEX}; save the model with "
+                "safe_serialization=True (safetensors is the only weight format that is read)"
+            )
+        with safe_open(single, "pt") as opened:
+            self._files = dict.fromkeys(opened.keys(), SINGLE)
+
+    def names(self) -> set[str]:
+        """All tensors."""
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU."""
+        with safe_open(self._local(self._files[name]), "pt") as opened:
+            return opened.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """A hash of names, shapes and a few values of every tensor; reads some pages of each."""
+        digest = hashlib.sha256()
+        for name, values in sorted(self._slices(), key=lambda pair: pair[0]):
+            update_digest(digest, name, list(values.get_shape()), values)
+        return digest.hexdigest()[:32]
+
+    def _slices(self) -> Iterator[tuple[str, Any]]:
+        for file in sorted(set(self._files.values())):
+            with safe_open(self._local(file), "pt") as opened:
+                yield from ((name, opened.get_slice(name)) for name in opened.keys())  # noqa: SIM118
+
+    def _local(self, file: str) -> Path:
+        found = self._find(file)
+        if found is None:
+            raise TargetError(f"target.path={self._path}: {file} is missing; fetch it again")
+        return found
+
+    def _find(self, file: str) -> Path | None:
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            self._path,
+            file,
+            revision=self._revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return None if found is None else Path(found)
+
+
+def update_digest(digest: Any, name: str, shape: list[int], values: Any) -> None:
+    """Take a few values of evenly spaced rows of a tensor into `digest`.
+
+    `values`: a tensor, or a safetensors slice of one. A fine-tune changes nearly every value of
+    what it trains, so few tell two apart.
+    """
+    digest.update(f"{name}{tuple(shape)}".encode())
+    rows = shape[0] if shape else 0
+    for index in range(SAMPLED_ROWS if rows else 0):
+        first = index * (rows - 1) // (SAMPLED_ROWS - 1)
+        last = first + (SAMPLED_COLUMNS if len(shape) == 1 else 1)
+        sample = values[first:last].flatten()[:SAMPLED_COLUMNS]
+        if sample.is_floating_point():
+            sample = sample.to(torch.bfloat16)  # loaded in fp32 or bf16, it is the same target
+        digest.update(sample.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
