@@ -21,6 +21,7 @@ COMMANDS = (
     "regenerate",
     "extract",
     "verify-store",
+    "serve-target",
     "evaluate",
     "export",
     "recipes",

@@ -32,6 +32,7 @@ from deepspec.evaluation.results import Report
 from deepspec.export.card import model_card
 from deepspec.export.flat import export_flat, flat_config
 from deepspec.features.extract import check_room, extract, header_of, plan_shards
+from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online
 from deepspec.features.store import Store
 from deepspec.machine import describe_machine
@@ -162,6 +163,23 @@ def open_store(config: RunConfig, target: TargetEnds) -> Store:
     return store
 
 
+def open_remote(config: RunConfig, target: TargetEnds) -> RemoteTarget:
+    """The servers of `features.servers`, whose target `target` is from now on the ends of.
+
+    Raises ServerError, or ConfigError where they capture other layers than the drafter reads.
+    """
+    remote = RemoteTarget(config.features)
+    layers = list(remote.description["layer_ids"])
+    if layers != list(target.layer_ids):
+        raise ConfigError(
+            f"the servers capture the layers {layers}, but the drafter is to read "
+            f"{list(target.layer_ids)}; set target.layer_ids={layers}, or start them with the "
+            "latter"
+        )
+    target.adopt(remote.identity, "the target that is served")
+    return remote
+
+
 def feature_source(
     config: RunConfig,
     target: TargetEnds,
@@ -174,6 +192,9 @@ def feature_source(
     wanted = config.features
     if store is not None:
         return Ahead(store.read, workers=min(4, wanted.prefetch))
+    if wanted.source == "remote":
+        remote = open_remote(config, target)
+        return Ahead(remote.features, max(1, wanted.prefetch), remote.summary)
     assert isinstance(target, Target)
     if wanted.source == "hybrid":
         path = Path(wanted.path).expanduser() if wanted.path else folder.features
@@ -209,7 +230,8 @@ def train_drafter(
     try:
         trainer.train()
     finally:
-        source.close()
+        if summary := source.close():
+            say(summary)
     return best_checkpoint(folder.checkpoints)
 
 

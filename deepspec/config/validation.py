@@ -161,6 +161,16 @@ def _cross(config: RunConfig) -> None:
             "features.source=remote needs features.servers=[http://host:port, ...], servers "
             "started by deepspec serve-target"
         )
+    if (
+        config.features.source == "remote"
+        and config.regenerate.enabled
+        and not config.regenerate.server
+    ):
+        raise ConfigError(
+            "features.source=remote has no target here to answer the prompts: make the answers "
+            "first (deepspec regenerate) and set data.path=[FILE] regenerate.enabled=false, or set "
+            "regenerate.server"
+        )
     if config.training.micro_batch_size > config.training.batch_size:
         raise ConfigError(
             f"training.micro_batch_size={config.training.micro_batch_size} exceeds "

@@ -31,8 +31,8 @@ class FeatureSource(Protocol):
     def settle(self, wait: Callable[[], None]) -> None:
         """At a checkpoint and at the end of an epoch, in all processes (`wait` is for all)."""
 
-    def close(self) -> None:
-        """Training is over."""
+    def close(self) -> str:
+        """Training is over; a line about what came of it, or an empty one."""
 
 
 class Online:
@@ -47,15 +47,21 @@ class Online:
     def settle(self, wait: Callable[[], None]) -> None:
         """Nothing is kept."""
 
-    def close(self) -> None:
+    def close(self) -> str:
         """Nothing is open."""
+        return ""
 
 
 class Ahead:
-    """A source whose `read` runs ahead of the training in threads."""
+    """A source whose `read` runs ahead of the training in threads; `summary` for its end."""
 
-    def __init__(self, read: Callable[[Sequence[Sample]], TargetFeatures], workers: int) -> None:
-        self._read = read
+    def __init__(
+        self,
+        read: Callable[[Sequence[Sample]], TargetFeatures],
+        workers: int,
+        summary: Callable[[], str] = str,
+    ) -> None:
+        self._read, self._summary = read, summary
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="features")
         self._pending: dict[tuple[str, ...], Future[TargetFeatures]] = {}
 
@@ -72,9 +78,10 @@ class Ahead:
     def settle(self, wait: Callable[[], None]) -> None:
         """Nothing is kept."""
 
-    def close(self) -> None:
+    def close(self) -> str:
         """What was read ahead in vain is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        return self._summary()
 
 
 class Hybrid:
@@ -118,8 +125,9 @@ class Hybrid:
         wait()
         self._store.refresh()
 
-    def close(self) -> None:
+    def close(self) -> str:
         """Nothing is open."""
+        return ""
 
     @property
     def _tokens(self) -> int:
