@@ -89,3 +89,9 @@ def track(
         for item in items:
             yield item
             progress.advance(1)
+
+
+def say(line: str) -> None:
+    """A line about the work, once, beside the progress; results go to standard output."""
+    if rank() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ folder, so a run that was stopped anywhere goes on from there.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,11 +36,13 @@ from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online
 from deepspec.features.store import Store
 from deepspec.machine import describe_machine
 from deepspec.processes import rank, world_size
+from deepspec.progress import say
 from deepspec.records import Sample
 from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
+from deepspec.training.resume import set_aside_newer
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
@@ -225,6 +226,8 @@ def train_drafter(
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:
+        if config.training.resume == "auto" and engine.is_main:
+            set_aside_newer(folder.checkpoints, start)
         trainer.resume(start)
         say(f"going on from {start.folder}")
     try:
@@ -286,9 +289,3 @@ def print_skipped(skipped: Skipped) -> None:
     for stage, reasons in skipped.items():
         for reason, count in sorted(reasons.items()):
             say(f"{stage}: {count} left out ({reason})")
-
-
-def say(line: str) -> None:
-    """A line about the work, once, beside the progress; results go to standard output."""
-    if rank() == 0:
-        print(line, file=sys.stderr, flush=True)

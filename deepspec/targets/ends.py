@@ -88,7 +88,8 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     """The ends of the target of `config` on `device`, read alone. Raises TargetError."""
     tokenizer = load_tokenizer(config)
     model = meta_model(config)
-    parts = read_ends(find_parts(model), model, config, torch.device(device))
+    with explained(config):
+        parts = read_ends(find_parts(model), model, config, torch.device(device))
     return TargetEnds(parts, tokenizer, layers_of(config), config.path)
 
 

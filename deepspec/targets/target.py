@@ -122,8 +122,9 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     from transformers import AutoModelForCausalLM
 
     path = checked_path(config)
-    tokenizer, files = load_tokenizer(config), WeightFiles(config)
+    tokenizer = load_tokenizer(config)
     with explained(config):
+        files = WeightFiles(config)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[config.dtype],

@@ -132,11 +132,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, **{name: raw[name] for name in FIELDS})
 
 
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a missing, truncated or altered file."""
+    for name in (WEIGHTS, OPTIMIZER):
+        _checked(checkpoint, name)
+
+
 def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """Tensors of file `name`, checked against the recorded hash.
 
     Raises CheckpointError for a missing, truncated or altered file.
     """
+    return load_file(_checked(checkpoint, name))
+
+
+def _checked(checkpoint: Checkpoint, name: str) -> Path:
     file = checkpoint.folder / name
     recorded = checkpoint.sha256.get(name)
     if not file.is_file() or recorded is None:
@@ -146,7 +156,7 @@ def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
             f"{file} is corrupt: its sha256 is not the recorded one; use another checkpoint of "
             f"{checkpoint.folder.parent}"
         )
-    return load_file(file)
+    return file
 
 
 def load_drafter(checkpoint: Checkpoint) -> Drafter:

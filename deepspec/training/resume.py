@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from deepspec.config.schema import RunConfig, as_dict, dotted
-from deepspec.errors import ConfigError
-from deepspec.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from deepspec.errors import CheckpointError, ConfigError
+from deepspec.progress import say
+from deepspec.training.checkpoint import (
+    Checkpoint,
+    check_files,
+    list_checkpoints,
+    read_checkpoint,
+    step_folder,
+)
 
 # What the weights do not depend on, of the groups that they do depend on.
 GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
@@ -30,9 +38,9 @@ NEUTRAL = {
 def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     """The checkpoint that `training.resume` asks for, or None to begin anew.
 
-    `auto` goes on only with the settings that the checkpoint was trained with: another learning
-    rate or other data would make a run that nobody asked for. Raises ConfigError naming the key
-    that differs.
+    `auto` goes on from the newest whose files are what was written, and only with the settings that
+    it was trained with: another learning rate or other data would make a run that nobody asked for.
+    Raises ConfigError naming the key that differs, CheckpointError where none is sound.
     """
     resume = config.training.resume
     if resume == "never":
@@ -44,10 +52,9 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
                 f"training.resume={resume} is neither auto, never, nor the folder of a checkpoint"
             )
         return read_checkpoint(folder)
-    found = list_checkpoints(checkpoints)
-    if not found:
+    checkpoint = _newest_sound(checkpoints)
+    if checkpoint is None:
         return None
-    checkpoint = read_checkpoint(found[-1])
     before, now = dotted(checkpoint.config), dotted(as_dict(config))
     for key, value in now.items():
         decisive = key.partition(".")[0] in GROUPS and key not in NEUTRAL
@@ -58,3 +65,34 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
                 f"training.resume={checkpoint.folder} to go on with the new settings"
             )
     return checkpoint
+
+
+def _newest_sound(checkpoints: Path) -> Checkpoint | None:
+    """The newest whose files are what was written; what is wrong with newer ones is said.
+
+    A disk may spoil a checkpoint, and a job that restarts by itself has to get past it.
+    """
+    problem = ""
+    for folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            checkpoint = read_checkpoint(folder)
+            check_files(checkpoint)
+            return checkpoint
+        except CheckpointError as error:
+            problem = str(error)
+            say(f"passed over: {problem}")
+    if problem:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} is sound; the last problem: {problem}. "
+            "training.resume=never begins anew"
+        )
+    return None
+
+
+def set_aside_newer(checkpoints: Path, start: Checkpoint) -> None:
+    """Rename what `auto` passed over, so that nothing takes it for the newest or the best."""
+    for folder in list_checkpoints(checkpoints):
+        if folder.name > step_folder(checkpoints, start.step).name:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepspec.errors import CheckpointError, MissingDependencyError
@@ -92,28 +93,47 @@ class ZeroEngine(Engine):
         return float(self._module.get_global_grad_norm())
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Engine.weights`; gathered one parameter at a time, kept by the main process."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        """See `Engine.weights`; gathered one parameter at a time, by the main process alone."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
-        return self._gathered({"": safe_get_full_fp32_param})
+        local = self._stage == 3
+        return self._gathered(
+            {"": safe_get_local_fp32_param if local else safe_get_full_fp32_param}
+        )
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine.optimizer_state`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+        get = safe_get_local_optimizer_state if self._stage == 3 else safe_get_full_optimizer_state
 
         def getter(moment: str) -> Any:
-            return lambda parameter: safe_get_full_optimizer_state(parameter, moment)
+            return lambda parameter: get(parameter, moment)
 
         return self._gathered({f"{moment}/": getter(moment) for moment in MOMENTS})
 
     def _gathered(self, getters: dict[str, Any]) -> dict[str, Tensor]:
+        """Stages 1 and 2 know a parameter's fragments and sum them up; of stage 3 we know the
+        shares ourselves, and no process but the main one ever holds a whole parameter."""
         kept = {}
-        for name, parameter in self._drafter.named_parameters():
+        parameters: Iterator[tuple[str, Any]] = self._drafter.named_parameters()
+        for name, parameter in parameters:
             for prefix, get in getters.items():
-                full = get(parameter)  # a collective: every process takes part
-                if self.is_main:
+                full = get(parameter)  # a collective at stages 1 and 2: all take part
+                if self._stage == 3:
+                    full = self._to_main(full, parameter.ds_shape)
+                if full is not None and self.is_main:
                     kept[prefix + name] = full.detach().float().cpu().clone().contiguous()
         return kept
+
+    def _to_main(self, share: Tensor, shape: torch.Size) -> Tensor | None:
+        """All processes' shares of a parameter, in the main one; the last is padded."""
+        if self.world == 1:
+            return share[: shape.numel()].view(shape)
+        share = share.contiguous()
+        shares = [torch.empty_like(share) for _ in range(self.world)] if self.is_main else None
+        dist.gather(share, shares)
+        return torch.cat(shares)[: shape.numel()].view(shape) if shares else None
 
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
         """See `Engine.restore`."""

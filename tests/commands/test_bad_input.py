@@ -257,7 +257,7 @@ def test_broken_checkpoint(
     place = run / "checkpoints" / "step-00000002"
     damage(place / file)
     before = contents(run)
-    resume = ["train", f"out={run}"]  # the newest one; what is wrong with it is said, not skipped
+    resume = ["train", f"out={run}", f"training.resume={place}"]
     commands = [resume] if file == OPTIMIZER else [resume, ["evaluate", f"checkpoint={place}"]]
     for command in commands:
         message = refused(*command)

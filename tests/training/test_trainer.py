@@ -10,11 +10,17 @@ from collections import Counter
 import pytest
 import torch
 
-from deepspec.errors import ConfigError, MissingDependencyError, TrainingError
+from deepspec.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
 from deepspec.targets import Target
-from deepspec.training.checkpoint import list_checkpoints, read_checkpoint
+from deepspec.training.checkpoint import (
+    DESCRIPTION,
+    OPTIMIZER,
+    WEIGHTS,
+    list_checkpoints,
+    read_checkpoint,
+)
 from deepspec.training.metrics import expected_accept_length, read_metrics
-from deepspec.training.resume import starting_point
+from deepspec.training.resume import set_aside_newer, starting_point
 from deepspec.training.trainer import Trainer, learning_rate
 from tests.trainers import MakeTrainer
 
@@ -109,6 +115,28 @@ def test_nan_gradient_under_a_finite_loss_reaches_no_weight(make_trainer: MakeTr
         trainer.train_step()
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, OPTIMIZER, DESCRIPTION])
+def test_auto_resume_passes_over_a_damaged_checkpoint(
+    make_trainer: MakeTrainer, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer("run", "training.max_steps=6")
+    trainer.train()
+    checkpoints = trainer.folder.checkpoints
+    older, newest = list_checkpoints(checkpoints)
+    damaged = newest / file
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    start = starting_point(trainer.config, checkpoints)
+    assert start is not None
+    assert start.folder == older
+    assert str(damaged) in capsys.readouterr().err
+    set_aside_newer(checkpoints, start)
+    assert list_checkpoints(checkpoints) == [older]
+    assert (checkpoints / f"damaged-{newest.name}").is_dir()
+    (older / file).unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is sound"):
+        starting_point(trainer.config, checkpoints)
 
 
 def test_auto_resume_refuses_other_settings(make_trainer: MakeTrainer) -> None:
