@@ -119,19 +119,29 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
 
 
 def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfig) -> str:
-    """The name in the files: the parameter's own, or the only one that ends like it."""
-    (name, *_) = (name for name, own in model.named_parameters() if own is weight)
-    names = files.names()
-    if name in names:
-        return name
-    tail = ".".join(name.split(".")[-2:])  # files may have another prefix than the loaded model
-    found = [other for other in names if other.endswith(tail)]
-    if len(found) != 1:
-        raise TargetError(
-            f"target.path={config.path}: {name} is not in its files under any known name "
-            f"({', '.join(sorted(found)) or 'none'} end(s) with {tail})"
+    """The name in the files, which Transformers may translate while it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    own = model.state_dict(keep_vars=True)
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    wanted = {name for name, tensor in own.items() if tensor is weight}  # tied: two names
+    for name in sorted(files.names()):
+        loaded, _ = rename_source_key(
+            name, renamings, converters, base_model_prefix=model.base_model_prefix,
+            meta_state_dict=own,
         )
-    return found[0]
+        if loaded in wanted:
+            return name
+    raise TargetError(
+        f"target.path={config.path}: its files do not hold {' or '.join(sorted(wanted))}"
+    )
 
 
 def meta_model(config: TargetConfig) -> Any:

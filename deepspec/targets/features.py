@@ -39,10 +39,10 @@ class FeatureCapture:
             self._wanted = False
 
     def take(self) -> Tensor:
-        """[B, T, L*D] of the forward just run; forgets it."""
-        context = torch.cat([self._outputs[layer_id] for layer_id in self.layer_ids], dim=-1)
+        """[B, T, L*D] of the forward just run, where its first layer is; forgets it."""
+        outputs = [self._outputs[layer_id] for layer_id in self.layer_ids]
         self._outputs.clear()
-        return context
+        return torch.cat([output.to(outputs[0].device) for output in outputs], dim=-1)
 
     def _keep_input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._wanted:

@@ -1,0 +1,87 @@
+"""Targets too large for one device: split over the processes of a job, or over devices and disk.
+
+    replicated   every process holds all of it
+    tensor       Transformers' tensor-parallel plan, over all processes; each forward is shared
+    zero3        DeepSpeed ZeRO-3 partitions the weights; each process forwards its own samples
+    device_map   Accelerate's device map: one process over its devices, then memory, then disk
+
+With tensor and zero3 every forward is a chain of collectives: all processes make equally many, which
+the training loop does and nothing else here promises. So those two are for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspec.config.schema import TargetConfig
+from deepspec.errors import MissingDependencyError, TargetError
+from deepspec.processes import world_size
+from deepspec.records import Sample, TargetFeatures
+from deepspec.targets.ends import DTYPES, explained
+from deepspec.targets.families import Parts
+from deepspec.targets.target import Target
+
+COLLECTIVE = ("tensor", "zero3")
+
+
+def check_parallel(config: TargetConfig, hf_config: Any) -> None:
+    """Raises TargetError where a family or a start does not allow `target.parallel`.
+
+    Needs the checkpoint's config only: nothing has been loaded yet.
+    """
+    kind, text = config.parallel, hf_config.get_text_config()
+    if kind not in COLLECTIVE:
+        return
+    if world_size() == 1:
+        raise TargetError(
+            f"target.parallel={kind} splits the target over several processes, but there is one; "
+            "start more (torchrun), or set target.parallel=device_map"
+        )
+    if kind == "zero3":
+        if getattr(hf_config, "quantization_config", None) is not None:
+            raise TargetError(
+                "target.parallel=zero3 does not split quantised checkpoints: every process would "
+                "load it whole; set target.parallel=tensor or device_map"
+            )
+        return
+    plan = getattr(text, "base_model_tp_plan", None)
+    if not plan:
+        raise TargetError(
+            f"target family {text.model_type!r} has no tensor-parallel plan in Transformers; set "
+            "target.parallel=zero3 or device_map"
+        )
+    heads = {name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    if any(name.endswith("k_proj") for name in plan):
+        for name, count in heads.items():
+            if count is not None and count % world_size():
+                raise TargetError(
+                    f"target.parallel=tensor: {count} {name} cannot be split over {world_size()} "
+                    "processes; start a number that divides it, or set target.parallel=zero3"
+                )
+
+
+def placement(config: TargetConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told of where the weights go."""
+    if config.parallel == "tensor":
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=world_size())}
+    if config.parallel == "device_map":
+        return {
+            "device_map": "auto",
+            "max_memory": _limits(config.max_memory),
+            "offload_folder": config.offload_folder,
+        }
+    return {}
+
+
+def _limits(most: str | None) -> dict[int | str, str] | None:
+    """`most` on every accelerator, or on a machine without one in memory."""
+    if most is None:
+        return None
+    count = torch.cuda.device_count()
+    return dict.fromkeys(range(count), most) | {"cpu": most if not count else "1000GiB"}

@@ -1,0 +1,93 @@
+"""The four sources of features, by command: one trajectory, whatever is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deepspec.data.conversations import read_jsonl
+from tests.jobs import LAST, assert_same_weights, open_process, train_command
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SHARDS = "extract.shard_mib=0.08"
+
+
+@pytest.fixture(scope="module")
+def answers(quiet: Path) -> Path:
+    """What the quiet run was trained on."""
+    return quiet.parents[2] / "answers.jsonl"
+
+
+def extract_command(recipe: Path, answers: Path, store: Path, *launcher: str) -> list[str]:
+    words = [f"recipe={recipe}", f"data.path=[{answers}]", "regenerate.enabled=false", SHARDS]
+    return [sys.executable, *launcher, "-m", "deepspec", "extract", *words, f"out={store}"]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_extract_is_killed_goes_on_and_is_trained_on(
+    recipe: Path, quiet: Path, answers: Path, tmp_path: Path
+) -> None:
+    """Two processes share the shards; what they finished before SIGKILL is kept as it is."""
+    store = tmp_path / "store"
+    killed = open_process(extract_command(recipe, answers, store, *TORCHRUN))
+    while not list(store.glob("shard-*.json")) and killed.poll() is None:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)  # torchrun dies, and its processes with it
+    killed.communicate()
+    time.sleep(1)
+    before = {file: file.stat().st_mtime_ns for file in store.glob("shard-*.json")}
+
+    said = run(extract_command(recipe, answers, store, *TORCHRUN))
+    assert f"{len(before)} are there from before" in said
+    assert all(file.stat().st_mtime_ns == moment for file, moment in before.items())
+    assert "14 samples" in run([sys.executable, "-m", "deepspec", "verify-store", f"path={store}"])
+
+    out = tmp_path / "run"
+    words = ["features=stored", f"features.path={store}"]
+    run(train_command(recipe, out, *words))
+    assert not (out / "answers.jsonl").exists()  # samples and features came from the store
+    assert_same_weights(out / LAST, quiet)
+
+    bad = sorted(store.glob("*.safetensors"))[0]
+    bad.write_bytes(bad.read_bytes()[:-1])
+    for command in (
+        [sys.executable, "-m", "deepspec", "verify-store", f"path={store}"],
+        train_command(recipe, tmp_path / "refused", *words),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2
+        assert f"{bad} is corrupt" in done.stderr
+        assert "Traceback" not in done.stderr
+    bad.with_suffix(".json").unlink()
+    run(extract_command(recipe, answers, store))
+    assert "all as they were written" in run(
+        [sys.executable, "-m", "deepspec", "verify-store", f"path={store}"]
+    )
+
+
+def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -> None:
+    out, launcher = tmp_path / "run", ("--standalone", "--nproc-per-node", "2")
+    run(train_command(recipe, out, "features=hybrid", "engine=zero0", launcher=launcher))
+    assert_same_weights(out / LAST, quiet)
+    stored = [
+        row["id"]
+        for file in (out / "features").glob("hybrid-*.json")
+        for row in json.loads(file.read_text())["samples"]
+    ]
+    ids = [row["id"] for _, row in read_jsonl(out / "answers.jsonl")]
+    assert sorted(stored) == sorted(ids)  # each once, whichever process met it first
+    assert {file.name[:8] for file in (out / "features").glob("hybrid-*")} == {
+        "hybrid-0",
+        "hybrid-1",
+    }
