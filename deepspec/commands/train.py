@@ -34,9 +34,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(config)
         return
+    from deepspec.training.engine import contact
     from deepspec.training.run_folder import RunFolder
 
-    with RunFolder(Path(config.out)) as folder:
+    with RunFolder(Path(config.out)) as folder, contact():
         _train(config, folder)
 
 
@@ -64,7 +65,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         folder.save_config(config)
         if config.regenerate.enabled:
             skipped |= stages.make_answers(config, target, folder.answers)
-    engine.wait()
+    engine.wait(patiently=True)
     data = stages.load_samples(config, target, folder)
     skipped |= data.skipped
     if engine.is_main:
