@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from deepspec.config.schema import TargetConfig
 from deepspec.targets import Target, load_target
+from tests.jobs import LAST, kill_jobs, open_process, train_command, write_recipe
 
 torch.set_num_threads(1)
 
@@ -86,3 +88,26 @@ def target(target_folder: Path) -> Target:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose template has generation markers."""
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def recipe(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of `jobs.STEPS` steps on that target."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"), target_folder)
+
+
+@pytest.fixture(scope="session")
+def quiet(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last weights of a run of `recipe` that nothing disturbed, in one process."""
+    out = tmp_path_factory.mktemp("quiet")
+    process = open_process(train_command(recipe, out))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return out / LAST
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """A job that hangs fails its test, and does not outlive it."""
+    yield
+    kill_jobs()

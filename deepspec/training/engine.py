@@ -77,11 +77,12 @@ def contact() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_CONTACT):
             raise
+        said = str(error).strip().splitlines()[0].rpartition("] ")[2]  # without gloo's source line
         raise LostContactError(
-            f"process {rank()} of {world_size()} lost contact with another one "
-            f"({str(error).strip().splitlines()[0]}): its machine, the network between them or the "
-            "process itself failed; an error of its own, if it printed one, is the cause. Once that "
-            "is mended, the same command goes on from the last checkpoint"
+            f"process {rank()} of {world_size()} lost contact with another one ({said}): its "
+            "machine, the network between them or the process itself failed; an error of its own, "
+            "if it printed one, is the cause. Once that is mended, the same command goes on from "
+            "the last checkpoint"
         ) from error
 
 
