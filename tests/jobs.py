@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -65,7 +64,7 @@ def open_process(command: list[str]) -> subprocess.Popen[str]:
 
 
 def kill_jobs() -> None:
-    """Of what this test process started, the trainers: a job that hangs must not outlive its test."""
+    """A job that hangs must not outlive its test: the trainers among what this process started."""
     for child in psutil.Process().children(recursive=True):
         if "deepspec" in child.cmdline():
             child.kill()

@@ -245,7 +245,8 @@ def test_kubernetes_parts_fit_each_other(tmp_path: Path) -> None:
     # a pod that is lost, and one that is told to go
     assert pod["restartPolicy"] == "Never"  # else podFailurePolicy is refused
     assert spec["backoffLimit"] == 30
-    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]["value"]) < pod["terminationGracePeriodSeconds"]
+    seconds = int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]["value"])
+    assert seconds < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_command_of_a_pod_trains(recipe: Path, tmp_path: Path) -> None:
@@ -254,7 +255,8 @@ def test_the_command_of_a_pod_trains(recipe: Path, tmp_path: Path) -> None:
     words = [str(recipe), *CHOICE, f"out={out}", "training.max_steps=2"]
     *_, job = rendered(tmp_path, *words, IMAGE="image", NODES="1", GPUS="2")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    values = {"$(NODE_RANK)": "0", "deepspec-short-0.deepspec-short": "127.0.0.1", "29500": free_port()}
+    values = {"$(NODE_RANK)": "0", "29500": free_port()}
+    values["deepspec-short-0.deepspec-short"] = "127.0.0.1"
     command = [values.get(word, word) for word in (*container["command"], *container["args"])]
     done = subprocess.run(
         command, env=environment(tmp_path, {}), capture_output=True, text=True, timeout=120

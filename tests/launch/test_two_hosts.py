@@ -1,6 +1,6 @@
 """Two hosts, each a network namespace with an address of its own, and a cable between them.
 
-One is cut off in the middle of a training. No connection is closed by that: all that either side can
+One is cut off in the middle of a training. That closes no connection: all that either side can
 notice is silence.
 """
 

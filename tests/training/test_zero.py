@@ -139,8 +139,7 @@ def test_engines_that_cannot_be(make_trainer: MakeTrainer, monkeypatch: pytest.M
 def test_only_a_lost_process_is_called_that() -> None:
     """The whole of it, between two hosts, is in tests/launch/test_two_hosts.py."""
     gloo = "[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4567"
-    with pytest.raises(LostContactError, match=r"\(Connection closed by peer \[10.0.0.2\]:4567\)"):
-        with contact():
-            raise RuntimeError(gloo)
+    with pytest.raises(LostContactError, match=r"\(Connection closed by peer .*:4567\)"), contact():
+        raise RuntimeError(gloo)
     with pytest.raises(RuntimeError, match="must match the size"), contact():
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
