@@ -41,6 +41,10 @@ class TrainingError(DeepSpecError):
     """Training cannot go on: NaN loss, no usable samples, or a run folder in use."""
 
 
+class LostContactError(DeepSpecError):
+    """Another process of the job does not answer: its machine, the network or itself failed."""
+
+
 class MissingDependencyError(DeepSpecError):
     """An optional package is needed for what was asked; the message says how to install it."""
 

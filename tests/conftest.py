@@ -15,6 +15,7 @@ from deepspec.config.schema import TargetConfig
 from deepspec.targets import Target, load_target
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
+from tests.jobs import LAST, kill_jobs, open_process, train_command, write_recipe
 from tests.trainers import MakeTrainer, build_trainer
 
 torch.set_num_threads(1)
@@ -106,3 +107,26 @@ def make_trainer(target: Target, tmp_path: Path) -> Iterator[MakeTrainer]:
     yield make
     for folder in folders:
         folder.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def recipe(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of `jobs.STEPS` steps on that target."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"), target_folder)
+
+
+@pytest.fixture(scope="session")
+def quiet(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last weights of a run of `recipe` that nothing disturbed, in one process."""
+    out = tmp_path_factory.mktemp("quiet")
+    process = open_process(train_command(recipe, out))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return out / LAST
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """A job that hangs fails its test, and does not outlive it."""
+    yield
+    kill_jobs()

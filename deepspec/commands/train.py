@@ -34,9 +34,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(config)
         return
+    from deepspec.training.engine import contact
     from deepspec.training.run_folder import RunFolder
 
-    with RunFolder(Path(config.out)) as folder:
+    with RunFolder(Path(config.out)) as folder, contact():
         _train(config, folder)
 
 
@@ -66,7 +67,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         folder.save_config(config)
         if config.regenerate.enabled and not stored:
             skipped |= stages.make_answers(config, target, folder.answers)
-    engine.wait()
+    engine.wait(patiently=True)
     store = stages.open_store(config, target) if stored else None
     data = stages.load_samples(config, target, folder.answers, store)
     skipped |= data.skipped

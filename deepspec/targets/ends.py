@@ -134,7 +134,10 @@ def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfi
     wanted = {name for name, tensor in own.items() if tensor is weight}  # tied: two names
     for name in sorted(files.names()):
         loaded, _ = rename_source_key(
-            name, renamings, converters, base_model_prefix=model.base_model_prefix,
+            name,
+            renamings,
+            converters,
+            base_model_prefix=model.base_model_prefix,
             meta_state_dict=own,
         )
         if loaded in wanted:

@@ -11,19 +11,13 @@ the training loop does and nothing else here promises. So those two are for trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from deepspec.config.schema import TargetConfig
-from deepspec.errors import MissingDependencyError, TargetError
+from deepspec.errors import TargetError
 from deepspec.processes import world_size
-from deepspec.records import Sample, TargetFeatures
-from deepspec.targets.ends import DTYPES, explained
-from deepspec.targets.families import Parts
-from deepspec.targets.target import Target
 
 COLLECTIVE = ("tensor", "zero3")
 
@@ -54,7 +48,9 @@ def check_parallel(config: TargetConfig, hf_config: Any) -> None:
             f"target family {text.model_type!r} has no tensor-parallel plan in Transformers; set "
             "target.parallel=zero3 or device_map"
         )
-    heads = {name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    heads = {
+        name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+    }
     if any(name.endswith("k_proj") for name in plan):
         for name, count in heads.items():
             if count is not None and count % world_size():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,15 @@ from torch import Tensor, nn
 
 from deepspec.config.schema import EngineConfig, TrackingConfig, TrainingConfig
 from deepspec.drafters.base import Drafter
-from deepspec.errors import CheckpointError, ConfigError
-from deepspec.processes import local_rank, world_size
+from deepspec.errors import CheckpointError, ConfigError, LostContactError
+from deepspec.processes import local_rank, rank, world_size
 from deepspec.training.distillation import Distillation
 from deepspec.training.tracking import check_trackers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PATIENCE = timedelta(days=7)  # for work that one process does while the others wait
+PATIENCE = timedelta(days=7)  # for answers, which one process makes while the others wait
+# what gloo and NCCL call it; both raise a RuntimeError, as mistakes in the use of them do
+LOST_CONTACT = ("/gloo/transport/", "ncclRemoteError")
 
 
 def choose_device(wanted: str) -> str:
@@ -65,6 +69,23 @@ def open_engine(
     return ZeroEngine(config, training, tracking, folder)
 
 
+@contextmanager
+def contact() -> Iterator[None]:
+    """Around all that processes do together. Raises LostContactError where one does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_CONTACT):
+            raise
+        said = str(error).strip().splitlines()[0].rpartition("] ")[2]  # without gloo's source line
+        raise LostContactError(
+            f"process {rank()} of {world_size()} lost contact with another one ({said}): its "
+            "machine, the network between them or the process itself failed; an error of its own, "
+            "if it printed one, is the cause. Once that is mended, the same command goes on from "
+            "the last checkpoint"
+        ) from error
+
+
 class Engine:
     """AdamW on fp32 parameters; every process holds everything."""
 
@@ -77,6 +98,7 @@ class Engine:
     ) -> None:
         check_trackers(tracking)
         self._config, self._training = config, training
+        self._timeout = timedelta(seconds=config.timeout)
         kind = choose_device(config.device).partition(":")[0]
         self.accelerator = Accelerator(
             log_with=list(tracking.trackers) or None,
@@ -87,8 +109,9 @@ class Engine:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         assert self.world == world_size(), "Accelerate did not take the processes as they are"
         self.is_main = self.rank == 0
-        self._patient = None
+        self._brief = self._patient = None
         if dist.is_initialized():
+            self._brief = dist.new_group(backend="gloo", timeout=self._timeout)
             self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def _start(self, device: str) -> dict[str, Any]:
@@ -101,15 +124,15 @@ class Engine:
     def _process_group(self, device: str) -> InitProcessGroupKwargs:
         return InitProcessGroupKwargs(
             backend="gloo" if device == "cpu" else "nccl",
-            timeout=timedelta(seconds=self._config.timeout),
+            timeout=self._timeout,
         )
 
     # ----------------------------------------------------------------------------- processes
 
-    def wait(self) -> None:
-        """Until all processes are here, however long one of them still works."""
-        if self._patient is not None:
-            dist.barrier(group=self._patient)
+    def wait(self, patiently: bool = False) -> None:
+        """Until all processes are here; `patiently`, however long one of them still works."""
+        if dist.is_initialized():
+            dist.barrier(group=self._patient if patiently else self._brief)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64 and in rank order: the same everywhere."""

@@ -74,6 +74,10 @@ class ZeroEngine(Engine):
 
     def prepare(self, distillation: Distillation) -> nn.Module:
         """See `Engine.prepare`; shards the parameters."""
+        from deepspeed.utils import groups
+
+        # DeepSpeed would make its own, which waits for half an hour whatever engine.timeout says
+        groups._WORLD_GROUP = dist.new_group(timeout=self._timeout)
         self._drafter = distillation.drafter
         distillation.to(self.device)
         self._module: Any

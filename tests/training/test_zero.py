@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepspec.errors import ConfigError, MissingDependencyError
+from deepspec.errors import ConfigError, LostContactError, MissingDependencyError
 from deepspec.targets import Target
 from deepspec.training.checkpoint import OPTIMIZER, WEIGHTS, read_checkpoint, step_folder
-from deepspec.training.engine import open_engine
+from deepspec.training.engine import contact, open_engine
 from tests.trainers import MakeTrainer, build_trainer
 
 STEPS, HALF = 6, 3
@@ -139,3 +139,12 @@ def test_engines_that_cannot_be(make_trainer: MakeTrainer, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="engine=single is one process, but 2 were started"):
         open_engine(config.engine, config.training, config.tracking, Path())
+
+
+def test_only_a_lost_process_is_called_that() -> None:
+    """The whole of it, between two hosts, is in tests/launch/test_two_hosts.py."""
+    gloo = "[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4567"
+    with pytest.raises(LostContactError, match=r"\(Connection closed by peer .*:4567\)"), contact():
+        raise RuntimeError(gloo)
+    with pytest.raises(RuntimeError, match="must match the size"), contact():
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")

@@ -1,0 +1,97 @@
+"""A run small enough to be started, killed and launched in every way, and what all those share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from deepspec.training.checkpoint import WEIGHTS, list_checkpoints
+
+STEPS = 24
+LAST = Path("checkpoints") / f"step-{STEPS:08d}" / WEIGHTS
+HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+RECIPE = """\
+defaults: [base, _self_]
+target: {{path: {target}, dtype: float32, num_layer_ids: 3}}
+data: {{path: [{prompts}], max_length: 128}}
+regenerate: {{max_new_tokens: 24, batch_size: 4, temperature: 1.0}}
+drafter: {{num_layers: 1, markov_rank: 8, block_size: 4}}
+training:
+  max_steps: {steps}
+  epochs: 100
+  batch_size: 4
+  micro_batch_size: 2
+  anchors_per_sample: 8
+  precision: fp32
+  save_every: 1
+  evaluate_every: 5
+  validation_samples: 2
+engine: {{device: cpu}}
+evaluation: {{enabled: false}}
+"""
+
+
+def write_recipe(folder: Path, target: Path) -> Path:
+    """The recipe and its prompts, in `folder`."""
+    prompts = folder / "prompts.jsonl"
+    rows = ({"id": f"p{i}", "turns": [f"Say something about {i}."]} for i in range(14))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "short.yaml"
+    path.write_text(RECIPE.format(target=target, prompts=prompts, steps=STEPS))
+    return path
+
+
+def train_command(
+    recipe: Path, out: Path, *words: str, launcher: tuple[str, ...] = ()
+) -> list[str]:
+    """`deepspec train`, by the torchrun options `launcher` where there are any."""
+    torchrun = ["-m", "torch.distributed.run", *launcher] if launcher else []
+    command = [sys.executable, *torchrun, "-m", "deepspec", "train"]
+    return [*command, f"recipe={recipe}", f"out={out}", *words]
+
+
+def open_process(command: list[str]) -> subprocess.Popen[str]:
+    """`command`, started, with all it says in one stream."""
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_jobs() -> None:
+    """A job that hangs must not outlive its test: the trainers among what this process started."""
+    for child in psutil.Process().children(recursive=True):
+        if "deepspec" in child.cmdline():
+            child.kill()
+
+
+def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of `rank` under a launcher."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child
+    raise AssertionError(f"no process has rank {rank}")
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until `step` is saved in the run folder `out`."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        found = list_checkpoints(out / "checkpoints")
+        if found and int(found[-1].name.removeprefix("step-")) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"never got to step {step}: {process.communicate()[0]}")
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    """Up to the order of sums, which the number of processes changes."""
+    wanted = load_file(expected)
+    for key, tensor in load_file(found).items():
+        scale = float(wanted[key].abs().max())
+        torch.testing.assert_close(tensor, wanted[key], rtol=1e-4, atol=1e-4 * scale)
