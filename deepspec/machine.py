@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from deepspec.errors import MissingDependencyError
+
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "hydra-core")
 
 
@@ -18,6 +20,18 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def import_deepspeed(who: str, instead: str) -> None:
+    """Import it for `who` wants it. Raises MissingDependencyError with what to do `instead`."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{who} needs DeepSpeed; run: pip install 'deepspec[deepspeed]', or {instead}"
+        ) from error
+    # compiled for 20 s at the first start, needs a compiler and hangs on a stale lock
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def describe_machine() -> dict[str, Any]:

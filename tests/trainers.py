@@ -51,7 +51,7 @@ def make_samples(count: int, seed: int = 0) -> list[Sample]:
 
 
 def build_trainer(
-    target: TargetEnds,
+    target: TargetEnds | Callable[[], TargetEnds],
     folder: Path,
     *overrides: str,
     samples: int = 13,
@@ -59,14 +59,17 @@ def build_trainer(
 ) -> Trainer:
     """A trainer in the run folder `folder`, which it holds until the process ends or it is let go.
 
+    `target` may be a function: a target that is split needs the engine's processes to be loaded.
+
     13 samples make a last step of one: of several processes, all but one are without work.
     """
     config = config_from(SETTINGS, overrides)
     run = RunFolder(folder).__enter__()
+    engine = open_engine(config.engine, config.training, config.tracking, run.path)
+    target = target if isinstance(target, TargetEnds) else target()
     kind = drafter_kind(config.drafter.kind)
     torch.manual_seed(config.seed)
     drafter = kind.build(kind.resolve(config.drafter, target))
-    engine = open_engine(config.engine, config.training, config.tracking, run.path)
     data, validation = make_samples(samples), make_samples(4, seed=1)
     source = Online(target) if source is None else source
     return Trainer(config, target, source, drafter, data, validation, run, engine)

@@ -22,6 +22,9 @@ class TargetConfig:
     layer_ids: list[int] | None = None
     num_layer_ids: int = 5
     attention: str = "sdpa"
+    parallel: str = "replicated"  # replicated | tensor | zero3 | device_map
+    max_memory: str | None = None
+    offload_folder: str | None = None
     trust_remote_code: bool = False
 
 

@@ -5,19 +5,26 @@
     zero3        DeepSpeed ZeRO-3 partitions the weights; each process forwards its own samples
     device_map   Accelerate's device map: one process over its devices, then memory, then disk
 
-With tensor and zero3 every forward is a chain of collectives: all processes make equally many, which
-the training loop does and nothing else here promises. So those two are for training.
+With tensor and zero3 every forward is a chain of collectives: all processes make equally many,
+which the training loop does and nothing else here promises. So those two are for training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.machine import import_deepspeed
 from deepspec.processes import world_size
+from deepspec.records import Sample, TargetFeatures
+from deepspec.targets.families import Parts
+from deepspec.targets.target import Target
 
 COLLECTIVE = ("tensor", "zero3")
 
@@ -81,3 +88,64 @@ def _limits(most: str | None) -> dict[int | str, str] | None:
         return None
     count = torch.cuda.device_count()
     return dict.fromkeys(range(count), most) | {"cpu": most if not count else "1000GiB"}
+
+
+class TensorParallelTarget(Target):
+    """All processes compute every forward together, so each sees the samples of all."""
+
+    @torch.no_grad()
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """See `Target.features`. A collective; other samples in one process would be computed as
+        if they were these, so they are exchanged first."""
+        shared: list[Sequence[Sample]] = [[] for _ in range(world_size())]
+        dist.all_gather_object(shared, list(samples))
+        computed = [super(TensorParallelTarget, self).features(own) for own in shared]
+        return computed[dist.get_rank()]
+
+
+@contextmanager
+def zero3_loading(config: TargetConfig) -> Iterator[None]:
+    """Inside, Transformers loads a model in shards: no process holds all of it at any time."""
+    if config.parallel != "zero3":
+        yield
+        return
+    import_deepspeed("target.parallel=zero3", "set target.parallel=tensor or device_map")
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(_zero3_settings(config))  # held by a weak reference only
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()  # this model alone
+        del kept
+
+
+def zero3_backbone(parts: Parts, config: TargetConfig, device: torch.device) -> None:
+    """Let DeepSpeed gather a layer at a time in the forward of `parts.backbone`."""
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl")
+    parts.backbone.eval().requires_grad_(False)
+    set_z3_leaf_modules(parts.backbone, list({type(layer) for layer in parts.layers}))
+    # not the whole model: its root hook would never see the backbone called, and nothing prefetch
+    engine, *_ = deepspeed.initialize(model=parts.backbone, config=_zero3_settings(config))
+    parts.backbone.__dict__["zero3_engine"] = engine  # kept alive, and not as a submodule
+
+
+def _zero3_settings(config: TargetConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_live_parameters": 0,
+        },
+    }
+    if config.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+    return settings

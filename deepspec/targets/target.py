@@ -1,4 +1,4 @@
-"""The frozen target: loading, packed features for training, block forwards for decoding.
+"""The frozen target: packed features for training, block forwards for decoding.
 
 Legend: B rows, Q new tokens, T packed tokens, D hidden size, L captured layers, V vocabulary.
 """
@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.config.schema import TargetConfig
 from deepspec.records import Sample, TargetFeatures
-from deepspec.targets.ends import (
-    DTYPES,
-    TargetEnds,
-    checked_path,
-    explained,
-    layers_of,
-    load_tokenizer,
-)
-from deepspec.targets.families import find_parts
+from deepspec.targets.ends import TargetEnds
+from deepspec.targets.families import Parts, find_parts
 from deepspec.targets.features import FeatureCapture
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.identity import Identity, fingerprint_of_model
@@ -39,7 +31,8 @@ class TargetOutput:
 class Target(TargetEnds):
     """A frozen Hugging Face causal LM: features for training, block forwards for decoding.
 
-    `files`: the checkpoint it was loaded from, whose fingerprint is its identity.
+    `files`: the checkpoint it was loaded from, whose fingerprint is its identity. `parts`: where
+    those of `model` are not all in one place, with whole embedding and head.
     """
 
     def __init__(
@@ -49,8 +42,9 @@ class Target(TargetEnds):
         layer_ids: Sequence[int] | int,
         name: str,
         files: WeightFiles | None = None,
+        parts: Parts | None = None,
     ) -> None:
-        parts = find_parts(model)
+        parts = find_parts(model) if parts is None else parts
         super().__init__(parts, tokenizer, layer_ids, name)
         self.model = model.eval().requires_grad_(False)
         self._files = files
@@ -81,8 +75,9 @@ class Target(TargetEnds):
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = sample.input_ids
         with self._capture.recording():
-            hidden = self._backbone(ids.to(self.device), use_cache=False).last_hidden_state
-            context = self._capture.take()
+            output = self._backbone(ids.to(self.device), use_cache=False)
+            hidden = output.last_hidden_state.to(self.device)
+            context = self._capture.take().to(self.device)
         return TargetFeatures(
             context=torch.cat([context[row, :length] for row, length in enumerate(lengths)]),
             final=torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]),
@@ -111,26 +106,8 @@ class Target(TargetEnds):
             "use_cache": True,
         }
         if not with_context:
-            return TargetOutput(self._backbone(**arguments).last_hidden_state, None)
+            final = self._backbone(**arguments).last_hidden_state
+            return TargetOutput(final.to(self.device), None)
         with self._capture.recording():
             final = self._backbone(**arguments).last_hidden_state
-            return TargetOutput(final, self._capture.take())
-
-
-def load_target(config: TargetConfig, device: torch.device | str) -> Target:
-    """The target of `config` on `device`, frozen. Raises TargetError with what to change."""
-    from transformers import AutoModelForCausalLM
-
-    path = checked_path(config)
-    tokenizer = load_tokenizer(config)
-    with explained(config):
-        files = WeightFiles(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return Target(model, tokenizer, layers_of(config), config.path, files)
+            return TargetOutput(final.to(self.device), self._capture.take().to(self.device))

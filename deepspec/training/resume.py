@@ -20,6 +20,9 @@ from deepspec.training.checkpoint import (
 GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
 NEUTRAL = {
     "target.attention",
+    "target.parallel",
+    "target.max_memory",
+    "target.offload_folder",
     "regenerate.batch_size",
     "regenerate.concurrency",
     "regenerate.retries",

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepspec.errors import CheckpointError, MissingDependencyError
+from deepspec.errors import CheckpointError
+from deepspec.machine import import_deepspeed
 from deepspec.training.distillation import Distillation
 from deepspec.training.engine import MOMENTS, Engine
 
@@ -33,7 +34,10 @@ class ZeroEngine(Engine):
         unset_hf_deepspeed_config()
 
     def _start(self, device: str) -> dict[str, Any]:
-        _require_deepspeed()
+        import_deepspeed(
+            "engine=zero1, zero2 or zero3",
+            "set engine=single (one process) or engine=zero0 (replicas)",
+        )
         _alone()
         from accelerate import DeepSpeedPlugin
 
@@ -188,18 +192,6 @@ class ZeroEngine(Engine):
             yield from self._zero.fp32_partitioned_groups_flat
         else:
             yield from self._zero.single_partition_of_fp32_groups
-
-
-def _require_deepspeed() -> None:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise MissingDependencyError(
-            "engine=zero1, zero2 and zero3 need DeepSpeed; run: pip install 'deepspec[deepspeed]', "
-            "or set engine=single (one process) or engine=zero0 (replicas)"
-        ) from error
-    # compiled for 20 s at the first start, needs a compiler and hangs on a stale lock
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _alone() -> None:

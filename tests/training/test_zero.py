@@ -65,13 +65,18 @@ def alone(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same(folder: Path, alone: Path) -> None:
-    """Per-step metrics, validation, weights and moments."""
+def assert_same_course(folder: Path, alone: Path) -> None:
+    """Per-step metrics and validation."""
     found, expected = result(folder), result(alone)
     steps = len(found["losses"])
     for own, other in zip(found["losses"], expected["losses"][-steps:], strict=True):
         assert own == pytest.approx(other, rel=1e-4)
     assert found["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+
+
+def assert_same(folder: Path, alone: Path) -> None:
+    """The course, and the weights and moments it ends with."""
+    assert_same_course(folder, alone)
     for name in (WEIGHTS, OPTIMIZER):
         own = load_file(step_folder(folder / "checkpoints", STEPS) / name)
         other = load_file(step_folder(alone / "checkpoints", STEPS) / name)
@@ -127,6 +132,25 @@ def test_sharding_and_resharding_change_nothing(
     trainer.resume(read_checkpoint(halves["zero3"]))
     losses = [trainer.train_step()["loss"] for _ in range(STEPS - HALF)]
     assert losses == pytest.approx([row[0] for row in result(alone)["losses"][HALF:]], rel=1e-4)
+
+
+@needs_deepspeed
+def test_a_target_that_is_split_changes_nothing(
+    alone: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """Tensor parallel and ZeRO-3, beside a sharded drafter and beside replicas of one."""
+    jobs = {
+        "tensor-replicas": ("target.parallel=tensor", "engine.kind=zero0"),
+        "zero3-replicas": ("target.parallel=zero3", "engine.kind=zero0"),
+        "tensor-sharded": ("target.parallel=tensor", "engine.kind=zero2"),
+        "zero3-sharded": ("target.parallel=zero3", *ZERO3),
+    }
+    for names in (("tensor-replicas", "zero3-replicas"), ("tensor-sharded", "zero3-sharded")):
+        run_jobs(2, target_folder, {tmp_path / n: (STEPS, "new", jobs[n]) for n in names})
+    for name in jobs:
+        assert_same_course(tmp_path / name, alone)
+        if name.startswith("zero3"):  # a tensor-parallel sum rounds differently, and Adam divides
+            assert_same(tmp_path / name, alone)
 
 
 def test_engines_that_cannot_be(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

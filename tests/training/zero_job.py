@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 
+from deepspec.config.loading import config_from
 from deepspec.config.schema import TargetConfig
 from deepspec.processes import rank
 from deepspec.targets import load_target
 from deepspec.training.checkpoint import read_checkpoint
-from tests.trainers import build_trainer
+from tests.trainers import SETTINGS, build_trainer
 
 
 def main() -> None:
@@ -33,8 +35,9 @@ def main() -> None:
             jobs[-1].append(word)
     for path, folder, steps, resume, *overrides in jobs:
         AcceleratorState._reset_state()
-        target = load_target(TargetConfig(path=path, dtype="float32", num_layer_ids=3), "cpu")
-        trainer = build_trainer(target, Path(folder), *overrides)
+        parallel = config_from(SETTINGS, overrides).target.parallel
+        wanted = TargetConfig(path=path, dtype="float32", num_layer_ids=3, parallel=parallel)
+        trainer = build_trainer(partial(load_target, wanted, "cpu"), Path(folder), *overrides)
         if resume != "new":
             trainer.resume(read_checkpoint(Path(resume)))
         losses, seen = [], []

@@ -1,0 +1,69 @@
+"""Loading a target from its files, whole or split as `target.parallel` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepspec.config.schema import TargetConfig
+from deepspec.targets.ends import (
+    DTYPES,
+    checked_path,
+    explained,
+    layers_of,
+    load_tokenizer,
+    meta_model,
+    read_ends,
+)
+from deepspec.targets.families import find_parts
+from deepspec.targets.files import WeightFiles
+from deepspec.targets.parallel import (
+    TensorParallelTarget,
+    check_parallel,
+    placement,
+    zero3_backbone,
+    zero3_loading,
+)
+from deepspec.targets.target import Target
+
+
+def load_target(config: TargetConfig, device: torch.device | str) -> Target:
+    """The target of `config` on `device`, frozen. Raises TargetError with what to change."""
+    tokenizer, device = load_tokenizer(config), torch.device(device)
+    split = config.parallel != "replicated"
+    shapes = meta_model(config) if split else None
+    if shapes is not None:
+        check_parallel(config, shapes.config)
+    with explained(config):
+        files = WeightFiles(config)
+        with zero3_loading(config):
+            model = _from_pretrained(config)
+        if not split:
+            model.to(device)
+        parts = find_parts(model)
+        if shapes is not None:
+            parts = read_ends(parts, shapes, config, device)
+        if config.parallel == "zero3":
+            zero3_backbone(parts, config, device)
+    kind = TensorParallelTarget if config.parallel == "tensor" else Target
+    return kind(model, tokenizer, layers_of(config), config.path, files, parts)
+
+
+def _from_pretrained(config: TargetConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    wanted = DTYPES[config.dtype]
+    model = AutoModelForCausalLM.from_pretrained(
+        checked_path(config),
+        dtype=wanted,
+        attn_implementation=config.attention,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        **placement(config),
+    )
+    # a quantised checkpoint that had to be dequantised keeps the dtype of what was not quantised
+    plain = wanted != "auto" and not getattr(model, "is_quantized", False)
+    if plain and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
+        model.to(wanted)
+    return model
