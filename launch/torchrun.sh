@@ -17,7 +17,7 @@ shift
 where=(--standalone)
 if [ "${NODES:-1}" -gt 1 ]; then
     # Fixed ranks rather than the c10d rendezvous: there, a machine that is cut off from the first
-    # one keeps its torchrun waiting for it, long after its trainers gave up.
+    # one keeps its torchrun waiting for a quarter of an hour after its trainers gave up (torch 2.13).
     where=(--nnodes "$NODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}"
         --master-port "${MASTER_PORT:-29500}")
 fi

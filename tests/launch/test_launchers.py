@@ -153,7 +153,7 @@ def test_slurm_stops_queues_again_and_goes_on(recipe: Path, quiet: Path, tmp_pat
     assert len(tasks) == 2
     for task in tasks:
         task.send_signal(signal.SIGTERM)
-    output = stopped.communicate(timeout=90)[0]
+    output = stopped.communicate(timeout=150)[0]
     assert stopped.returncode == 143, output
     assert output.count("is saved and the same command goes on") == 1
     assert output.rstrip().endswith("scontrol requeue 4711")
