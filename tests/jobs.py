@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -64,17 +65,28 @@ def open_process(command: list[str]) -> subprocess.Popen[str]:
 
 
 def kill_jobs() -> None:
-    """A job that hangs must not outlive its test: the trainers among what this process started."""
+    """Of what this test started, the trainers: a job that hangs must not outlive its test."""
     for child in psutil.Process().children(recursive=True):
-        if "deepspec" in child.cmdline():
-            child.kill()
+        with suppress(psutil.Error):  # it ends, or has ended, by itself
+            if "deepspec" in child.cmdline():
+                child.kill()
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL of a launcher and of what it launched, which would go on without it."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everyone:
+        with suppress(psutil.Error):
+            one.kill()
+    process.communicate()
 
 
 def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
     """The process of `rank` under a launcher."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            return child
+        with suppress(psutil.Error):
+            if child.environ().get("RANK") == str(rank):
+                return child
     raise AssertionError(f"no process has rank {rank}")
 
 

@@ -18,11 +18,19 @@ import httpx
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+    wait_fixed,
+)
 
 from deepspec.config.schema import FeaturesConfig
 from deepspec.errors import ServerError
 from deepspec.features.encoding import decode
+from deepspec.progress import say
 from deepspec.records import Sample, TargetFeatures
 
 TOKEN = "DEEPSPEC_TOKEN"
@@ -151,24 +159,23 @@ class RemoteTarget:
         return features
 
     def _describe(self) -> dict[str, Any]:
-        """What the servers say of their target. Raises ServerError: all that answer must agree."""
-        found: dict[str, dict[str, Any]] = {}
-        failures = []
-        for server in self._servers:
-            try:
-                response = self._client.get(f"{server.address}/v1/target")
-                if response.status_code in (401, 403):
-                    raise ServerError(
-                        f"{server.address}: HTTP {response.status_code}; {_advice(401)}"
-                    )
-                found[server.address] = response.raise_for_status().json()
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-                failures.append(f"{server.address} ({type(error).__name__}: {error})")
-        if not found:
+        """What the servers say of their target; waits for the first that answers, which may still
+        be loading it. Raises ServerError: all that answer must agree."""
+        retrying = Retrying(
+            stop=stop_after_delay(self._config.patience),
+            wait=wait_fixed(1),
+            retry=retry_if_exception_type(_Unavailable),
+            reraise=True,
+            before_sleep=_tell,
+        )
+        try:
+            found: dict[str, dict[str, Any]] = retrying(self._ask_all)
+        except _Unavailable as error:
             raise ServerError(
-                f"no feature server can be reached: {'; '.join(failures)}. Start them by deepspec "
-                "serve-target, or mend features.servers (such as [http://10.0.0.5:8300])"
-            )
+                f"no feature server has answered for {self._config.patience:g} s: {error}. Start "
+                "them by deepspec serve-target, or mend features.servers (such as "
+                "[http://10.0.0.5:8300])"
+            ) from None
         (first, description), *others = found.items()
         for address, other in others:
             different = [key for key in description if other.get(key) != description[key]]
@@ -178,6 +185,32 @@ class RemoteTarget:
                     "same target with the same settings"
                 )
         return description
+
+    def _ask_all(self) -> dict[str, dict[str, Any]]:
+        found, failures = {}, []
+        for server in self._servers:
+            try:
+                response = self._client.get(f"{server.address}/v1/target")
+                if response.status_code in (401, 403):
+                    raise ServerError(
+                        f"{server.address}: HTTP {response.status_code}; {_advice(401)}"
+                    )
+                found[server.address] = response.raise_for_status().json()
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise ServerError(
+                    f"features.servers: {server.address} is no address ({error}); give such as "
+                    "[http://10.0.0.5:8300]"
+                ) from None
+            except (httpx.HTTPError, ValueError) as error:
+                failures.append(f"{server.address} ({type(error).__name__}: {error})")
+        if not found:
+            raise _Unavailable("; ".join(failures))
+        return found
+
+
+def _tell(state: RetryCallState) -> None:
+    if state.attempt_number == 1 and state.outcome is not None:
+        say(f"waiting for a feature server: {state.outcome.exception()}")
 
 
 def _pause(response: httpx.Response) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.cli import main
 from deepspec.data.conversations import read_jsonl
-from tests.jobs import LAST, assert_same_weights, open_process, train_command
+from tests.jobs import LAST, assert_same_weights, kill_all, open_process, train_command
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHARDS = "extract.shard_mib=0.08"
@@ -36,22 +36,25 @@ def run(command: list[str]) -> str:
 
 
 def test_extract_is_killed_goes_on_and_is_trained_on(
-    recipe: Path, quiet: Path, answers: Path, tmp_path: Path
+    recipe: Path,
+    quiet: Path,
+    answers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two processes share the shards; what they finished before SIGKILL is kept as it is."""
     store = tmp_path / "store"
     killed = open_process(extract_command(recipe, answers, store, *TORCHRUN))
     while not list(store.glob("shard-*.json")) and killed.poll() is None:
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)  # torchrun dies, and its processes with it
-    killed.communicate()
-    time.sleep(1)
+    kill_all(killed)
     before = {file: file.stat().st_mtime_ns for file in store.glob("shard-*.json")}
 
     said = run(extract_command(recipe, answers, store, *TORCHRUN))
     assert f"{len(before)} are there from before" in said
     assert all(file.stat().st_mtime_ns == moment for file, moment in before.items())
-    assert "14 samples" in run([sys.executable, "-m", "deepspec", "verify-store", f"path={store}"])
+    main(["verify-store", f"path={store}"])
+    assert "14 samples" in capsys.readouterr().out
 
     out = tmp_path / "run"
     words = ["features=stored", f"features.path={store}"]
@@ -61,19 +64,15 @@ def test_extract_is_killed_goes_on_and_is_trained_on(
 
     bad = sorted(store.glob("*.safetensors"))[0]
     bad.write_bytes(bad.read_bytes()[:-1])
-    for command in (
-        [sys.executable, "-m", "deepspec", "verify-store", f"path={store}"],
-        train_command(recipe, tmp_path / "refused", *words),
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2
-        assert f"{bad} is corrupt" in done.stderr
-        assert "Traceback" not in done.stderr
+    refused = ["train", f"recipe={recipe}", f"out={tmp_path / 'refused'}", *words]
+    for command in (["verify-store", f"path={store}"], refused):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        assert f"error: {bad} is corrupt" in capsys.readouterr().err
     bad.with_suffix(".json").unlink()
     run(extract_command(recipe, answers, store))
-    assert "all as they were written" in run(
-        [sys.executable, "-m", "deepspec", "verify-store", f"path={store}"]
-    )
+    main(["verify-store", f"path={store}"])
+    assert "all as they were written" in capsys.readouterr().out
 
 
 def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def serving(target: Target, config: ServeConfig, token: str | None = None) -> It
 
 
 def client(*servers: str, **options: object) -> RemoteTarget:
-    return RemoteTarget(FeaturesConfig(servers=list(servers), patience=20, **options))
+    return RemoteTarget(FeaturesConfig(servers=list(servers), **{"patience": 20, **options}))
 
 
 def weights(trainer: Trainer, steps: int, after: dict[int, Callable[[], None]]) -> list:
@@ -198,10 +198,13 @@ def test_a_full_queue_holds_back_and_loses_nothing(
     assert len(set(busy)) == 1  # one at a time
 
 
-def test_servers_that_cannot_be_used(target: Target, start_servers: StartServers) -> None:
-    with pytest.raises(ServerError, match=r"no feature server can be reached.*features\.servers"):
-        client("http://127.0.0.1:9")
-    with pytest.raises(ServerError, match="no feature server can be reached"):
+def test_servers_that_cannot_be_used(
+    target: Target, start_servers: StartServers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ServerError, match=r"no feature server has answered.*features\.servers"):
+        client("http://127.0.0.1:9", patience=0.1)
+    assert "waiting for a feature server: http://127.0.0.1:9" in capsys.readouterr().err
+    with pytest.raises(ServerError, match="nonsense is no address"):
         client("nonsense")
     other = Target(make_model(seed=1), make_tokenizer(), 3, "other")
     with (
