@@ -16,7 +16,7 @@ from deepspec import __version__
 from deepspec.errors import DeepSpecError, Interrupted
 from deepspec.processes import rank
 
-COMMANDS = ("train", "regenerate", "evaluate", "export", "recipes", "doctor")
+COMMANDS = ("plan", "train", "regenerate", "evaluate", "export", "recipes", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

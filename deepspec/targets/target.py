@@ -130,8 +130,11 @@ class Target:
 
 
 def load_target(config: TargetConfig, device: torch.device | str) -> Target:
-    """The target of `config` on `device`, frozen. Raises TargetError with what to change."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The target of `config` on `device`, frozen. Raises TargetError with what to change.
+
+    On "meta" only its config and tokenizer are read: shapes without weights, at any size.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if config.dtype not in DTYPES:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
@@ -145,9 +148,17 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[config.dtype], attn_implementation=config.attention, **options
-        )
+        numbers = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention}
+        if str(device) == "meta":
+            shape = AutoConfig.from_pretrained(path, **options)
+            if config.dtype == "auto":
+                numbers["dtype"] = shape.get_text_config().dtype or torch.float32
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    shape, trust_remote_code=config.trust_remote_code, **numbers
+                )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **numbers, **options)
     except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
         first = (str(error).splitlines() or [""])[0]
         raise TargetError(
