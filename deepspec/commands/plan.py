@@ -125,10 +125,10 @@ def _warnings(plan: Plan, room: Room) -> Iterator[str]:
     from deepspec.planning.advice import advise
     from deepspec.planning.plan import make_plan
 
-    if not room.holds(plan):
-        change = advise(plan.job, lambda job: room.holds(make_plan(job, plan.workload)))
+    if room.device is not None and plan.need > room.device:
+        change = advise(plan.job, lambda job: make_plan(job, plan.workload).need, room.device)
         words = [f"{key.removesuffix('.kind')}={value}" for key, value in (change or {}).items()]
-        yield f"{shown(plan.memory.peak)} on a device of {shown(room.device or 0)}; " + (
+        yield f"{shown(plan.need)} on a device of {shown(room.device)}; " + (
             f"{' '.join(words)} would" if words else "no setting helps: it needs a larger device"
         )
     if plan.checkpoints > room.disk:

@@ -14,19 +14,21 @@ STAGES = ("zero1", "zero2", "zero3")
 SMALL_BUCKET = 5_000_000
 
 
-def advise(job: Job, fits: Callable[[Job], bool]) -> Change | None:
-    """The first change under which `fits(job)` holds, by key; None where nothing helps.
+def advise(job: Job, need: Callable[[Job], int], room: int) -> Change | None:
+    """The first change under which `need(job)` is at most `room`, by key; None: nothing helps.
 
-    Each candidate alone, in order of its cost; then the first ones together.
+    Each candidate alone, in order of its cost; then one after the other together, those that help.
     """
-    candidates = list(_candidates(job))
     together: Change = {}
+    least, candidates = need(job), list(_candidates(job))
     for change in candidates:
-        if fits(changed(job, change)):
+        if need(changed(job, change)) <= room:
             return change
     for change in candidates:
-        together |= change  # a later stage takes an earlier one's place
-        if fits(changed(job, together)):
+        further = together | change  # a later stage takes an earlier one's place
+        if (wanted := need(changed(job, further))) < least:
+            together, least = further, wanted
+        if least <= room:
             return together
     return None
 

@@ -21,13 +21,12 @@ def target_bytes(job: Job, batch: MicroBatch) -> int:
     """The most that the target's forward holds, its features included; without gradients."""
     text, hidden = job.shapes.text, job.shapes.drafter.hidden_size
     captured = len(job.shapes.drafter.target_layer_ids)
-    width = text.num_attention_heads * (
-        getattr(text, "head_dim", None) or job.shapes.drafter.head_dim
-    )
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    width = text.num_attention_heads * head_dim
     # inside a late layer: the captured outputs; the embeddings, the layer's input, the residual and
     # its norm; and the widest of what a layer computes
     inner = max(
-        3 * getattr(text, "intermediate_size", 0),  # act(gate), up and their product
+        3 * (getattr(text, "intermediate_size", None) or 0),  # act(gate), up and their product
         6 * width,  # queries, keys and values before and after they are rotated or repeated
         _experts(job),
     )
@@ -43,9 +42,11 @@ def target_bytes(job: Job, batch: MicroBatch) -> int:
 def _experts(job: Job) -> int:
     """Numbers a token of a mixture of experts: a copy of its state in and out of each expert."""
     text = job.shapes.text
-    chosen = getattr(text, "num_experts_per_tok", None) or 0
-    width = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
-    return chosen * (2 * text.hidden_size + 3 * width)
+    chosen = getattr(text, "num_experts_per_tok", None)
+    if not chosen:
+        return 0
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return int(chosen * (2 * text.hidden_size + 3 * width))
 
 
 def _width(job: Job) -> int:
@@ -82,9 +83,9 @@ def drafter_activations(job: Job, batch: MicroBatch) -> Activations:
     copied = 0 if job.value == work == FP32 else len(shape.target_layer_ids) * hidden * work
     context = tokens * (copied + _norm(hidden) + hidden * work)
     context += (tokens + slots) * 2 * shape.head_dim * FP32  # cosines and sines
-    # the last norm and its output; but the first layer's norm need not keep its input, as nothing
-    # learns through the embedding
-    heads = slots * (_norm(hidden) + hidden * FP32 - hidden * FP32)
+    # the last norm; its output has the size of the first norm's input, which is not kept, as
+    # nothing learns through the embedding
+    heads = slots * _norm(hidden)
     if rank:
         heads += slots * (rank * FP32 + _markov(shape.markov_head, hidden, rank) * work)
     if shape.confidence_head:  # its input [h; W1 x] and its logit

@@ -40,6 +40,11 @@ class Plan:
     steps: int | None
 
     @property
+    def need(self) -> int:
+        """Bytes of a device's memory; where processors train, `host` is no other memory."""
+        return self.memory.peak + (0 if self.job.cuda else self.memory.host)
+
+    @property
     def checkpoints(self) -> int:
         """Most on disk at a time: the newest ones, the best, and the one being written."""
         training = self.job.config.training
@@ -63,24 +68,17 @@ def make_plan(job: Job, workload: Workload) -> Plan:
     )
 
 
-@dataclass(frozen=True)
-class Room:
-    """Bytes there are: on a device (None: unknown) and on the disk of `out=`."""
-
-    device: int | None
-    disk: int
-
-    def holds(self, plan: Plan) -> bool:
-        """Whether the peak fits on a device; where processors train, `host` is on it too."""
-        if self.device is None:
-            return True
-        beside = 0 if plan.job.cuda else plan.memory.host
-        return plan.memory.peak + beside <= self.device
-
-
 def free_disk(out: str) -> int:
     """Free bytes where the folder `out` is, or will be."""
     place = Path(out).absolute()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes there are: on a device (None: unknown) and on the disk of `out=`."""
+
+    device: int | None
+    disk: int

@@ -134,7 +134,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
 
     On "meta" only its config and tokenizer are read: shapes without weights, at any size.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if config.dtype not in DTYPES:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
@@ -148,17 +148,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        numbers = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention}
-        if str(device) == "meta":
-            shape = AutoConfig.from_pretrained(path, **options)
-            if config.dtype == "auto":
-                numbers["dtype"] = shape.get_text_config().dtype or torch.float32
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    shape, trust_remote_code=config.trust_remote_code, **numbers
-                )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, **numbers, **options)
+        model = _load_model(config, path, torch.device(device), options)
     except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
         first = (str(error).splitlines() or [""])[0]
         raise TargetError(
@@ -171,5 +161,27 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
             "files of the model's tokenizer there"
         )
     layers = config.num_layer_ids if config.layer_ids is None else list(config.layer_ids)
-    model.to(torch.device(device))  # type: ignore[arg-type]
     return Target(model, tokenizer, layers, config.path)
+
+
+def _load_model(
+    config: TargetConfig, path: str, device: torch.device, options: dict[str, Any]
+) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype: Any = DTYPES[config.dtype]
+    if device.type != "meta":
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=config.attention, **options
+        )
+        return model.to(device)  # type: ignore[arg-type]
+    shape = AutoConfig.from_pretrained(path, **options)
+    if dtype == "auto":
+        dtype = shape.get_text_config().dtype or torch.float32
+    with device:
+        return AutoModelForCausalLM.from_config(
+            shape,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
