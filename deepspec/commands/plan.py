@@ -21,7 +21,7 @@ SETTINGS = (
 EXAMPLES = """\
   deepspec plan recipe=tiny
   deepspec plan recipe=qwen3 gpus=8 memory=80GB engine=zero2
-  deepspec plan recipe=qwen3 target.path=./my-qwen3-finetune data.limit=100000 memory=24GB
+  deepspec plan recipe=qwen3 target.path=./my-qwen3-finetune gpus=1 memory=24GB
 """
 HAS_CONFIG = True
 

@@ -59,7 +59,8 @@ def _candidates(job: Job) -> Iterator[Change]:
     if kind in STAGES and config.engine.bucket_size > SMALL_BUCKET:
         yield {"engine.bucket_size": SMALL_BUCKET}
     if config.engine.offload == "none":
-        yield {"engine.kind": kind if kind in STAGES else "zero2", "engine.offload": "cpu"}
+        started = {} if kind in STAGES else {"engine.kind": "zero2"}
+        yield {**started, "engine.offload": "cpu"}
     # another result, or another target
     if job.value > BF16:
         yield {"target.dtype": "bfloat16"}
