@@ -1,4 +1,7 @@
-"""The plan against real steps of recipe=tiny: weights exactly, peaks and disk within 15 %."""
+"""The plan against real steps of recipe=tiny: weights exactly, peaks closely.
+
+What is promised is 15 %; the bounds here are those that a forgotten term would break.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import Any
 
 import pytest
 
-WITHIN = 0.15
+WITHIN = {"all": 0.03, "objective": 0.03, "target": 0.05, "backward": 0.1, "update": 0.1}
+SHARDED_WITHIN = 0.08
 ALONE = {
     "tiny": "60,200,150,90",
     "one": "120,120 training.batch_size=1 training.micro_batch_size=1",
@@ -60,7 +64,9 @@ def test_one_process(alone: dict[str, Any], case: str) -> None:
     # what lives from step to step is exact, so it is taken off and cannot hide an error
     resting = found["parts"]["target weights"] + 3 * found["parts"]["drafter weights"]
     for name, size in planned["moments"].items():
-        assert size - resting == pytest.approx(found["moments"][name] - resting, rel=WITHIN), name
+        assert size - resting == pytest.approx(
+            found["moments"][name] - resting, rel=WITHIN[name]
+        ), name
     assert planned["checkpoint"] == pytest.approx(found["checkpoint"], rel=0.01)
     assert planned["steps"] == found["steps"]
 
@@ -70,5 +76,7 @@ def test_two_processes_that_shard(tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     for case, row in measured(tmp_path / "rows.json", SHARDED, *launch).items():
         planned, found = row["planned"], row["measured"]
-        assert planned["moments"]["all"] == pytest.approx(found["moments"]["all"], rel=WITHIN), case
+        assert planned["moments"]["all"] == pytest.approx(
+            found["moments"]["all"], rel=SHARDED_WITHIN
+        ), case
         assert planned["checkpoint"] == pytest.approx(found["checkpoint"], rel=0.01), case
