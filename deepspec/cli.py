@@ -17,6 +17,7 @@ from deepspec.errors import DeepSpecError, Interrupted
 from deepspec.processes import rank
 
 COMMANDS = (
+    "plan",
     "train",
     "regenerate",
     "extract",

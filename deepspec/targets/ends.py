@@ -157,7 +157,12 @@ def meta_model(config: TargetConfig) -> Any:
         found = AutoConfig.from_pretrained(path, revision=config.revision, **options)
         wanted = DTYPES[config.dtype]
         dtype = getattr(found, "dtype", None) if wanted == "auto" else wanted
-        return AutoModelForCausalLM.from_config(found, dtype=dtype or torch.float32, **options)
+        return AutoModelForCausalLM.from_config(
+            found,
+            dtype=dtype or torch.float32,
+            attn_implementation=config.attention,
+            **options,
+        )
 
 
 def load_tokenizer(config: TargetConfig) -> Any:

@@ -29,8 +29,13 @@ from deepspec.targets.target import Target
 
 
 def load_target(config: TargetConfig, device: torch.device | str) -> Target:
-    """The target of `config` on `device`, frozen. Raises TargetError with what to change."""
+    """The target of `config` on `device`, frozen. Raises TargetError with what to change.
+
+    On "meta" only its config and tokenizer are read: shapes without weights, at any size.
+    """
     tokenizer, device = load_tokenizer(config), torch.device(device)
+    if device.type == "meta":
+        return Target(meta_model(config), tokenizer, layers_of(config), config.path)
     split = config.parallel != "replicated"
     shapes = meta_model(config) if split else None
     if shapes is not None:

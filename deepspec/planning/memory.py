@@ -1,0 +1,97 @@
+"""Memory a device: its parts, and the moment of a step at which most of them meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate.utils import convert_file_size_to_int
+
+from deepspec.planning.forward import (
+    drafter_activations,
+    features_bytes,
+    objective_bytes,
+    target_bytes,
+)
+from deepspec.planning.shapes import FP32, Job, MicroBatch
+from deepspec.planning.states import engine_states
+from deepspec.targets.parallel import COLLECTIVE
+
+ELSEWHERE = ("stored", "remote")  # values of features.source that load no decoder layer
+# CUDA's context, cuBLAS workspaces, NCCL: a guess, nothing here was measured on a GPU
+CUDA_RUNTIME = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `parts`: by name, not all alive together; `moments`: the sum of what is
+    alive at each of the step's moments; `host`: bytes beside the device (engine.offload=cpu)."""
+
+    parts: dict[str, int]
+    moments: dict[str, int]
+    host: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at a time."""
+        return max(self.moments.values())
+
+    @property
+    def when(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+
+def target_weights(job: Job) -> int:
+    """Bytes of the target's weights on one device. Embedding and head are read by the drafter and
+    the objective: they are there whole, beside a target that is split or elsewhere."""
+    config, shapes = job.config, job.shapes
+    whole, ends = shapes.target_parameters * job.value, shapes.ends * job.value
+    if config.features.source in ELSEWHERE:
+        return ends
+    if config.target.parallel in COLLECTIVE:
+        return -(-whole // job.world) + ends
+    if config.target.parallel == "device_map" and config.target.max_memory is not None:
+        return min(whole, convert_file_size_to_int(config.target.max_memory)) + ends
+    return whole
+
+
+def memory_of(job: Job, batch: MicroBatch) -> Memory:
+    """Memory a device while a micro-batch like `batch` is trained on."""
+    states, kept = engine_states(job), drafter_activations(job, batch)
+    loss, features = objective_bytes(job, batch), features_bytes(job, batch)
+    weights, elsewhere = target_weights(job), job.config.features.source in ELSEWHERE
+    target_forward = 0 if elsewhere else target_bytes(job, batch)
+    runtime = CUDA_RUNTIME if job.cuda else 0
+
+    always = weights + states.weights + states.optimizer + states.staying + runtime
+    forward = always + states.gathered + states.waiting + features
+    mlp = 2 * batch.slots * job.shapes.drafter.intermediate_size * job.work
+    # as it begins, everything that the forward kept is there
+    first = kept.total + max(loss.backward, loss.left + mlp) + states.waiting
+    # at the first layer, the other layers' activations are gone, but all gradients are there
+    last = kept.context + kept.layer + kept.casts + mlp + max(states.gradients, states.waiting)
+    moments = {
+        "target": always + states.waiting + target_forward,
+        "objective": forward + kept.total + loss.forward,
+        "backward": forward - states.waiting + states.buffers + max(first, last),
+        "update": always + states.gradients + states.update,
+    }
+    parts = {
+        "target weights": weights,
+        "target's forward": target_forward,
+        "features": features,
+        "drafter weights": states.weights + states.gathered,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        "optimizer's temporaries": states.update,
+        "DeepSpeed's buckets": states.buffers + states.staying,
+        "drafter's activations": kept.total,
+        "objective": loss.forward,
+        "CUDA runtime (a guess)": runtime,
+    }
+    return Memory({name: size for name, size in parts.items() if size}, moments, states.host)
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Weights and AdamW's two moments, fp32, whatever the engine."""
+    return 3 * FP32 * job.shapes.trainable

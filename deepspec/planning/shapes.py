@@ -1,0 +1,130 @@
+"""The numbers that every formula reads: shapes of target and drafter, and of one micro-batch.
+
+Legend: T context tokens, N blocks, K block size, S = N*K slots, D hidden size, L captured layers,
+H heads, G key/value heads, E head dimension, I width of the MLP, V vocabulary, R Markov rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig
+from deepspec.drafters.dspark import DSparkConfig
+from deepspec.drafters.registry import drafter_kind
+from deepspec.targets import Target
+
+FP32, BF16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A drafter and its target without their weights.
+
+    `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
+    copies to bf16. `target_parameters` counts tied weights once; `ends`: those of embedding and
+    head; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
+    """
+
+    drafter: DSparkConfig
+    parameters: tuple[int, ...]
+    casts: int
+    target_parameters: int
+    ends: int
+    saved_value: int
+    soft_cap: bool
+    text: Any
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that are trained."""
+        return sum(self.parameters)
+
+    def value(self, config: TargetConfig) -> int:
+        """Bytes of one number of the target: its weights, and so its features."""
+        return {"float32": FP32, "bfloat16": BF16}.get(config.dtype, self.saved_value)
+
+
+def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
+    """Shapes of `target` and of its drafter; the drafter is built on the meta device.
+
+    Raises ConfigError for a drafter that does not fit the target.
+    """
+    kind = drafter_kind(config.kind)
+    shape = kind.resolve(config, target)
+    with torch.device("meta"):
+        drafter = kind.build(shape)
+    linear = [module.weight for module in drafter.modules() if isinstance(module, nn.Linear)]
+    tied = getattr(target.config, "tie_word_embeddings", False)
+    return Shapes(
+        drafter=shape,
+        parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
+        # W2 is read by the objective, which computes in fp32
+        casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
+        target_parameters=sum(parameter.numel() for parameter in target.model.parameters()),
+        ends=target.embedding.numel() + (0 if tied else target.head.weight.numel()),
+        saved_value=target.dtype.itemsize,
+        soft_cap=target.head.soft_cap is not None,
+        text=target.config,
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`contexts`: tokens of each sample; `blocks`: its anchors; `block_size` K."""
+
+    contexts: tuple[int, ...]
+    blocks: tuple[int, ...]
+    block_size: int
+
+    @property
+    def tokens(self) -> int:
+        """T: the samples are packed end to end."""
+        return sum(self.contexts)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of the target's forward, where rows are as long as the longest."""
+        return max(self.contexts) * len(self.contexts)
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return sum(self.blocks) * self.block_size
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(slots, keys that they meet) of each sample: its context and its blocks."""
+        return tuple(
+            (blocks * self.block_size, context + blocks * self.block_size)
+            for context, blocks in zip(self.contexts, self.blocks, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a config is to run: `world` processes, one a device; `cuda` or on processors."""
+
+    config: RunConfig
+    shapes: Shapes
+    world: int
+    cuda: bool
+
+    @property
+    def value(self) -> int:
+        """Bytes of one number of the target."""
+        return self.shapes.value(self.config.target)
+
+    @property
+    def work(self) -> int:
+        """Bytes of one number of the drafter's products: training.precision."""
+        return BF16 if self.config.training.precision == "bf16" else FP32
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches a process and step."""
+        training = self.config.training
+        return -(-training.batch_size // (self.world * training.micro_batch_size))

@@ -1,0 +1,110 @@
+"""How many samples there are and how long: counted where the data are at hand, else assumed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deepspec.config.schema import FieldsConfig, RunConfig
+from deepspec.data.chat_template import ChatEncoder, encode_all
+from deepspec.data.conversations import (
+    Conversation,
+    SkipCounts,
+    load_conversations,
+    local_files,
+)
+from deepspec.errors import TemplateRefusal
+from deepspec.planning.shapes import MicroBatch
+
+TOKENISED = 2000  # conversations of a data set; the rest is counted only
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`samples` to train on, None where unknown; `lengths`: (tokens, tokens of answers) of each
+    that was measured; `source`: where the lengths are from. `complete`: all were measured."""
+
+    samples: int | None
+    lengths: tuple[tuple[int, int], ...]
+    complete: bool
+    source: str
+
+    def mean_tokens(self, config: RunConfig) -> float:
+        """Tokens a sample, on average."""
+        own = [min(tokens, config.data.max_length) for tokens, _ in self.lengths]
+        return sum(own) / len(own) if own else config.data.max_length
+
+    def tokens(self, config: RunConfig) -> float | None:
+        """Tokens of all samples."""
+        return None if self.samples is None else self.samples * self.mean_tokens(config)
+
+    def largest(self, config: RunConfig) -> MicroBatch:
+        """The largest micro-batch that can come: the longest samples together."""
+        size, longest = config.training.micro_batch_size, config.data.max_length
+        lengths = sorted(self.lengths, reverse=True)[:size] if self.complete else []
+        lengths = lengths or [(longest, longest)] * size
+        contexts = tuple(max(2, min(tokens, longest)) for tokens, _ in lengths)
+        anchors = config.training.anchors_per_sample
+        blocks = tuple(max(1, min(anchors, answer - 1, longest - 1)) for _, answer in lengths)
+        return MicroBatch(contexts, blocks, config.drafter.block_size)
+
+
+def read_workload(config: RunConfig, tokenizer: Any) -> Workload:
+    """The samples of `config`: the run's own answers, the data's, or prompts and a bound.
+
+    Raises DataError for data that are neither local nor named like a hub data set.
+    """
+    data, answers = config.data, Path(config.out) / "answers.jsonl"
+    encoder = ChatEncoder(tokenizer, data.max_length, data.thinking, data.system_prompt)
+    if config.regenerate.enabled and answers.is_file():
+        data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
+        return _measured(config, data, encoder, "answers of the run")
+    if any(local_files(path) is None for path in data.path):
+        return Workload(data.limit, (), False, f"not here: data.max_length={data.max_length} each")
+    if not config.regenerate.enabled:
+        return _measured(config, data, encoder, "data")
+    return _measured(config, data, encoder, "prompts, and answers of regenerate.max_new_tokens")
+
+
+def _measured(config: RunConfig, data: Any, encoder: ChatEncoder, source: str) -> Workload:
+    """Lengths of at most `TOKENISED` conversations, drawn evenly; all of them counted."""
+    draw, count = random.Random(0), 0
+    kept: list[Conversation] = []
+    for conversation in load_conversations(data, SkipCounts()):
+        count += 1
+        if len(kept) < TOKENISED:
+            kept.append(conversation)
+        elif (place := draw.randrange(count)) < TOKENISED:
+            kept[place] = conversation
+    if source.startswith("prompts"):
+        lengths = tuple(_bounds(config, kept, encoder))
+        each = config.regenerate.samples_per_prompt
+    else:
+        samples = encode_all(kept, encoder, SkipCounts())
+        lengths = tuple((len(sample), int(sample.loss_mask.sum())) for sample in samples)
+        each = 1
+    samples_all = round(count * each * len(lengths) / len(kept))
+    held_out = min(config.training.validation_samples, samples_all // 5)
+    complete = count == len(kept)
+    if not complete:
+        source += f", {TOKENISED} of {count} measured"
+    return Workload(samples_all - held_out, lengths, complete, source)
+
+
+def _bounds(
+    config: RunConfig, prompts: list[Conversation], encoder: ChatEncoder
+) -> Iterator[tuple[int, int]]:
+    """(tokens, tokens of answers) of each prompt, were every answer as long as it may be."""
+    for prompt in prompts:
+        asked = [message for message in prompt.messages if message["role"] == "user"]
+        try:
+            own = sum(len(encoder.prompt([message])) for message in asked)
+        except TemplateRefusal:
+            continue
+        if own < encoder.max_length:
+            answers = len(asked) * config.regenerate.max_new_tokens
+            total = min(own + answers, encoder.max_length)
+            yield total, total - own

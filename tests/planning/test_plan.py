@@ -1,0 +1,243 @@
+"""The plan's arithmetic by hand, its data, its advice, and the command around them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DeepseekV3Config
+
+from deepspec.cli import main
+from deepspec.config.loading import load_config
+from deepspec.planning.advice import advise
+from deepspec.planning.memory import memory_of, target_weights
+from deepspec.planning.plan import make_plan, token_bytes
+from deepspec.planning.shapes import Job, MicroBatch, shapes_of
+from deepspec.planning.workload import Workload, read_workload
+from deepspec.targets import load_target
+from tests.conftest import make_tokenizer
+
+UNKNOWN = Workload(None, (), False, "test")
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def make_job() -> MakeJob:
+    """`make_job(*overrides, world=1, cuda=False)` of recipe=tiny."""
+
+    def make(*overrides: str, world: int = 1, cuda: bool = False) -> Job:
+        config = load_config("tiny", overrides)
+        target = load_target(config.target, "meta")
+        return Job(config, shapes_of(target, config.drafter), world, cuda)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan looks at the run's own answers: those of earlier runs here are none of ours."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    main(["plan", *words])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *words])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+
+def test_meta_target_is_the_loaded_one(make_job: MakeJob) -> None:
+    config = load_config("tiny", ["target.dtype=auto"])
+    real, blank = load_target(config.target, "cpu"), load_target(config.target, "meta")
+    assert all(parameter.is_meta for parameter in blank.model.parameters())
+    assert shapes_of(real, config.drafter) == shapes_of(blank, config.drafter)
+    assert blank.dtype == torch.bfloat16
+
+
+def test_a_token_by_hand(make_job: MakeJob) -> None:
+    job = make_job()  # 4 layers and the final state of 128 numbers
+    assert token_bytes(job, "bfloat16") == 5 * 128 * 2 + 5
+    assert token_bytes(job, "float8") == 5 * 128 + 5 * 4 + 5
+
+
+def test_a_target_that_is_split_or_elsewhere_leaves_its_ends(make_job: MakeJob) -> None:
+    """The tiny target's embedding, 4,096 of 128 in fp32, is its head too."""
+    ends, whole = 4096 * 128 * 4, target_weights(make_job())
+    stored = ("features.source=stored", "features.path=store")
+    remote = ("features.source=remote", "features.servers=[http://a:1]", "regenerate.enabled=false")
+    for words in (stored, remote):
+        assert target_weights(make_job(*words)) == ends
+    for parallel in ("tensor", "zero3"):
+        job = make_job(f"target.parallel={parallel}", "engine=zero2", world=2)
+        assert target_weights(job) == whole // 2 + ends
+    job = make_job("target.parallel=device_map", "target.max_memory=1MiB")
+    assert target_weights(job) == 2**20 + ends
+
+
+def test_stages_shard_one_thing_more_each(make_job: MakeJob) -> None:
+    batch = MicroBatch((100,), (8,), 5)
+
+    def parts(kind: str, *words: str) -> dict[str, int]:
+        job = make_job(f"engine={kind}", "training.batch_size=4", *words, world=4)
+        return memory_of(job, batch).parts
+
+    whole = make_job().shapes.trainable * 4
+    share = -(-whole // 4)
+    names = ("drafter weights", "optimizer", "gradients")
+    expected = {
+        "zero0": (whole, 2 * whole, whole),
+        "zero1": (whole, 3 * share, whole),
+        "zero2": (whole, 3 * share, share),
+    }
+    for kind, sizes in expected.items():
+        assert tuple(parts(kind)[name] for name in names) == sizes, kind
+    alone = memory_of(make_job("engine=zero2", "engine.offload=cpu", world=4), batch)
+    assert "optimizer" not in alone.parts
+    assert alone.host > 3 * share
+
+
+def test_steps_and_checkpoints(make_job: MakeJob) -> None:
+    lengths = tuple((100, 50) for _ in range(30))
+    job = make_job("training.epochs=2.5", "training.save_every=10", "training.keep_last=2")
+    plan = make_plan(job, Workload(30, lengths, True, "test"))
+    assert (plan.steps_an_epoch, plan.steps) == (8, 20)
+    assert plan.checkpoint == 12 * job.shapes.trainable
+    assert plan.checkpoints == 2 * plan.checkpoint  # at steps 10 and 20
+    assert make_plan(make_job("training.max_steps=7"), UNKNOWN).steps == 7
+    assert make_plan(job, UNKNOWN).steps is None
+
+
+def test_largest_micro_batch_is_the_longest_samples(make_job: MakeJob) -> None:
+    lengths = ((30, 20), (900, 5), (100, 90), (40, 2))
+    config = make_job("training.micro_batch_size=2", "training.anchors_per_sample=32").config
+    batch = Workload(4, lengths, True, "test").largest(config)
+    assert batch == MicroBatch((512, 100), (4, 32), 5)
+    # where not all were measured, one of data.max_length may come
+    assert Workload(4, lengths, False, "test").largest(config).contexts == (512, 512)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def test_lengths_of_data_and_of_prompts(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 20}]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(10)))
+    words = [f"data.path={file}", f"out={tmp_path / 'run'}", "training.validation_samples=2"]
+    own = load_config("tiny", [*words, "regenerate.enabled=false"])
+    found = read_workload(own, make_tokenizer())
+    assert (found.samples, found.complete) == (8, True)
+    assert {answer for _, answer in found.lengths} == {21}  # and the end of turn
+    prompts = read_workload(load_config("tiny", words), make_tokenizer())
+    # the bound: every answer of regenerate.max_new_tokens
+    assert {answer for _, answer in prompts.lengths} == {160}
+    (tmp_path / "run").mkdir()
+    shutil.copy(file, tmp_path / "run" / "answers.jsonl")
+    assert read_workload(load_config("tiny", words), make_tokenizer()).lengths == found.lengths
+
+
+def test_data_that_are_not_here_are_as_long_as_may_be() -> None:
+    config = load_config("tiny", ["data.path=someone/chats", "data.limit=1000"])
+    found = read_workload(config, make_tokenizer())
+    assert found.samples == 1000
+    assert found.mean_tokens(config) == 512
+    assert "data.max_length=512" in found.source
+
+
+# ---------------------------------------------------------------------------------------- advice
+
+
+def test_advice_is_the_cheapest_that_fits(make_job: MakeJob) -> None:
+    job = make_job("training.micro_batch_size=4")
+
+    def advice(share: float, job: Job = job) -> dict[str, object] | None:
+        def need(changed: Job) -> int:
+            return make_plan(changed, UNKNOWN).need
+
+        return advise(job, need, int(share * need(job)))
+
+    assert advice(0.9) == {"training.micro_batch_size": 1}
+    several = advice(0.56)
+    assert several is not None
+    assert several.keys() >= {"training.micro_batch_size", "objective.chunk_size"}
+    assert advice(0.01) is None
+    eager = make_job("objective.implementation=eager")
+    assert advice(0.9, eager) == {"objective.implementation": "fused"}
+
+
+def test_warns_of_memory_and_disk(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "does not fit" not in run(capsys, "recipe=tiny", "memory=1GB", "data.limit=50")
+    shown = run(capsys, "recipe=tiny", "memory=60MB", "data.limit=50")
+    found = re.search(r"does not fit: .* on a device of 60.0 MB; (\S+) would", shown)
+    assert found is not None, shown
+    assert "does not fit" not in run(
+        capsys, "recipe=tiny", "memory=60MB", "data.limit=50", found[1]
+    )
+    monkeypatch.setattr("deepspec.features.store.free_bytes", lambda place: 1000)
+    assert "training.keep_last=1" in run(capsys, "recipe=tiny", "data.limit=50")
+
+
+# --------------------------------------------------------------------------------------- command
+
+
+def test_a_target_of_671_billion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    DeepseekV3Config(vocab_size=129280).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    before = time.process_time()
+    shown = run(
+        capsys,
+        *("recipe=qwen3", f"target.path={tmp_path}", "target.layer_ids=[1,20,40]", "gpus=8"),
+        *("memory=80GB", "engine=zero2", "data.limit=100000", "drafter.mask_token_id=5"),
+    )
+    assert time.process_time() - before < 60
+    assert re.search(r"target +671,026,\d{3},\d{3}", shown), shown
+    assert re.search(r"target weights +1\.3 TB", shown)
+    assert "does not fit" in shown
+    assert "features.source=stored would" in shown  # 80 GB hold no eighth of it either
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("recipe=tiny gpus=0", "error: gpus=0 must be a whole number of at least 1"),
+        ("recipe=tiny gpus=x", "error: gpus=x must be a whole number of at least 1"),
+        ("recipe=tiny gpus=2", "error: gpus=2, but engine=single is one process; set engine=zero0"),
+        ("recipe=tiny memory=abc", "error: memory=abc must be a size with its unit"),
+        ("recipe=tiny memory=80", "error: memory=80 must be a size with its unit"),
+        ("recipe=tiny memory=0GB", "error: memory=0GB must be a size with its unit"),
+        ("gpus=2", "error: recipe= is missing"),
+        ("recipe=tiny target.path=./nowhere", "error: target.path=./nowhere: no config.json"),
+        ("recipe=tiny data.path=./nowhere.jsonl", "error: data.path=./nowhere.jsonl does not"),
+    ],
+)
+def test_mistakes(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(capsys, *words.split())
+
+
+def test_an_unknown_family_is_a_target_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    make_tokenizer().save_pretrained(tmp_path)
+    error = refused(capsys, "recipe=tiny", f"target.path={tmp_path}")
+    assert "could not be loaded" in error
