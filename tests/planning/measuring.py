@@ -96,7 +96,7 @@ def measure(out: Path, lengths: list[int], words: list[str]) -> dict[str, Any]:
         trainer = Trainer(config, target, Online(target), drafter, samples, [], run, engine)
         made.append(trainer)
         trainer.train_step()  # makes AdamW's moments
-        mark(target, "features", "target")
+        mark(trainer.source, "features", "target")
         mark(deepspec.training.distillation, "compute_loss", "objective")
         mark(engine, "backward", "backward")
         mark(engine, "update", "update")
