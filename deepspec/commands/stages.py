@@ -40,6 +40,7 @@ from deepspec.progress import say
 from deepspec.records import Sample
 from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
+from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
 from deepspec.training.resume import set_aside_newer
@@ -64,10 +65,36 @@ def open_ends(config: RunConfig) -> TargetEnds:
     return load_ends(config.target, choose_device(config.engine.device))
 
 
-def open_target(config: RunConfig) -> Target:
-    """The frozen target, on the device that `engine.device` asks for."""
+def open_target(config: RunConfig, training: bool = False) -> Target:
+    """The frozen target, on the device that `engine.device` asks for.
+
+    Raises ConfigError where it is split so that only `training` can use it.
+    """
+    if config.target.parallel in COLLECTIVE and not training:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} is for training, whose processes make "
+            "equally many forwards; set target.parallel=device_map, or replicated"
+        )
     quiet_libraries()
     return load_target(config.target, choose_device(config.engine.device))
+
+
+def check_split(config: RunConfig) -> None:
+    """Raises ConfigError where a training wants more of a split target than features."""
+    if config.target.parallel not in COLLECTIVE:
+        return
+    if config.regenerate.enabled and not config.regenerate.server:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} cannot answer the prompts: make the answers "
+            "first (deepspec regenerate target.parallel=device_map) and set data.path=[FILE] "
+            "regenerate.enabled=false, or set regenerate.server"
+        )
+    if config.evaluation.enabled:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} cannot evaluate: set "
+            "evaluation.enabled=false, and run deepspec evaluate target.parallel=device_map "
+            "afterwards"
+        )
 
 
 def quiet_libraries() -> None:

@@ -55,13 +55,16 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
+    stages.check_split(config)
     check_trackers(config.tracking)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
     start = starting_point(config, folder.checkpoints)
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     stored, remote = config.features.source == "stored", config.features.source == "remote"
-    target = stages.open_ends(config) if stored or remote else stages.open_target(config)
+    target = (
+        stages.open_ends(config) if stored or remote else stages.open_target(config, training=True)
+    )
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)

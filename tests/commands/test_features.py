@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -90,3 +91,22 @@ def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -
         "hybrid-0",
         "hybrid-1",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("features.source=stored", "needs features.path=DIR"),
+        ("features.source=remote", r"needs features.servers=\[http"),
+        ("features=remote features.servers=[http://a:1]", "no target here to answer the prompts"),
+        ("target.parallel=tensor", "cannot answer the prompts: make the answers"),
+        ("target.parallel=zero3 regenerate.enabled=false", "cannot evaluate: set evaluation"),
+        ("target.parallel=pipeline", "must be one of replicated, tensor, zero3, device_map"),
+        ("extract.dtype=int8", "must be one of auto, bfloat16, float8"),
+        ("serve.port=99999", "from 0 to 65535"),
+    ],
+)
+def test_mistakes(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "recipe=tiny", *words.split()])
+    assert re.search(message, capsys.readouterr().err)
