@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow storm lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train, check and export a drafter for the embedded tiny target"
 	@echo "make test        lint, format, types and the tests"
 	@echo "make test-slow   the slow suites too"
+	@echo "make storm       20 kills and cuts at random moments of a training, and other faults"
 	@echo "make clean       remove the environment and caches"
 
 # Remade when the dependencies change. pip takes a torch build that is at hand when the range
@@ -35,6 +36,9 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest
+
+storm: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses=0 -s -m slow tests/faults
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -104,6 +104,7 @@ def _optional() -> Iterator[Finding]:
     wanted = {
         "deepspeed": "ZeRO engines: pip install 'deepspec[deepspeed]'",
         "wandb": "tracking.trackers=[wandb]: pip install 'deepspec[wandb]'",
+        "uvicorn": "deepspec serve-target: pip install 'deepspec[serve]'",
         "tensorboard": "tracking.trackers=[tensorboard]: pip install 'deepspec[tensorboard]'",
     }
     for package, purpose in wanted.items():

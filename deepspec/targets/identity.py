@@ -27,7 +27,7 @@ def identity_of_ends(text_config: Any, tokenizer: Any, embedding: Tensor, head: 
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return {
         "architecture": json.dumps(architecture, sort_keys=True),
-        "ends": ends.hexdigest()[:32],
+        "embedding_and_head": ends.hexdigest()[:32],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:32],
         "template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:32],
     }

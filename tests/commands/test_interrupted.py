@@ -72,29 +72,20 @@ def test_signals_save_and_exit(recipe: Path, tmp_path: Path, number: int, code: 
 ENGINE = "zero3" if HAVE_DEEPSPEED else "zero0"
 
 
-def test_a_job_of_several_processes_loses_one_and_goes_on_as_another(
+def test_a_job_of_several_processes_stops_and_goes_on_as_another(
     recipe: Path, quiet: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of a rank ends the job and names it; SIGTERM of one makes all save; one finishes."""
+    """SIGTERM of one makes all save the same step; one process finishes it. (SIGKILL of a rank:
+    tests/faults.)"""
     out, engine = tmp_path / "job", f"engine={ENGINE}"
-    killed = start(recipe, out, engine, processes=2)
-    wait_for_step(out, 4, killed)
-    rank_of(killed, 1).send_signal(signal.SIGKILL)
-    begun = time.monotonic()
-    output = killed.communicate(timeout=60)[0]
-    assert time.monotonic() - begun < 30
-    assert killed.returncode != 0
-    assert "rank      : 1" in output
-    assert "SIGKILL" in output
-
     stopped = start(recipe, out, engine, processes=2)
-    wait_for_step(out, 10, stopped)
+    wait_for_step(out, 6, stopped)
     rank_of(stopped, 1).send_signal(signal.SIGTERM)
     output = stopped.communicate(timeout=60)[0]
     assert "exitcode  : 143" in output
     assert output.count("is saved and the same command goes on") == 1
     saved = read_checkpoint(list_checkpoints(out / "checkpoints")[-1])
-    assert 10 <= saved.step < STEPS
+    assert 6 <= saved.step < STEPS
     assert f"{saved.folder} is saved" in output
 
     last = start(recipe, out)
@@ -114,7 +105,9 @@ LAUNCHERS = {
 
 
 @pytest.mark.skipif(not HAVE_DEEPSPEED, reason="DeepSpeed is not installed")
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["accelerate", pytest.param("deepspeed", marks=pytest.mark.slow)]
+)
 def test_launchers(launcher: str, recipe: Path, tmp_path: Path) -> None:
     """torchrun is tested above; the others start the same two processes."""
     program = Path(sys.executable).with_name(launcher)

@@ -198,9 +198,7 @@ def test_a_full_queue_holds_back_and_loses_nothing(
     assert len(set(busy)) == 1  # one at a time
 
 
-def test_servers_that_cannot_be_used(
-    target: Target, start_servers: StartServers, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_servers_that_cannot_be_used(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ServerError, match=r"no feature server has answered.*features\.servers"):
         client("http://127.0.0.1:9", patience=0.1)
     assert "waiting for a feature server: http://127.0.0.1:9" in capsys.readouterr().err
@@ -213,10 +211,8 @@ def test_servers_that_cannot_be_used(
         pytest.raises(ServerError, match="differ in identity"),
     ):
         client(one, two)
-    ((process, address),) = start_servers(1)
-    remote = client(address)
-    process.kill()
-    process.wait()
+    with serving(target, ServeConfig()) as address:
+        remote = client(address)
     remote._config = replace(remote._config, patience=0.3)
     with pytest.raises(ServerError, match=r"no feature server has answered for 0\.3 s"):
         remote.features(SAMPLES)

@@ -131,9 +131,11 @@ def test_other_data_another_target_and_other_layers_are_refused(
     ends = load_ends(TargetConfig(path=str(target_folder), num_layer_ids=3), "cpu")
     ends.adopt(store.header.identity, "the store")
     assert ends.identity == target.identity
-    other = {**store.header.identity, "ends": "x"}
+    other = {**store.header.identity, "embedding_and_head": "x"}
     ends = load_ends(TargetConfig(path=str(target_folder), num_layer_ids=3), "cpu")
-    with pytest.raises(TargetError, match=r"the store is of another target.*ends differ"):
+    with pytest.raises(
+        TargetError, match=r"the store is of another target.*embedding_and_head differ"
+    ):
         ends.adopt(other, "the store")
 
 

@@ -141,6 +141,7 @@ def slurm(folder: Path, recipe: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow  # a minute of starting processes
 def test_slurm_stops_queues_again_and_goes_on(recipe: Path, quiet: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped = slurm(tmp_path, recipe, out)
@@ -176,6 +177,7 @@ def test_slurm_does_not_queue_a_mistake_again(recipe: Path, tmp_path: Path) -> N
     assert "scontrol requeue" not in output
 
 
+@pytest.mark.slow  # a minute of starting processes
 @needs_deepspeed
 def test_deepspeed(recipe: Path, tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
@@ -249,6 +251,7 @@ def test_kubernetes_parts_fit_each_other(tmp_path: Path) -> None:
     assert seconds < pod["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.slow  # a minute of starting processes
 def test_the_command_of_a_pod_trains(recipe: Path, tmp_path: Path) -> None:
     """Pod 0 of one, with the name that the cluster would resolve put in by hand."""
     out = tmp_path / "run"

@@ -25,6 +25,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield pair
 
 
+@pytest.mark.slow  # waits for timeouts
 @pytest.mark.skipif(not HAVE_DEEPSPEED, reason="DeepSpeed is not installed")
 def test_a_host_that_is_cut_off_ends_both_sides_and_the_same_command_goes_on(
     hosts: tuple[Host, Host], recipe: Path, quiet: Path, tmp_path: Path

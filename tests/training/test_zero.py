@@ -135,22 +135,20 @@ def test_sharding_and_resharding_change_nothing(
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("engine", ["zero0", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_target_that_is_split_changes_nothing(
-    alone: Path, target_folder: Path, tmp_path: Path
+    engine: str, alone: Path, target_folder: Path, tmp_path: Path
 ) -> None:
-    """Tensor parallel and ZeRO-3, beside a sharded drafter and beside replicas of one."""
+    """Tensor parallel and ZeRO-3, beside replicas of a drafter and beside a sharded one."""
     jobs = {
-        "tensor-replicas": ("target.parallel=tensor", "engine.kind=zero0"),
-        "zero3-replicas": ("target.parallel=zero3", "engine.kind=zero0"),
-        "tensor-sharded": ("target.parallel=tensor", "engine.kind=zero2"),
-        "zero3-sharded": ("target.parallel=zero3", *ZERO3),
+        "tensor": ("target.parallel=tensor", f"engine.kind={engine}"),
+        "zero3": ("target.parallel=zero3", f"engine.kind={engine}"),
     }
-    for names in (("tensor-replicas", "zero3-replicas"), ("tensor-sharded", "zero3-sharded")):
-        run_jobs(2, target_folder, {tmp_path / n: (STEPS, "new", jobs[n]) for n in names})
+    run_jobs(2, target_folder, {tmp_path / name: (STEPS, "new", w) for name, w in jobs.items()})
     for name in jobs:
         assert_same_course(tmp_path / name, alone)
-        if name.startswith("zero3"):  # a tensor-parallel sum rounds differently, and Adam divides
-            assert_same(tmp_path / name, alone)
+    # not so tensor: its sums round differently, and Adam divides by what may be nearly nothing
+    assert_same(tmp_path / "zero3", alone)
 
 
 def test_engines_that_cannot_be(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
