@@ -30,19 +30,21 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[l
 
 
 def split_batch(
-    batch: Sequence[int], lengths: Sequence[int], ranks: int, micro_batch_size: int
+    batch: Sequence[int], loads: Sequence[int], ranks: int, micro_batch_size: int
 ) -> list[list[list[int]]]:
-    """One step's samples as [rank][micro-batch] lists of indices.
+    """One step's samples as [rank][micro-batch] lists of indices; `loads`: what each sample costs.
 
-    Longest first onto the rank with the fewest tokens, so ranks finish together. Every rank gets
-    the same number of micro-batches (collectives must match); some may be empty.
+    The costliest first onto the rank with the least to do, so ranks finish together, but no rank
+    takes more than its share of the count: a micro-batch more in one would be one more in all.
+    Every rank gets the same number of micro-batches (collectives must match); some may be empty.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for index in sorted(batch, key=lambda i: (-lengths[i], i)):
-        rank = min(range(ranks), key=lambda r: (loads[r], r))
+    work, most = [0] * ranks, -(-len(batch) // ranks)
+    for index in sorted(batch, key=lambda i: (-loads[i], i)):
+        open_ranks = [rank for rank in range(ranks) if len(shares[rank]) < most]
+        rank = min(open_ranks, key=lambda r: (work[r], r))
         shares[rank].append(index)
-        loads[rank] += lengths[index]
+        work[rank] += loads[index]
     micro_batches = max(-(-len(share) // micro_batch_size) for share in shares)
     return [
         [share[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(micro_batches)]

@@ -69,8 +69,8 @@ class Trainer:
         self.engine = engine
         self.shape = drafter.config
         self.distillation: Any = engine.prepare(Distillation(drafter, target, config))
-        self._lengths = [len(sample) for sample in samples]
-        self._shortest = samples[self._lengths.index(min(self._lengths))]
+        self._loads = [self._load(sample) for sample in samples]
+        self._shortest = min(samples, key=len)
         training = config.training
         self.steps_an_epoch = math.ceil(len(samples) / training.batch_size)
         self.total_steps = max(1, round(training.epochs * self.steps_an_epoch))
@@ -116,13 +116,18 @@ class Trainer:
         epoch, index = divmod(step, self.steps_an_epoch)
         training = self.config.training
         batches = epoch_batches(len(self.samples), training.batch_size, self.config.seed, epoch)
-        return self._share(self.samples, self._lengths, batches[index])
+        return self._share(self.samples, self._loads, batches[index])
+
+    def _load(self, sample: Sample) -> int:
+        """What a sample costs: its tokens and, at most, its slots."""
+        anchors = min(self.config.training.anchors_per_sample, int(sample.loss_mask.sum()))
+        return len(sample) + anchors * self.shape.block_size
 
     def _share(
-        self, samples: Sequence[Sample], lengths: Sequence[int], batch: Sequence[int]
+        self, samples: Sequence[Sample], loads: Sequence[int], batch: Sequence[int]
     ) -> list[list[Sample]]:
         engine, size = self.engine, self.config.training.micro_batch_size
-        own = split_batch(batch, lengths, engine.world, size)[engine.rank]
+        own = split_batch(batch, loads, engine.world, size)[engine.rank]
         return [[samples[index] for index in micro] for micro in own]
 
     def blocks_of(
@@ -210,10 +215,10 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss terms and expected accepted length on the held-out samples."""
         ratios = Ratios()
-        lengths = [len(sample) for sample in self.validation]
+        loads = [self._load(sample) for sample in self.validation]
         self.distillation.eval()
         with torch.no_grad():
-            for share in self._share(self.validation, lengths, range(len(lengths))):
+            for share in self._share(self.validation, loads, range(len(loads))):
                 samples, batch = self.blocks_of(share, VALIDATION_EPOCH)
                 ratios.add_loss(*self.loss_of(samples, batch, 1.0))
         self.distillation.train()
