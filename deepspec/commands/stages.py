@@ -222,7 +222,7 @@ def feature_source(
         return Ahead(store.read, workers=min(4, wanted.prefetch))
     if wanted.source == "remote":
         remote = open_remote(config, target)
-        return Ahead(remote.features, max(1, wanted.prefetch), remote.summary)
+        return Ahead(remote.features, max(1, wanted.prefetch), remote.close)
     assert isinstance(target, Target)
     if wanted.source == "hybrid":
         path = Path(wanted.path).expanduser() if wanted.path else folder.features

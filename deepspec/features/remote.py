@@ -22,7 +22,10 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
+    sleep_using_event,
     stop_after_delay,
+    stop_any,
+    stop_when_event_set,
     wait_exponential_jitter,
     wait_fixed,
 )
@@ -59,7 +62,7 @@ class RemoteTarget:
     def __init__(self, config: FeaturesConfig) -> None:
         self._config = config
         self._servers = [_Server(address.rstrip("/")) for address in config.servers]
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), threading.Event()
         self.tokens = self.received = 0
         token = os.environ.get(TOKEN)
         self._client = httpx.Client(
@@ -79,7 +82,10 @@ class RemoteTarget:
             }
         )
         retrying = Retrying(
-            stop=stop_after_delay(self._config.patience),
+            stop=stop_any(
+                stop_after_delay(self._config.patience), stop_when_event_set(self._closed)
+            ),
+            sleep=sleep_using_event(self._closed),
             wait=wait_exponential_jitter(initial=0.05, max=REST_SECONDS, jitter=0.05),
             retry=retry_if_exception_type(_Unavailable),
             reraise=True,
@@ -99,8 +105,9 @@ class RemoteTarget:
             self.received += len(content)
         return features
 
-    def summary(self) -> str:
-        """What came over the wire."""
+    def close(self) -> str:
+        """Give up what is still asked for; a line about what came over the wire."""
+        self._closed.set()
         a_token = self.received / max(1, self.tokens)
         return f"features: {self.tokens} tokens fetched, {a_token:.0f} bytes a token on the wire"
 

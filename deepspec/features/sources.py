@@ -53,15 +53,15 @@ class Online:
 
 
 class Ahead:
-    """A source whose `read` runs ahead of the training in threads; `summary` for its end."""
+    """A source whose `read` runs ahead of the training in threads, until `close`."""
 
     def __init__(
         self,
         read: Callable[[Sequence[Sample]], TargetFeatures],
         workers: int,
-        summary: Callable[[], str] = str,
+        close: Callable[[], str] = str,
     ) -> None:
-        self._read, self._summary = read, summary
+        self._read, self._close = read, close
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="features")
         self._pending: dict[tuple[str, ...], Future[TargetFeatures]] = {}
 
@@ -81,7 +81,7 @@ class Ahead:
     def close(self) -> str:
         """What was read ahead in vain is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return self._summary()
+        return self._close()
 
 
 class Hybrid:

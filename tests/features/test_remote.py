@@ -111,7 +111,7 @@ def test_a_killed_server_loses_nothing(
     online = weights(make_trainer("online"), 9, {})
     (first, one), (_, two) = start_servers(2)
     remote = client(one, two)
-    source = Ahead(remote.features, 3, remote.summary)
+    source = Ahead(remote.features, 3, remote.close)
     trainer = make_trainer("remote", "features.prefetch=3", source=source)
     found = weights(trainer, 9, {3: first.kill})
     for own, other in zip(found, online, strict=True):
@@ -216,6 +216,21 @@ def test_servers_that_cannot_be_used(target: Target, capsys: pytest.CaptureFixtu
     remote._config = replace(remote._config, patience=0.3)
     with pytest.raises(ServerError, match=r"no feature server has answered for 0\.3 s"):
         remote.features(SAMPLES)
+
+
+def test_nobody_waits_for_a_server_once_training_is_over(target: Target) -> None:
+    """Threads that still ask would keep the process from ending."""
+    with serving(target, ServeConfig()) as address:
+        remote = client(address, patience=300)
+    source = Ahead(remote.features, 2, remote.close)
+    source.expect(SAMPLES)
+    time.sleep(0.3)
+    asking = [thread for thread in threading.enumerate() if thread.name.startswith("features")]
+    source.close()
+    for thread in asking:
+        thread.join(timeout=20)
+    assert asking
+    assert not any(thread.is_alive() for thread in asking)
 
 
 def test_it_does_not_listen_to_others_without_a_token(recipe: Path) -> None:
