@@ -150,6 +150,8 @@ def extract_features(
 ) -> Store:
     """A store of all samples in the folder `out`, made by the processes of this job together."""
     samples = [*data.samples, *data.validation]
+    if not samples:
+        raise DataError("no sample to extract; see the rows left out above and data.path")
     header = header_of(target, samples, config.extract.dtype)
     if rank() == 0:
         Store.create(out, header)

@@ -202,7 +202,10 @@ class RemoteTarget:
                     raise ServerError(
                         f"{server.address}: HTTP {response.status_code}; {_advice(401)}"
                     )
-                found[server.address] = response.raise_for_status().json()
+                if response.status_code != 200:
+                    failures.append(f"{server.address} (HTTP {response.status_code})")
+                    continue
+                found[server.address] = response.json()
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise ServerError(
                     f"features.servers: {server.address} is no address ({error}); give such as "

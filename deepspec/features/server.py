@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +30,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from deepspec.config.schema import ServeConfig
+from deepspec.errors import ConfigError
 from deepspec.features.encoding import encode, resolve_dtype
 from deepspec.features.remote import IDENTITY
 from deepspec.records import Sample
@@ -154,15 +156,20 @@ class FeatureServer:
 
 
 def serve(target: Target, config: ServeConfig, token: str | None) -> None:
-    """Serve until SIGTERM or Ctrl-C; what is being computed is still answered."""
+    """Serve until SIGTERM or Ctrl-C; what is being computed is still answered.
+
+    Raises ConfigError where the address is not to be had.
+    """
     import uvicorn
 
     app: Any = FeatureServer(target, config, token).app
-    settings = uvicorn.Config(
-        app, host=config.host, port=config.port, log_level="warning", access_log=False
-    )
-    server = uvicorn.Server(settings)
-    socket = settings.bind_socket()
-    host, port = socket.getsockname()[:2]
-    print(f"serving {target.name} at http://{host}:{port}", flush=True)
-    server.run(sockets=[socket])
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"serve.host={config.host} serve.port={config.port} cannot be listened on ({error}); "
+            "give another port, or 0 for a free one"
+        ) from None
+    print(f"serving {target.name} at http://{config.host}:{listener.getsockname()[1]}", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +20,10 @@ import uvicorn
 from safetensors.torch import load, save
 
 from deepspec.config.schema import FeaturesConfig, ServeConfig
-from deepspec.errors import ServerError
+from deepspec.errors import ConfigError, ServerError
 from deepspec.features.encoding import token_bytes
 from deepspec.features.remote import TOKEN, RemoteTarget
-from deepspec.features.server import FeatureServer
+from deepspec.features.server import FeatureServer, serve
 from deepspec.features.sources import Ahead
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
@@ -231,6 +232,13 @@ def test_nobody_waits_for_a_server_once_training_is_over(target: Target) -> None
         thread.join(timeout=20)
     assert asking
     assert not any(thread.is_alive() for thread in asking)
+
+
+def test_a_port_that_is_taken_is_named(target: Target) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"serve.port={port} cannot be listened on"):
+            serve(target, ServeConfig(port=port), None)
 
 
 def test_it_does_not_listen_to_others_without_a_token(recipe: Path) -> None:
