@@ -162,6 +162,17 @@ def _cross(config: RunConfig) -> None:
             "features.source=remote needs features.servers=[http://host:port, ...], servers "
             "started by deepspec serve-target"
         )
+    several = config.engine.kind != "single"
+    if (
+        config.features.source == "remote"
+        and several
+        and config.features.patience >= config.engine.timeout
+    ):
+        raise ConfigError(
+            f"features.patience={config.features.patience:g} must be below engine.timeout="
+            f"{config.engine.timeout:g}: a process that waits for a feature server would look "
+            "dead to the others"
+        )
     if (
         config.features.source == "remote"
         and config.regenerate.enabled

@@ -99,6 +99,10 @@ def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -
         ("features.source=stored", "needs features.path=DIR"),
         ("features.source=remote", r"needs features.servers=\[http"),
         ("features=remote features.servers=[http://a:1]", "no target here to answer the prompts"),
+        (
+            "features=remote features.servers=[http://a:1] engine=zero2 engine.timeout=30",
+            r"features\.patience=600 must be below engine\.timeout=30",
+        ),
         ("target.parallel=tensor", "cannot answer the prompts: make the answers"),
         ("target.parallel=zero3 regenerate.enabled=false", "cannot evaluate: set evaluation"),
         ("target.parallel=pipeline", "must be one of replicated, tensor, zero3, device_map"),

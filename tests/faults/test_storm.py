@@ -33,7 +33,7 @@ from tests.jobs import HAVE_DEEPSPEED, kill_all, open_process, rank_of, train_co
 pytestmark = pytest.mark.usefixtures("nothing_left")
 ENGINE = "zero2" if HAVE_DEEPSPEED else "zero0"
 SAVE_EVERY = 3
-TIMEOUT = 25  # engine.timeout; the two processes must also start within it
+TIMEOUT = 25  # engine.timeout where a cable is cut; the two must also start within it
 PORTS = (18371, 18372)
 
 
@@ -55,7 +55,7 @@ class Storm:
     @property
     def words(self) -> list[str]:
         steps = [f"training.max_steps={self.steps}", f"training.save_every={SAVE_EVERY}"]
-        return [*steps, "training.log_every=1", f"engine.timeout={TIMEOUT}"]
+        return [*steps, "training.log_every=1"]
 
     def start(self, *words: str, room: int | None = None) -> subprocess.Popen[str]:
         """By torchrun, on features from the servers unless `words` say otherwise."""
@@ -128,7 +128,13 @@ class Storm:
         """A cable is cut between two hosts."""
         assert self.hosts is not None
         first, second = self.hosts
-        words = (self.recipe, self.out, f"engine={ENGINE}", *self.words)
+        words = (
+            self.recipe,
+            self.out,
+            f"engine={ENGINE}",
+            *self.words,
+            f"engine.timeout={TIMEOUT}",
+        )
         jobs = [host.train(first, *words) for host in self.hosts]
         self.until_some_step(*jobs)
         second.link("down")
