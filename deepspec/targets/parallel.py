@@ -49,7 +49,7 @@ def check_parallel(config: TargetConfig, hf_config: Any) -> None:
                 "load it whole; set target.parallel=tensor or device_map"
             )
         return
-    plan = getattr(text, "base_model_tp_plan", None)
+    plan = _plan_of(type(text))
     if not plan:
         raise TargetError(
             f"target family {text.model_type!r} has no tensor-parallel plan in Transformers; set "
@@ -65,6 +65,15 @@ def check_parallel(config: TargetConfig, hf_config: Any) -> None:
                     f"target.parallel=tensor: {count} {name} cannot be split over {world_size()} "
                     "processes; start a number that divides it, or set target.parallel=zero3"
                 )
+
+
+def _plan_of(kind: type) -> dict[str, str]:
+    """The plan of a family's own config class; the class of all configs is not asked, for what
+    another family left there would hold for every one."""
+    from transformers import PreTrainedConfig
+
+    own = (base for base in kind.__mro__ if base is not PreTrainedConfig)
+    return next((plan for base in own if (plan := vars(base).get("base_model_tp_plan"))), {})
 
 
 def placement(config: TargetConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import DeepseekV3Config
 
 from deepspec.cli import main
 from deepspec.config.loading import load_config
+from deepspec.drafters.rotary import Rotary
 from deepspec.planning.advice import advise
 from deepspec.planning.memory import memory_of, target_weights
 from deepspec.planning.plan import make_plan, token_bytes
@@ -66,6 +67,14 @@ def test_meta_target_is_the_loaded_one(make_job: MakeJob) -> None:
     assert all(parameter.is_meta for parameter in blank.model.parameters())
     assert shapes_of(real, config.drafter) == shapes_of(blank, config.drafter)
     assert blank.dtype == torch.bfloat16
+
+
+def test_a_plan_leaves_real_drafters_as_they_are(make_job: MakeJob) -> None:
+    """Frequencies are cached: those of a drafter without weights must be numbers too."""
+    shape = make_job("drafter.head_dim=48").shapes.drafter
+    rotary = Rotary(shape.head_dim, shape.rope_parameters, shape.max_position_embeddings)
+    cosine, _ = rotary(torch.arange(3), torch.float32)
+    assert cosine[0].eq(1).all()
 
 
 def test_a_token_by_hand(make_job: MakeJob) -> None:
