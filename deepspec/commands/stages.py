@@ -178,17 +178,8 @@ def open_store(config: RunConfig, target: TargetEnds) -> Store:
     Raises DataError where samples are missing, ConfigError for other layers than the drafter reads.
     """
     store = Store.open(Path(str(config.features.path)).expanduser(), config.features.verify)
-    if len(store) < store.header.samples:
-        raise DataError(
-            f"{store.path} has {len(store)} of {store.header.samples} samples; finish it by the "
-            "same deepspec extract command"
-        )
-    layers = list(store.header.layer_ids)
-    if layers != list(target.layer_ids):
-        raise ConfigError(
-            f"{store.path} holds the layers {layers}, but the drafter is to read "
-            f"{list(target.layer_ids)}; set target.layer_ids={layers}, or extract again"
-        )
+    store.require_complete()
+    _require_layers(target, store.header.layer_ids, f"{store.path} holds", "extract again")
     target.adopt(store.header.identity, str(store.path))
     return store
 
@@ -199,15 +190,19 @@ def open_remote(config: RunConfig, target: TargetEnds) -> RemoteTarget:
     Raises ServerError, or ConfigError where they capture other layers than the drafter reads.
     """
     remote = RemoteTarget(config.features)
-    layers = list(remote.description["layer_ids"])
-    if layers != list(target.layer_ids):
-        raise ConfigError(
-            f"the servers capture the layers {layers}, but the drafter is to read "
-            f"{list(target.layer_ids)}; set target.layer_ids={layers}, or start them with the "
-            "latter"
-        )
+    layers = remote.description["layer_ids"]
+    _require_layers(target, layers, "the servers capture", "start them with the latter")
     target.adopt(remote.identity, "the target that is served")
     return remote
+
+
+def _require_layers(target: TargetEnds, found: list[int], who: str, instead: str) -> None:
+    wanted = list(target.layer_ids)
+    if found != wanted:
+        raise ConfigError(
+            f"{who} the layers {found}, but the drafter is to read {wanted}; set "
+            f"target.layer_ids={found}, or {instead}"
+        )
 
 
 def feature_source(

@@ -36,11 +36,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
             bad.append(str(error))
     if bad:
         raise DataError("\n".join(bad))
-    if len(store) != store.header.samples:
-        raise DataError(
-            f"{store.path} has {len(store)} of {store.header.samples} samples; finish it by the "
-            "same deepspec extract command"
-        )
+    store.require_complete()
     header = store.header
     print(
         f"{store.path}: {len(store)} samples of {header.target} in {len(store.finished())} shards, "

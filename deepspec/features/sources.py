@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 
@@ -19,11 +18,12 @@ from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 
 
-class FeatureSource(Protocol):
-    """What every source does."""
+class FeatureSource:
+    """What every source does; most need only `features`."""
 
     def features(self, samples: Sequence[Sample]) -> TargetFeatures:
         """Features of `samples`, packed end to end, on any device."""
+        raise NotImplementedError
 
     def expect(self, samples: Sequence[Sample]) -> None:
         """`features(samples)` will be asked for soon."""
@@ -33,26 +33,21 @@ class FeatureSource(Protocol):
 
     def close(self) -> str:
         """Training is over; a line about what came of it, or an empty one."""
-
-
-class Online:
-    """The target in the training process."""
-
-    def __init__(self, target: Target) -> None:
-        self.features = target.features
-
-    def expect(self, samples: Sequence[Sample]) -> None:
-        """Nothing: the device is busy with the step."""
-
-    def settle(self, wait: Callable[[], None]) -> None:
-        """Nothing is kept."""
-
-    def close(self) -> str:
-        """Nothing is open."""
         return ""
 
 
-class Ahead:
+class Online(FeatureSource):
+    """The target in the training process."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """What the target computes now."""
+        return self._target.features(samples)
+
+
+class Ahead(FeatureSource):
     """A source whose `read` runs ahead of the training in threads, until `close`."""
 
     def __init__(
@@ -75,16 +70,13 @@ class Ahead:
         if _key(samples) not in self._pending:
             self._pending[_key(samples)] = self._pool.submit(self._read, samples)
 
-    def settle(self, wait: Callable[[], None]) -> None:
-        """Nothing is kept."""
-
     def close(self) -> str:
         """What was read ahead in vain is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self._close()
 
 
-class Hybrid:
+class Hybrid(FeatureSource):
     """Online for what the store lacks, which is then stored; a later epoch reads it.
 
     A shard is written when `shard_bytes` are together; what was not when the process dies is
@@ -116,18 +108,11 @@ class Hybrid:
             self._flush()
         return features
 
-    def expect(self, samples: Sequence[Sample]) -> None:
-        """Nothing: the device is busy with the step."""
-
     def settle(self, wait: Callable[[], None]) -> None:
         """All that was computed is on disk, and every process knows of it."""
         self._flush()
         wait()
         self._store.refresh()
-
-    def close(self) -> str:
-        """Nothing is open."""
-        return ""
 
     @property
     def _tokens(self) -> int:

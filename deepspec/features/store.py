@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -139,13 +140,23 @@ class Store:
 
     def samples(self) -> Iterator[Sample]:
         """All samples, shard by shard."""
+        held: dict[str, list[tuple[str, _Place]]] = defaultdict(list)
+        for sample_id, place in self._places.items():
+            held[place.shard].append((sample_id, place))
         for shard in self.finished():
             opened = self._shard(shard)
             ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
-            for sample_id, place in self._places.items():
-                if place.shard == shard:
-                    own = slice(place.first, place.first + place.length)
-                    yield Sample(ids[own], mask[own].bool(), sample_id)
+            for sample_id, place in held[shard]:
+                own = slice(place.first, place.first + place.length)
+                yield Sample(ids[own], mask[own].bool(), sample_id)
+
+    def require_complete(self) -> None:
+        """Raises DataError where samples are missing."""
+        if len(self) < self.header.samples:
+            raise DataError(
+                f"{self.path} has {len(self)} of {self.header.samples} samples; finish it by the "
+                "same deepspec extract command"
+            )
 
     def check(self, shard: str) -> None:
         """Reread one shard whole. Raises DataError when it is not what was written."""
@@ -164,6 +175,7 @@ class Store:
         for suffix in (".json", ".safetensors"):
             (self.path / f"{shard}{suffix}").unlink(missing_ok=True)
         self._known.discard(shard)
+        self._opened.cache_clear()  # another shard may get its name
         self._places = {i: place for i, place in self._places.items() if place.shard != shard}
 
     def _slice(self, place: _Place) -> dict[str, Tensor]:

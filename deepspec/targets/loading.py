@@ -36,15 +36,14 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     tokenizer, device = load_tokenizer(config), torch.device(device)
     if device.type == "meta":
         return Target(meta_model(config), tokenizer, layers_of(config), config.path)
-    split = config.parallel != "replicated"
-    shapes = meta_model(config) if split else None
+    shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)
     with explained(config):
         files = WeightFiles(config)
         with zero3_loading(config):
             model = _from_pretrained(config)
-        if not split:
+        if shapes is None:
             model.to(device)
         parts = find_parts(model)
         if shapes is not None:

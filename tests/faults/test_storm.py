@@ -258,6 +258,13 @@ def test_a_short_storm(recipe: Path, quiet: Path, tmp_path: Path, stack: ExitSta
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_storm_of_eight(recipe: Path, quiet: Path, tmp_path: Path, stack: ExitStack) -> None:
+    faults = ["link", "rank", "server", "shard", "rank", "disk", "link", "checkpoint"]
+    storm(faults, 150, recipe, quiet, tmp_path, stack)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_whole_storm(recipe: Path, quiet: Path, tmp_path: Path, stack: ExitStack) -> None:
     faults = ["rank"] * 8 + ["server"] * 6 + ["link"] * 6 + ["disk", "checkpoint", "shard"]

@@ -101,6 +101,18 @@ def test_it_goes_on_without_redoing(target: Target, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_shard_that_is_made_again_is_read_anew(target: Target, tmp_path: Path) -> None:
+    """Under the name of one that was open when it was thrown away."""
+    store = build(target, tmp_path)
+    name = store.finished()[0]
+    store.read(SAMPLES)
+    (first, *_), (last, *_) = SAMPLES, SAMPLES[::-1]
+    store.discard(name)
+    store.write(name, [last, first], encode(target.features([last, first]), "float32", 3))
+    expected = target.features([first])
+    torch.testing.assert_close(store.read([first]).final, expected.final, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_bad_shard_is_never_read(target: Target, tmp_path: Path, damage: str) -> None:
     store = build(target, tmp_path)
