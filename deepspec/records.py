@@ -59,29 +59,35 @@ class BlockBatch(_Movable):
     """Blocks of several samples, packed: sample after sample in both context and blocks.
 
     context side
+        `tokens` [T] int64: the samples' tokens
         `document_ids` [T] int64: which sample a context token belongs to (0, 1, ...)
         `positions` [T] int64: a context token's position inside its sample
     block side (blocks of a sample are contiguous, samples in order)
         `block_documents` [N] int64: which sample a block belongs to
         `anchors` [N] int64: the anchor's position inside its sample; the block sees context < it
         `rows` [N] int64: the anchor's index into the packed context [T]
-        `inputs` [N, K] int64: anchor token, then K-1 mask tokens
-        `previous` [N, K] int64: the true token before each label (teacher forcing)
+        `previous` [N, K] int64: the true token before each label (teacher forcing); the anchor's
+        own token in slot 0
         `labels` [N, K] int64: slot j is the token at anchor + j + 1; 0 where weight is 0
         `weights` [N, K] float32: exp(-j / decay) while supervised, else 0
     `sample_ids`: names of the samples, by document id.
     """
 
+    tokens: Tensor
     document_ids: Tensor
     positions: Tensor
     block_documents: Tensor
     anchors: Tensor
     rows: Tensor
-    inputs: Tensor
     previous: Tensor
     labels: Tensor
     weights: Tensor
     sample_ids: tuple[str, ...]
+
+    @property
+    def block_size(self) -> int:
+        """K."""
+        return self.labels.shape[1]
 
     @property
     def slot_rows(self) -> Tensor:
@@ -90,7 +96,7 @@ class BlockBatch(_Movable):
         Slot j predicts the token at anchor + j + 1, so the target's prediction of it stands at
         anchor + j. Rows past the end of the pack (weight 0) are clamped.
         """
-        steps = torch.arange(self.inputs.shape[1], device=self.rows.device)
+        steps = torch.arange(self.block_size, device=self.rows.device)
         return (self.rows[:, None] + steps).clamp(max=self.document_ids.shape[0] - 1)
 
 

@@ -120,16 +120,14 @@ def train(
         # Many blocks of one conversation are trained at once: each sees the text before its own
         # anchor, itself, and no other block. New anchors are drawn every epoch.
         anchors = [draw_anchors(sample, ANCHORS, SEED, epoch) for sample in batch]
-        # Inputs are [anchor, mask, mask, ...]; labels the tokens that really follow; weights
+        # The input is [anchor, mask, mask, ...]; labels are the tokens that really follow; weights
         # fall by exp(-j / decay), for a late draft only counts when all earlier ones are right.
-        blocks = build_blocks(
-            batch, anchors, shape.block_size, shape.mask_token_id, decay=shape.block_size
-        )
+        blocks = build_blocks(batch, anchors, shape.block_size, decay=shape.block_size)
 
         # One forward of the frozen target gives everything that is learnt from: outputs of a few
         # of its layers (the drafter's context) and its last hidden states (the teacher).
         features = target.features(batch)
-        output = drafter(features.context, blocks, target.embedding)
+        output = drafter(features, blocks, target.embedding)
 
         # Drafts are accepted with probability 1 - L1/2 between the two distributions, so L1 is
         # what is minimised; a little cross-entropy helps where they hardly overlap, and the

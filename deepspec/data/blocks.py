@@ -14,7 +14,6 @@ def build_blocks(
     samples: Sequence[Sample],
     anchors: Sequence[Tensor],
     block_size: int,
-    mask_token_id: int,
     decay: float,
 ) -> BlockBatch:
     """Pack `samples` end to end with `anchors[i]` [n_i] of sample i.
@@ -39,16 +38,13 @@ def build_blocks(
     label_row = (row + 1).clamp(max=len(tokens) - 1)
     counted = (supervised[label_row] & inside).long().cumprod(dim=1).bool()
 
-    inputs = torch.full((len(anchor), block_size), mask_token_id)
-    rows = starts[block_documents] + anchor
-    inputs[:, 0] = tokens[rows]
     return BlockBatch(
+        tokens=tokens,
         document_ids=documents.repeat_interleave(lengths),
         positions=torch.arange(len(tokens)) - starts.repeat_interleave(lengths),
         block_documents=block_documents,
         anchors=anchor,
-        rows=rows,
-        inputs=inputs,
+        rows=starts[block_documents] + anchor,
         # the token before a counted label is always real; behind the counted slots it is
         # some token of the pack, and weighs nothing
         previous=tokens[row],

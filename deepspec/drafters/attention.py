@@ -85,7 +85,7 @@ def _segments(batch: BlockBatch) -> list[Segment]:
     samples = len(batch.sample_ids)
     context_counts = torch.bincount(batch.document_ids, minlength=samples).tolist()
     block_counts = torch.bincount(batch.block_documents, minlength=samples).tolist()
-    block_size = batch.inputs.shape[1]
+    block_size = batch.block_size
     segments, row, block = [], 0, 0
     for context_count, count in zip(context_counts, block_counts, strict=True):
         if count:
@@ -108,7 +108,7 @@ def _segments(batch: BlockBatch) -> list[Segment]:
 def _flex_mask(batch: BlockBatch) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    block_size = batch.inputs.shape[1]
+    block_size = batch.block_size
     context = batch.document_ids.shape[0]
     queries = batch.anchors.shape[0] * block_size
     document_ids, positions = batch.document_ids, batch.positions

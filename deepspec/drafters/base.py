@@ -30,8 +30,9 @@ class DraftOutput:
 
 
 class Drafter(nn.Module):
-    """A trainable drafter. `config` is its resolved shape (`block_size`, `mask_token_id`,
-    `to_dict`); forward(context, batch, embedding) gives a DraftOutput."""
+    """A trainable drafter. `config` is its resolved shape (`block_size`, `target_layer_ids`,
+    `to_dict`); forward(features, batch, embedding) gives a DraftOutput: `features` of the pack as
+    the target computed them, `embedding` [V, D] the target's, frozen."""
 
     config: Any
 

@@ -34,9 +34,9 @@ class Distillation(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The fields of LossOutput; a plain tuple, because DeepSpeed's hooks look into no other."""
         embedding, head = self._frozen
-        with torch.autocast(context.device.type, torch.bfloat16, enabled=self._bf16):
-            output = self.drafter(context, batch, embedding)
         features = TargetFeatures(context, final)
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=self._bf16):
+            output = self.drafter(features, batch, embedding)
         inputs = slots_of(output, self.drafter.bias_weight, batch, features)
         loss = compute_loss(inputs, head, head, self._config, denominator)
         return loss.loss, loss.ce_sum, loss.l1_sum, loss.confidence_sum, loss.acceptance

@@ -145,10 +145,7 @@ class Trainer:
         count = self.config.training.anchors_per_sample
         anchors = [draw_anchors(sample, count, self.config.seed, epoch) for sample in samples]
         decay = self.config.objective.decay or float(self.shape.block_size)
-        batch = build_blocks(
-            samples, anchors, self.shape.block_size, self.shape.mask_token_id, decay
-        )
-        return samples, batch
+        return samples, build_blocks(samples, anchors, self.shape.block_size, decay)
 
     def _expect(self) -> None:
         """Tell the source what this and the next steps will ask for, `features.prefetch` ahead."""

@@ -54,14 +54,14 @@ def test_anchors_are_uniform() -> None:
 def test_blocks_equal_the_definition(masks: list[list[bool]], size: int, count: int) -> None:
     samples = [sample_of(mask, str(i)) for i, mask in enumerate(masks)]
     anchors = [draw_anchors(sample, count, 0, 0) for sample in samples]
-    batch = build_blocks(samples, anchors, size, 7, decay=4.0)
+    batch = build_blocks(samples, anchors, size, decay=4.0)
     block, start = 0, 0
     for document, (sample, own) in enumerate(zip(samples, anchors, strict=True)):
         for anchor in own.tolist():
             assert batch.block_documents[block] == document
             assert batch.anchors[block] == anchor
             assert batch.rows[block] == start + anchor
-            assert batch.inputs[block].tolist() == [100 + anchor] + [7] * (size - 1)
+            assert batch.tokens[batch.rows[block]] == batch.previous[block, 0] == 100 + anchor
             counted = True
             for slot in range(size):
                 label = anchor + slot + 1

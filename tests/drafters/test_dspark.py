@@ -19,7 +19,7 @@ from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkProposer
 from deepspec.drafters.dspark.heads import GatedMarkovHead, RnnMarkovHead
 from deepspec.drafters.rotary import Rotary, rotate
 from deepspec.errors import CheckpointError
-from deepspec.records import BlockBatch
+from deepspec.records import BlockBatch, TargetFeatures
 
 CONFIG = DSparkConfig(
     hidden_size=32,
@@ -58,26 +58,30 @@ def batch_of(lengths: list[int], anchors: list[list[int]], config: DSparkConfig)
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(0, 40, (length,), generator=generator) for length in lengths]
     size = config.block_size
-    inputs, previous, rows = [], [], []
+    previous, rows = [], []
     for index, (ids, own) in enumerate(zip(tokens, anchors, strict=True)):
         padded = torch.cat((ids, ids.new_zeros(size)))
         for anchor in own:
-            inputs.append(torch.tensor([ids[anchor]] + [config.mask_token_id] * (size - 1)))
             previous.append(padded[anchor : anchor + size])
             rows.append(sum(lengths[:index]) + anchor)
     count = len(rows)
     return BlockBatch(
+        tokens=torch.cat(tokens),
         document_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         block_documents=torch.tensor([i for i, own in enumerate(anchors) for _ in own]),
         anchors=torch.tensor([anchor for own in anchors for anchor in own]),
         rows=torch.tensor(rows),
-        inputs=torch.stack(inputs),
         previous=torch.stack(previous),
         labels=torch.zeros(count, size, dtype=torch.int64),
         weights=torch.ones(count, size),
         sample_ids=tuple(str(i) for i in range(len(lengths))),
     )
+
+
+def of_context(context: Tensor) -> TargetFeatures:
+    """Features whose final states play no part."""
+    return TargetFeatures(context, context[:, :0])
 
 
 LENGTHS, ANCHORS = [9, 5, 12], [[0, 3, 8], [], [2, 7]]
@@ -124,10 +128,10 @@ def test_a_block_sees_nothing_at_or_behind_its_anchor() -> None:
     batch = batch_of(LENGTHS, ANCHORS, CONFIG)
     context = torch.randn(sum(LENGTHS), 3 * 32, dtype=torch.float64)
     embedding = torch.randn(50, 32, dtype=torch.float64)
-    before = drafter(context, batch, embedding).hidden
+    before = drafter(of_context(context), batch, embedding).hidden
     changed = context.clone()
     changed[3:9] += 1  # sample 0 from its second anchor on
-    after = drafter(changed, batch, embedding).hidden
+    after = drafter(of_context(changed), batch, embedding).hidden
     same = [0, 1, 3, 4]
     assert torch.equal(before[same], after[same])
     assert not torch.allclose(before[2], after[2])
@@ -145,7 +149,7 @@ def test_decoding_path_equals_training_forward(kind: str) -> None:
     batch = batch_of([9, 12], [[4, 8], [3, 10]], config)
     context = torch.randn(21, 96, dtype=torch.float64)
     embedding = torch.randn(50, 32, dtype=torch.float64)
-    trained = drafter(context, batch, embedding)
+    trained = drafter(of_context(context), batch, embedding)
     head = nn.Linear(32, 50, bias=False).double()
     logits = head(trained.hidden)
     if trained.latent is not None:
@@ -180,7 +184,7 @@ def test_decoding_path_equals_training_forward(kind: str) -> None:
             return torch.zeros(2, dtype=torch.int64), logits_
 
         proposal = proposer.propose(
-            batch.inputs[blocks, 0], torch.tensor(anchors), max(anchors) + 1, forced
+            batch.previous[blocks, 0], torch.tensor(anchors), max(anchors) + 1, forced
         )
         torch.testing.assert_close(proposal.probabilities, logits[blocks])
         if trained.confidence_logits is None:
@@ -248,6 +252,11 @@ def test_rotary_equals_transformers() -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_a_block_starts_with_its_anchor_and_masks_follow() -> None:
+    drafter = drafter_of(CONFIG)
+    assert drafter.inputs(torch.tensor([7, 8])).tolist() == [[7, 49, 49, 49], [8, 49, 49, 49]]
+
+
 def test_untrained_drafter_is_a_dflash_one() -> None:
     drafter = DSparkDrafter(CONFIG)
     assert drafter.bias_weight is not None
@@ -259,7 +268,7 @@ def test_confidence_can_be_kept_from_the_backbone() -> None:
         drafter = drafter_of(replace(CONFIG, confidence_detached=detached))
         batch = batch_of(LENGTHS, ANCHORS, CONFIG)
         context = torch.randn(sum(LENGTHS), 96, dtype=torch.float64)
-        output = drafter(context, batch, torch.randn(50, 32, dtype=torch.float64))
+        output = drafter(of_context(context), batch, torch.randn(50, 32, dtype=torch.float64))
         output.confidence_logits.sum().backward()
         assert drafter.confidence_head.proj.weight.grad is not None
         assert (drafter.fc.weight.grad is None) == detached

@@ -243,7 +243,7 @@ def observed(target: Target, drafter: DSparkDrafter) -> tuple[Any, Any]:
     ]
     anchors = [torch.tensor([3, 9]), torch.tensor([6])]
     shape = drafter.config
-    batch = build_blocks(samples, anchors, shape.block_size, shape.mask_token_id, 4.0)
+    batch = build_blocks(samples, anchors, shape.block_size, 4.0)
     return target.features(samples), batch
 
 
@@ -276,7 +276,7 @@ def test_round_trip_equals_the_rounded_original(
 ) -> None:
     original = make_drafter(target, kind)
     features, batch = observed(target, original)
-    exact = logits_of(original, target, original(features.context, batch, target.embedding))
+    exact = logits_of(original, target, original(features, batch, target.embedding))
     rounded = copy.deepcopy(original)
     with torch.no_grad():
         for parameter in rounded.parameters():
@@ -287,8 +287,8 @@ def test_round_trip_equals_the_rounded_original(
     assert not loaded.training
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
-    expected = rounded(features.context, batch, target.embedding)
-    got = loaded(features.context, batch, target.embedding)
+    expected = rounded(features, batch, target.embedding)
+    got = loaded(features, batch, target.embedding)
     assert torch.equal(logits_of(loaded, target, got), logits_of(rounded, target, expected))
     assert torch.equal(got.confidence_logits, expected.confidence_logits)
     assert not torch.equal(logits_of(loaded, target, got), exact), "the rounding should show"
@@ -309,11 +309,11 @@ def test_plain_formulas_on_the_bare_file_give_the_bias(
         weight = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     loaded = load_flat(folder, target)
     features, batch = observed(target, loaded)
-    output = loaded(features.context, batch, target.embedding)
+    output = loaded(features, batch, target.embedding)
     bias = output.latent @ loaded.bias_weight.T
     w1, w2 = weight["markov_head.markov_w1.weight"], weight["markov_head.markov_w2.weight"]
     confidence = weight["confidence_head.proj.weight"][0], weight["confidence_head.proj.bias"]
-    for block in range(batch.inputs.shape[0]):
+    for block in range(len(batch.anchors)):
         state = torch.zeros(6)
         for slot in range(4):
             hidden = output.hidden[block, slot]

@@ -21,7 +21,7 @@ from deepspec.drafters.base import Drafter, DraftOutput
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.heads import MARKOV_KINDS, ConfidenceHead, MarkovHead
 from deepspec.drafters.rotary import Rotary, Rotation, rotate
-from deepspec.records import BlockBatch
+from deepspec.records import BlockBatch, TargetFeatures
 
 # (queries [.., K, H, E], keys [.., K, G, E], values) of the block -> attended [.., K, H, E]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,16 +127,16 @@ class DSparkDrafter(Drafter):
 
     def forward(
         self,
-        context: Tensor,
+        features: TargetFeatures,
         batch: BlockBatch,
         embedding: Tensor,
         visibility: Visibility | None = None,
     ) -> DraftOutput:
-        """Training forward. `context` [T, L*D] packed features; `embedding` [V, D] frozen."""
+        """Training forward: all blocks of the pack at once; `embedding` [V, D] frozen."""
         visibility = visibility or build_visibility(batch)
-        offsets = torch.arange(batch.inputs.shape[1], device=batch.inputs.device)
-        states = F.embedding(batch.inputs, embedding).to(self.fc.weight.dtype)
-        projected = self.project(context)
+        offsets = torch.arange(batch.block_size, device=batch.anchors.device)
+        states = F.embedding(self.inputs(batch.previous[:, 0]), embedding).to(self.fc.weight.dtype)
+        projected = self.project(features.context)
         context_rotation = self.rotary(batch.positions, states.dtype)
         block_rotation = self.rotary(batch.anchors[:, None] + offsets, states.dtype)
 
@@ -172,6 +172,12 @@ class DSparkDrafter(Drafter):
         return self.confidence_head(
             hidden, embedded if self.config.confidence_with_markov else None
         )
+
+    def inputs(self, anchors: Tensor) -> Tensor:
+        """Anchor tokens [N] -> a block's input tokens [N, K]: the anchor, then masks."""
+        tokens = anchors.new_full((len(anchors), self.config.block_size), self.config.mask_token_id)
+        tokens[:, 0] = anchors
+        return tokens
 
     def project(self, context: Tensor) -> Tensor:
         """Target features [.., L*D] -> what every layer's keys and values are made of [.., D]."""

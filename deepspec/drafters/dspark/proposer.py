@@ -52,8 +52,6 @@ class DSparkProposer:
     def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
         """Draft K tokens after `anchors` [B] at `positions` [B]; see `Proposer.propose`."""
         rows, size = anchors.shape[0], self.block_size
-        tokens = anchors.new_full((rows, size), self.drafter.config.mask_token_id)
-        tokens[:, 0] = anchors
         last = end - 1 + size
         mask = None
         if rows > 1:  # one row ends exactly at its block: nothing behind it to hide
@@ -74,7 +72,10 @@ class DSparkProposer:
             return attended.transpose(1, 2)
 
         hidden = self.drafter.draft_hidden(
-            tokens, positions[:, None] + self._offsets, self._embedding, attend
+            self.drafter.inputs(anchors),
+            positions[:, None] + self._offsets,
+            self._embedding,
+            attend,
         )
         return self._sample(hidden, anchors, draw)
 
