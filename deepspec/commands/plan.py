@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     "recipe=R, gpus=N (processes, one a GPU), memory=80GB (of each; else that of this machine), "
-    "and overrides of the config"
+    "tflops=400 (that each does in a second), and overrides of the config"
 )
 EXAMPLES = """\
   deepspec plan recipe=tiny
@@ -33,12 +33,13 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Print the table, and a warning for each thing that does not fit."""
     from deepspec.commands.settings import print_config, recipe_config, take
 
-    values, words = take(settings, "gpus", "memory", "recipe")
+    values, words = take(settings, "gpus", "memory", "tflops", "recipe")
     if "recipe" in values:
         words = [f"recipe={values['recipe']}", *words]
     config = recipe_config(words)
     gpus = _processes(values.get("gpus"), config)
     memory = _bytes(values["memory"]) if "memory" in values else None
+    rate = _rate(values.get("tflops"))
     if options.cfg:
         print_config(config)
         return
@@ -50,7 +51,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")
-    for what, size, how in (*_counts(plan), *_memory(plan, room), *_disk(plan, room)):
+    for what, size, how in (
+        *_counts(plan),
+        *_hours(plan, rate),
+        *_memory(plan, room),
+        *_disk(plan, room),
+    ):
         table.add_row(*map(escape, (what, size, how)))
     Console().print(table)
     for warning in _warnings(plan, room):
@@ -95,6 +101,17 @@ def _counts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     epoch = "unknown" if plan.steps_an_epoch is None else f"{plan.steps_an_epoch:,}"
     yield "steps", steps, f"{epoch} an epoch; {job.micro_batches} micro-batches a step and process"
     yield "micro-batch", f"{batch.tokens:,}", f"tokens, {batch.slots:,} slots: the largest"
+
+
+def _hours(plan: Plan, rate: float | None) -> Iterator[tuple[str, str, str]]:
+    from deepspec.planning.work import H100
+
+    yield "work a step", f"{plan.step_flops / 1e12:,.1f} TFLOP", "matrix products, all processes"
+    if rate is None and plan.job.cuda:
+        rate = H100
+    if rate is not None and (hours := plan.hours(rate)) is not None:
+        each = f"at {rate / 1e12:,.0f} TFLOP/s a GPU (tflops=); answers are not in it"
+        yield "training", f"{hours:,.1f} hours", each
 
 
 def _memory(plan: Plan, room: Room) -> Iterator[tuple[str, str, str]]:
@@ -170,6 +187,16 @@ def _processes(word: str | None, config: RunConfig) -> int | None:
             "zero2 or zero3 (sharded by DeepSpeed)"
         )
     return int(word)
+
+
+def _rate(word: str | None) -> float | None:
+    from deepspec.errors import ConfigError
+
+    if word is None:
+        return None
+    if re.fullmatch(r"\d+(\.\d+)?", word) is None or not float(word):
+        raise ConfigError(f"tflops={word} must be a number above 0, such as 400")
+    return float(word) * 1e12
 
 
 def _bytes(word: str) -> int:

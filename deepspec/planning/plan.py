@@ -9,6 +9,7 @@ from deepspec.features.encoding import token_bytes as encoded_bytes
 from deepspec.features.store import TOKEN_BYTES
 from deepspec.planning.memory import Memory, checkpoint_bytes, memory_of
 from deepspec.planning.shapes import Job, MicroBatch
+from deepspec.planning.work import batch_flops
 from deepspec.planning.workload import Workload
 
 
@@ -22,7 +23,8 @@ def token_bytes(job: Job, dtype: str) -> int:
 class Plan:
     """What `job` needs on `workload`. Sizes in bytes.
 
-    `steps_an_epoch` and `steps` are None where the number of samples is not known.
+    `steps_an_epoch` and `steps` are None where the number of samples is not known. `step_flops`:
+    floating-point operations of an average step, all processes together.
     """
 
     job: Job
@@ -32,6 +34,13 @@ class Plan:
     checkpoint: int
     steps_an_epoch: int | None
     steps: int | None
+    step_flops: float
+
+    def hours(self, flops: float) -> float | None:
+        """Of all steps, where a device does `flops` a second; answers are not in it."""
+        if self.steps is None:
+            return None
+        return self.steps * self.step_flops / (flops * self.job.world) / 3600
 
     @property
     def need(self) -> int:
@@ -57,8 +66,16 @@ def make_plan(job: Job, workload: Workload) -> Plan:
         steps = max(1, round(training.epochs * steps_an_epoch))
     if training.max_steps is not None:
         steps = min(training.max_steps, steps or training.max_steps)
+    typical = workload.typical(job.config)
     return Plan(
-        job, workload, batch, memory_of(job, batch), checkpoint_bytes(job), steps_an_epoch, steps
+        job,
+        workload,
+        batch,
+        memory_of(job, batch),
+        checkpoint_bytes(job),
+        steps_an_epoch,
+        steps,
+        training.batch_size * batch_flops(job, typical) / len(typical.contexts),
     )
 
 

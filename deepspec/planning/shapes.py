@@ -25,14 +25,16 @@ class Shapes:
     """A drafter and its target without their weights.
 
     `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
-    copies to bf16. `target_parameters` counts tied weights once; `ends`: those of embedding and
-    head; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
+    copies to bf16. `target_parameters` counts tied weights once; `target_active`: those a token's
+    forward multiplies with, LM head apart; `ends`: those of embedding and head; `saved_value`:
+    bytes of a number under target.dtype=auto. `text`: its text config.
     """
 
     drafter: DSparkConfig
     parameters: tuple[int, ...]
     casts: int
     target_parameters: int
+    target_active: int
     ends: int
     saved_value: int
     soft_cap: bool
@@ -59,17 +61,33 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
         drafter = kind.build(shape)
     linear = [module.weight for module in drafter.modules() if isinstance(module, nn.Linear)]
     tied = getattr(target.config, "tie_word_embeddings", False)
+    ends = target.embedding.numel() + (0 if tied else target.head.weight.numel())
     return Shapes(
         drafter=shape,
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         # W2 is read by the objective, which computes in fp32
         casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
         target_parameters=sum(parameter.numel() for parameter in target.model.parameters()),
-        ends=target.embedding.numel() + (0 if tied else target.head.weight.numel()),
+        target_active=_active(target) - ends,
+        ends=ends,
         saved_value=target.dtype.itemsize,
         soft_cap=target.head.soft_cap is not None,
         text=target.config,
     )
+
+
+def _active(target: Target) -> int:
+    """Parameters without the experts that a token is not sent to."""
+    text = target.config
+    chosen = getattr(text, "num_experts_per_tok", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(text, name, None))), None)
+    total = idle = 0
+    for name, parameter in target.model.named_parameters():
+        total += parameter.numel()
+        if chosen and experts and ".experts." in name:
+            idle += parameter.numel() * (experts - chosen) // experts
+    return total - idle
 
 
 @dataclass(frozen=True)

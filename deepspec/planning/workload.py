@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,19 @@ class Workload:
         lengths = sorted(self.lengths, reverse=True)[:size] if self.complete else []
         lengths = lengths or [(longest, longest)] * size
         contexts = tuple(max(2, min(tokens, longest)) for tokens, _ in lengths)
-        anchors = config.training.anchors_per_sample
-        blocks = tuple(max(1, min(anchors, answer - 1, longest - 1)) for _, answer in lengths)
-        return MicroBatch(contexts, blocks, config.drafter.block_size)
+        return MicroBatch(contexts, self._blocks(config, lengths), config.drafter.block_size)
+
+    def typical(self, config: RunConfig) -> MicroBatch:
+        """Samples as long as they are, or as long as they may be where no length is known."""
+        longest = config.data.max_length
+        lengths = self.lengths or ((longest, longest),)
+        contexts = tuple(max(2, min(tokens, longest)) for tokens, _ in lengths)
+        return MicroBatch(contexts, self._blocks(config, lengths), config.drafter.block_size)
+
+    @staticmethod
+    def _blocks(config: RunConfig, lengths: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        anchors, longest = config.training.anchors_per_sample, config.data.max_length
+        return tuple(max(1, min(anchors, answer - 1, longest - 1)) for _, answer in lengths)
 
 
 def read_workload(config: RunConfig, tokenizer: Any) -> Workload:

@@ -11,17 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config
 
 from deepspec.cli import main
 from deepspec.config.loading import load_config
+from deepspec.drafters.registry import drafter_kind
 from deepspec.drafters.rotary import Rotary
+from deepspec.features.sources import Online
 from deepspec.planning.advice import advise
 from deepspec.planning.memory import memory_of, target_weights
 from deepspec.planning.plan import make_plan, token_bytes
 from deepspec.planning.shapes import Job, MicroBatch, shapes_of
 from deepspec.planning.workload import Workload, read_workload
+from deepspec.records import Sample
 from deepspec.targets import load_target
+from deepspec.training.engine import open_engine
+from deepspec.training.run_folder import RunFolder
+from deepspec.training.trainer import Trainer
 from tests.conftest import make_tokenizer
 
 UNKNOWN = Workload(None, (), False, "test")
@@ -95,6 +102,27 @@ def test_a_target_that_is_split_or_elsewhere_leaves_its_ends(make_job: MakeJob) 
         assert target_weights(job) == whole // 2 + ends
     job = make_job("target.parallel=device_map", "target.max_memory=1MiB")
     assert target_weights(job) == 2**20 + ends
+
+
+def test_work_is_what_torch_counts(tmp_path: Path) -> None:
+    """Matrix products of a real step; torch counts no attention here, and no in-place product."""
+    words = ("training.batch_size=3", "training.micro_batch_size=1", "drafter.block_size=4")
+    words += ("training.anchors_per_sample=16", "objective.implementation=eager")
+    config = load_config("tiny", words)
+    target = load_target(config.target, "cpu")
+    samples = [Sample(torch.arange(n) % 4000, torch.arange(n) >= 0, f"{n}") for n in (90, 70, 80)]
+    kind = drafter_kind(config.drafter.kind)
+    drafter = kind.build(kind.resolve(config.drafter, target))
+    job = Job(config, shapes_of(target, config.drafter), 1, cuda=False)
+    lengths = tuple((len(sample), len(sample)) for sample in samples)
+    plan = make_plan(job, Workload(3, lengths, True, "test"))
+    with RunFolder(tmp_path / "run") as folder:
+        engine = open_engine(config.engine, config.training, config.tracking, folder.path)
+        trainer = Trainer(config, target, Online(target), drafter, samples, [], folder, engine)
+        with FlopCounterMode(display=False) as counter:
+            trainer.train_step()
+    assert plan.step_flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert plan.hours(1e12) == pytest.approx(plan.step_flops / 3.6e15 * plan.steps)
 
 
 def test_stages_shard_one_thing_more_each(make_job: MakeJob) -> None:
@@ -233,6 +261,7 @@ def test_a_target_of_671_billion(
         ("recipe=tiny gpus=2", "error: gpus=2, but engine=single is one process; set engine=zero0"),
         ("recipe=tiny memory=abc", "error: memory=abc must be a size with its unit"),
         ("recipe=tiny memory=80", "error: memory=80 must be a size with its unit"),
+        ("recipe=tiny tflops=fast", "error: tflops=fast must be a number above 0"),
         ("recipe=tiny memory=0GB", "error: memory=0GB must be a size with its unit"),
         ("gpus=2", "error: recipe= is missing"),
         ("recipe=tiny target.path=./nowhere", "error: target.path=./nowhere: no config.json"),

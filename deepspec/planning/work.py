@@ -1,0 +1,57 @@
+"""Floating-point operations of a training, and the hours they take at a stated rate.
+
+Counted are matrix products, a multiplication and an addition each; a backward costs twice its
+forward. Norms, rotations, softmax and everything a device waits for are not in it: the rate that a
+plan divides by is what a device reaches, not its peak. Legend: see `shapes`.
+"""
+
+from __future__ import annotations
+
+from deepspec.planning.memory import ELSEWHERE
+from deepspec.planning.shapes import Job, MicroBatch
+
+# bf16 on an H100: 989e12 at its peak, of which trainings of this kind reach about two fifths
+H100 = 400e12
+
+
+def target_flops(job: Job, batch: MicroBatch) -> int:
+    """The frozen target's forward over `batch`, without logits; 0 where features are read."""
+    if job.config.features.source in ELSEWHERE:
+        return 0
+    text, hidden = job.shapes.text, job.shapes.drafter.hidden_size
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    # causal: half of all pairs; a sliding window, which sees fewer, is counted as if it did not
+    pairs = sum(tokens * tokens for tokens in batch.contexts) // 2
+    attention = 4 * pairs * text.num_attention_heads * head_dim * text.num_hidden_layers
+    return 2 * batch.tokens * job.shapes.target_active + attention
+
+
+def drafter_flops(job: Job, batch: MicroBatch) -> int:
+    """Forward and backward of the drafter's backbone; a block sees half of its context."""
+    shape = job.shapes.drafter
+    hidden, layers = shape.hidden_size, shape.num_layers
+    width = shape.num_attention_heads * shape.head_dim
+    shared = 2 * hidden * shape.num_key_value_heads * shape.head_dim
+    fused = len(shape.target_layer_ids) * hidden * hidden
+    layer = 2 * hidden * width + shared + 3 * hidden * shape.intermediate_size
+    seen = sum(
+        blocks * shape.block_size * (context // 2 + shape.block_size)
+        for context, blocks in zip(batch.contexts, batch.blocks, strict=True)
+    )
+    return (
+        4 * batch.tokens * fused  # nothing behind it learns: no gradient of its input
+        + 6 * batch.tokens * layers * shared
+        + 6 * batch.slots * layers * layer
+        + 12 * seen * width * layers
+    )
+
+
+def objective_flops(job: Job, batch: MicroBatch) -> int:
+    """Logits of target and draft, and the gradients of hidden states, latents and W2."""
+    shape = job.shapes.drafter
+    return 6 * batch.slots * shape.vocab_size * (shape.hidden_size + shape.markov_rank)
+
+
+def batch_flops(job: Job, batch: MicroBatch) -> int:
+    """All of a training's work on `batch`."""
+    return target_flops(job, batch) + drafter_flops(job, batch) + objective_flops(job, batch)
