@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     "recipe=R, gpus=N (processes, one a GPU), memory=80GB (of each; else that of this machine), "
-    "tflops=400 (that each does in a second), and overrides of the config"
+    "tflops=400 (that each does in a second), tokens=950 (of a sample, where data are not here), "
+    "and overrides of the config"
 )
 EXAMPLES = """\
   deepspec plan recipe=tiny
@@ -33,11 +34,11 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Print the table, and a warning for each thing that does not fit."""
     from deepspec.commands.settings import print_config, recipe_config, take
 
-    values, words = take(settings, "gpus", "memory", "tflops", "recipe")
+    values, words = take(settings, "gpus", "memory", "tflops", "tokens", "recipe")
     if "recipe" in values:
         words = [f"recipe={values['recipe']}", *words]
     config = recipe_config(words)
-    gpus = _processes(values.get("gpus"), config)
+    gpus, tokens = _processes(values.get("gpus"), config), _count("tokens", values.get("tokens"))
     memory = _bytes(values["memory"]) if "memory" in values else None
     rate = _rate(values.get("tflops"))
     if options.cfg:
@@ -47,7 +48,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    plan, room = _plan(config, gpus, memory)
+    plan, room = _plan(config, gpus, memory, tokens)
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")
@@ -63,7 +64,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         Console().print(f"[yellow]does not fit:[/] {escape(warning)}")
 
 
-def _plan(config: RunConfig, gpus: int | None, memory: int | None) -> tuple[Plan, Room]:
+def _plan(
+    config: RunConfig, gpus: int | None, memory: int | None, tokens: int | None
+) -> tuple[Plan, Room]:
     from pathlib import Path
 
     import psutil
@@ -86,7 +89,7 @@ def _plan(config: RunConfig, gpus: int | None, memory: int | None) -> tuple[Plan
         memory = torch.cuda.get_device_properties(0).total_memory if there else None
     elif memory is None:  # the processes share it
         memory = psutil.virtual_memory().total // job.world
-    plan = make_plan(job, read_workload(config, target.tokenizer))
+    plan = make_plan(job, read_workload(config, target.tokenizer, tokens))
     return plan, Room(memory, free_bytes(Path(config.out)))
 
 
@@ -177,15 +180,22 @@ def _warnings(plan: Plan, room: Room) -> Iterator[str]:
 def _processes(word: str | None, config: RunConfig) -> int | None:
     from deepspec.errors import ConfigError
 
-    if word is None:
-        return None
-    if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"gpus={word} must be a whole number of at least 1")
-    if int(word) > 1 and config.engine.kind == "single":
+    count = _count("gpus", word)
+    if count is not None and count > 1 and config.engine.kind == "single":
         raise ConfigError(
             f"gpus={word}, but engine=single is one process; set engine=zero0 (replicas), zero1, "
             "zero2 or zero3 (sharded by DeepSpeed)"
         )
+    return count
+
+
+def _count(name: str, word: str | None) -> int | None:
+    from deepspec.errors import ConfigError
+
+    if word is None:
+        return None
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"{name}={word} must be a whole number of at least 1")
     return int(word)
 
 

@@ -43,13 +43,13 @@ def _frequencies(
     rope = dict(parameters)
     kind = rope["rope_type"]
     if kind == "default":
-        # on the CPU also where a drafter is built on the meta device: all share this result
         exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
     config = Qwen3Config(
         head_dim=head_dim, rope_parameters=rope, max_position_embeddings=max_position_embeddings
     )
-    frequency, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    with torch.device("cpu"):  # also where a drafter is built on meta: all share this result
+        frequency, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequency.float(), float(scale)
 
 

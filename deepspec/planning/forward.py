@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepspec.planning.shapes import BF16, FP32, Job, MicroBatch
+from deepspec.targets.attributes import common
 
 
 def features_bytes(job: Job, batch: MicroBatch) -> int:
@@ -21,7 +22,7 @@ def target_bytes(job: Job, batch: MicroBatch) -> int:
     """The most that the target's forward holds, its features included; without gradients."""
     text, hidden = job.shapes.text, job.shapes.drafter.hidden_size
     captured = len(job.shapes.drafter.target_layer_ids)
-    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    head_dim = common(text, "head_dim") or hidden // text.num_attention_heads
     width = text.num_attention_heads * head_dim
     # inside a late layer: the captured outputs; the embeddings, the layer's input, the residual and
     # its norm; and the widest of what a layer computes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from deepspec.planning.memory import ELSEWHERE
 from deepspec.planning.shapes import Job, MicroBatch
+from deepspec.targets.attributes import common
 
 # bf16 on an H100: 989e12 at its peak, of which trainings of this kind reach about two fifths
 H100 = 400e12
@@ -19,7 +20,7 @@ def target_flops(job: Job, batch: MicroBatch) -> int:
     if job.config.features.source in ELSEWHERE:
         return 0
     text, hidden = job.shapes.text, job.shapes.drafter.hidden_size
-    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    head_dim = common(text, "head_dim") or hidden // text.num_attention_heads
     # causal: half of all pairs; a sliding window, which sees fewer, is counted as if it did not
     pairs = sum(tokens * tokens for tokens in batch.contexts) // 2
     attention = 4 * pairs * text.num_attention_heads * head_dim * text.num_hidden_layers

@@ -34,8 +34,8 @@ class Workload:
 
     def mean_tokens(self, config: RunConfig) -> float:
         """Tokens a sample, on average."""
-        own = [min(tokens, config.data.max_length) for tokens, _ in self.lengths]
-        return sum(own) / len(own) if own else config.data.max_length
+        typical = self.typical(config)
+        return typical.tokens / len(typical.contexts)
 
     def tokens(self, config: RunConfig) -> float | None:
         """Tokens of all samples."""
@@ -62,10 +62,11 @@ class Workload:
         return tuple(max(1, min(anchors, answer - 1, longest - 1)) for _, answer in lengths)
 
 
-def read_workload(config: RunConfig, tokenizer: Any) -> Workload:
+def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None) -> Workload:
     """The samples of `config`: the run's own answers, the data's, or prompts and a bound.
 
-    Raises DataError for data that are neither local nor named like a hub data set.
+    Of data that are not here, every sample has `assumed` tokens, or as many as it may. Raises
+    DataError for data that are neither local nor named like a hub data set.
     """
     data, answers = config.data, Path(config.out) / "answers.jsonl"
     encoder = ChatEncoder(tokenizer, data.max_length, data.thinking, data.system_prompt)
@@ -73,7 +74,9 @@ def read_workload(config: RunConfig, tokenizer: Any) -> Workload:
         data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
         return _measured(config, data, encoder, "answers of the run")
     if any(local_files(path) is None for path in data.path):
-        return Workload(data.limit, (), False, f"not here: data.max_length={data.max_length} each")
+        each = min(assumed or data.max_length, data.max_length)
+        source = f"not here: {each} each, as " + ("assumed" if assumed else "data.max_length says")
+        return Workload(data.limit, ((each, each),), False, source)
     if not config.regenerate.enabled:
         return _measured(config, data, encoder, "data")
     return _measured(config, data, encoder, "prompts, and answers of regenerate.max_new_tokens")

@@ -192,7 +192,10 @@ def test_data_that_are_not_here_are_as_long_as_may_be() -> None:
     found = read_workload(config, make_tokenizer())
     assert found.samples == 1000
     assert found.mean_tokens(config) == 512
-    assert "data.max_length=512" in found.source
+    assert "512 each, as data.max_length says" in found.source
+    shorter = read_workload(config, make_tokenizer(), 200)
+    assert shorter.mean_tokens(config) == 200
+    assert shorter.largest(config).contexts == (512,) * 4
 
 
 # ---------------------------------------------------------------------------------------- advice
@@ -259,6 +262,7 @@ def test_a_target_of_671_billion(
         ("recipe=tiny gpus=0", "error: gpus=0 must be a whole number of at least 1"),
         ("recipe=tiny gpus=x", "error: gpus=x must be a whole number of at least 1"),
         ("recipe=tiny gpus=2", "error: gpus=2, but engine=single is one process; set engine=zero0"),
+        ("recipe=tiny tokens=0", "error: tokens=0 must be a whole number of at least 1"),
         ("recipe=tiny memory=abc", "error: memory=abc must be a size with its unit"),
         ("recipe=tiny memory=80", "error: memory=80 must be a size with its unit"),
         ("recipe=tiny tflops=fast", "error: tflops=fast must be a number above 0"),

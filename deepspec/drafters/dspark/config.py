@@ -7,6 +7,7 @@ from typing import Any
 
 from deepspec.config.schema import DrafterConfig
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.targets.attributes import common
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
@@ -93,7 +94,7 @@ def resolve_config(config: DrafterConfig, target: Any) -> DSparkConfig:
         num_layers=config.num_layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        head_dim=config.head_dim or getattr(text, "head_dim", None) or target.hidden_size // heads,
+        head_dim=config.head_dim or common(text, "head_dim") or target.hidden_size // heads,
         intermediate_size=config.intermediate_size or text.intermediate_size,
         block_size=config.block_size,
         mask_token_id=resolve_mask_token(config.mask_token_id, target),
@@ -135,11 +136,16 @@ def resolve_mask_token(configured: int | None, target: Any) -> int:
 
 
 def _rope_parameters(text: Any) -> dict[str, Any]:
-    """The target's rotary parameters; of a table a layer type, the full-attention ones."""
+    """The target's rotary parameters; of a table a kind of layer, those of its main kind.
+
+    A drafter rotates whole heads, whatever part of one its target does: no layout can say another.
+    """
     parameters = dict(getattr(text, "rope_parameters", None) or {})
-    nested = parameters.get("full_attention")
-    if isinstance(nested, dict):
-        parameters = dict(nested)
-    parameters.setdefault("rope_type", "default")
+    for kind in ("full_attention", "main"):
+        if isinstance(parameters.get(kind), dict):
+            parameters = dict(parameters[kind])
+    parameters.pop("partial_rotary_factor", None)
     parameters.setdefault("rope_theta", getattr(text, "rope_theta", 10000.0))
+    if parameters.setdefault("rope_type", "default") == "proportional":  # Gemma 4: of a part
+        parameters["rope_type"] = "default"
     return parameters
