@@ -48,6 +48,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
 
     from deepspec.commands import stages
     from deepspec.commands.sources import from_checkpoint
+    from deepspec.decoding import require_rollback
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
@@ -67,6 +68,8 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     target = (
         stages.open_ends(config) if stored or remote else stages.open_target(config, training=True)
     )
+    if config.evaluation.enabled:
+        require_rollback(target)
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)

@@ -21,7 +21,8 @@ class TargetConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16
     layer_ids: list[int] | None = None
     num_layer_ids: int = 5
-    attention: str = "sdpa"
+    attention: str = "auto"
+    rollback: str = "auto"  # auto | rows | snapshot
     parallel: str = "replicated"  # replicated | tensor | zero3 | device_map
     max_memory: str | None = None
     offload_folder: str | None = None

@@ -12,6 +12,7 @@ from deepspec.errors import ConfigError
 
 CHOICES: dict[str, Sequence[str]] = {
     "target.dtype": ("auto", "float32", "bfloat16"),
+    "target.rollback": ("auto", "rows", "snapshot"),
     "target.parallel": ("replicated", "tensor", "zero3", "device_map"),
     "drafter.kind": ("dspark", "dflash"),
     "drafter.markov_head": ("vanilla", "gated", "rnn"),

@@ -17,10 +17,11 @@ from torch import Tensor
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
+from deepspec.decoding.state import require_rollback
 from deepspec.decoding.verification import verify
 from deepspec.drafters.base import Draw, Observation, Proposer
-from deepspec.records import DecodeTrace, Proposal
-from deepspec.targets import Target, TargetOutput, require_croppable
+from deepspec.records import DecodeTrace, Proposal, Verification
+from deepspec.targets import Target, TargetOutput
 
 Schedule = Callable[[Proposal], Sequence[int]]
 """How many drafts of each row to verify; may look at the proposal's confidences, never at a token
@@ -39,7 +40,7 @@ class Decoder:
         stop_token_ids: Sequence[int] | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        require_croppable(target.model, target.family)
+        require_rollback(target)
         self.target = target
         self.proposer = proposer
         self.batch_size = batch_size
@@ -124,15 +125,9 @@ class Decoder:
         width = max(scheduled)
 
         block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
-        output = rows.forward(block, positions, max(starts) + width + 1, with_context=True)
-        verdict = verify(
-            proposal.tokens[:, :width],
-            None if proposal.probabilities is None else proposal.probabilities[:, :width],
-            self.target.head(output.final),
-            torch.tensor(scheduled, device=device),
-            sampling,
-            None if uniforms is None else uniforms[:, size:],
-        )
+        lengths = [count + 1 for count in scheduled]
+        output = rows.forward(block, positions, max(starts) + width + 1, True, lengths)
+        verdict = self._judge(proposal, output, scheduled, sampling, uniforms)
         # the round's only synchronisation: what was accepted, and the tokens
         confidence = proposal.confidence
         accepted = verdict.accepted.tolist()
@@ -143,7 +138,9 @@ class Decoder:
             rows.emit(row, chosen[row][:count] + chosen[row][-1:])
             for row, count in enumerate(accepted)
         ]
-        self._observe(block, output, [count + 1 for count in accepted], starts)
+        kept = [count + 1 for count in accepted]
+        rows.keep(kept)
+        self._observe(block, output, kept, starts)
         seconds = (time.perf_counter() - begun) / len(rows)
         return [
             DecodeTrace(
@@ -159,6 +156,25 @@ class Decoder:
             )
             for row in range(len(rows))
         ]
+
+    def _judge(
+        self,
+        proposal: Proposal,
+        output: TargetOutput,
+        scheduled: Sequence[int],
+        sampling: Sampling,
+        uniforms: Tensor | None,
+    ) -> Verification:
+        """What of the scheduled drafts the target accepts; see `verify`."""
+        width = max(scheduled)
+        return verify(
+            proposal.tokens[:, :width],
+            None if proposal.probabilities is None else proposal.probabilities[:, :width],
+            self.target.head(output.final),
+            torch.tensor(scheduled, device=self.target.device),
+            sampling,
+            None if uniforms is None else uniforms[:, self.proposer.block_size :],
+        )
 
     def _observe(
         self, tokens: Tensor, output: TargetOutput, counts: Sequence[int], starts: Sequence[int]

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepspec.decoding.kv_cache import RowCache, attention_masks
 from deepspec.decoding.results import Completion
+from deepspec.decoding.state import open_state
 from deepspec.targets import Target, TargetOutput
 
 
 class Rows:
-    """Prompts being continued: tokens and lengths on the host, keys and values on the device."""
+    """Prompts being continued: tokens and lengths on the host, the target's state on the device."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Rows:
         self._stop = set(stop_token_ids)
         self._limit = max_new_tokens
         self._prompts = [list(prompt) for prompt in prompts]
-        self._cache = RowCache(target.num_layers)
+        self._state = open_state(target, len(prompts))
         self._finished: list[Completion] = []
 
     def __len__(self) -> int:
@@ -45,14 +45,22 @@ class Rows:
         padded = [prompt + [0] * (width - len(prompt)) for prompt in self._prompts]
         tokens = torch.tensor(padded, device=self.target.device)
         starts = torch.zeros(len(self), dtype=torch.int64, device=self.target.device)
-        return tokens, self.forward(tokens, starts, width, with_context)
+        return tokens, self.forward(tokens, starts, width, with_context, self.prompt_lengths)
 
-    def forward(self, tokens: Tensor, starts: Tensor, end: int, with_context: bool) -> TargetOutput:
-        """One target forward of `tokens` [B, Q] from positions `starts` [B]."""
-        positions = starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self._cache.begin(starts, end)
-        masks = attention_masks(self.target.config, positions, end)
-        return self.target.forward(tokens, positions, self._cache, masks, with_context=with_context)
+    def forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        end: int,
+        with_context: bool,
+        lengths: Sequence[int] | None = None,
+    ) -> TargetOutput:
+        """See `TargetState.forward`."""
+        return self._state.forward(tokens, starts, end, with_context, lengths)
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """See `TargetState.keep`."""
+        self._state.keep(counts)
 
     def last_logits(self, output: TargetOutput) -> Tensor:
         """[B, V] at the end of each prompt, after `prefill`."""
@@ -95,7 +103,7 @@ class Rows:
         self.prompt_lengths = [self.prompt_lengths[row] for row in stay]
         self.emitted = [self.emitted[row] for row in stay]
         if stay:
-            self._cache.select(torch.tensor(stay, device=self.target.device))
+            self._state.select(stay)
         return stay
 
     @property

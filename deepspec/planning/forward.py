@@ -32,7 +32,7 @@ def target_bytes(job: Job, batch: MicroBatch) -> int:
         _experts(job),
     )
     inside = batch.padded * ((captured + 4) * hidden + inner)
-    if job.config.target.attention == "eager":  # scores and their softmax
+    if text._attn_implementation == "eager":  # scores and their softmax
         inside += 2 * text.num_attention_heads * max(batch.contexts) * batch.padded
     # then the captured outputs are put side by side, and the padding is left out: a copy each time
     joined = batch.padded * (_width(job) + captured * hidden)

@@ -46,13 +46,14 @@ def target_weights(job: Job) -> int:
     the objective: they are there whole, beside a target that is split or elsewhere."""
     config, shapes = job.config, job.shapes
     whole, ends = shapes.target_parameters * job.value, shapes.ends * job.value
+    scaled = shapes.scaled_ends * job.value
     if config.features.source in ELSEWHERE:
-        return ends
+        return ends + scaled
     if config.target.parallel in COLLECTIVE:
-        return -(-whole // job.world) + ends
+        return -(-whole // job.world) + ends + scaled
     if config.target.parallel == "device_map" and config.target.max_memory is not None:
-        return min(whole, convert_file_size_to_int(config.target.max_memory)) + ends
-    return whole
+        return min(whole, convert_file_size_to_int(config.target.max_memory)) + ends + scaled
+    return whole + scaled
 
 
 def memory_of(job: Job, batch: MicroBatch) -> Memory:

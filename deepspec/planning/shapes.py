@@ -26,8 +26,9 @@ class Shapes:
 
     `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
     copies to bf16. `target_parameters` counts tied weights once; `target_active`: those a token's
-    forward multiplies with, LM head apart; `ends`: those of embedding and head; `saved_value`:
-    bytes of a number under target.dtype=auto. `text`: its text config.
+    forward multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`:
+    those that are held twice, as files and as the family scales them; `saved_value`: bytes of a
+    number under target.dtype=auto. `text`: its text config.
     """
 
     drafter: DSparkConfig
@@ -36,6 +37,7 @@ class Shapes:
     target_parameters: int
     target_active: int
     ends: int
+    scaled_ends: int
     saved_value: int
     soft_cap: bool
     text: Any
@@ -62,6 +64,8 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     linear = [module.weight for module in drafter.modules() if isinstance(module, nn.Linear)]
     tied = getattr(target.config, "tie_word_embeddings", False)
     ends = target.embedding.numel() + (0 if tied else target.head.weight.numel())
+    scaled = target.embedding.numel() * (target.embedding_scale != 1)
+    scaled += target.head.weight.numel() * (target.logit_scale != 1)
     return Shapes(
         drafter=shape,
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
@@ -70,6 +74,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
         target_parameters=sum(parameter.numel() for parameter in target.model.parameters()),
         target_active=_active(target) - ends,
         ends=ends,
+        scaled_ends=scaled,
         saved_value=target.dtype.itemsize,
         soft_cap=target.head.soft_cap is not None,
         text=target.config,

@@ -14,12 +14,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from deepspec.checks.proposers import Rehearsed
 from deepspec.decoding import Decoder, Sampling, plain_decode, verification
 from deepspec.decoding.exactness import first_difference
 from deepspec.decoding.sampling import draw
 from deepspec.targets import Target
 from tests.conftest import make_model, make_tokenizer
-from tests.decoding.proposers import PerfectProposer, RandomProposer
+from tests.decoding.proposers import RandomProposer
 
 GREEDY = Sampling()
 
@@ -44,19 +45,27 @@ def generate(target: Target, prompt: list[int], count: int, stop: list[int]) -> 
 
 
 @pytest.fixture(scope="module")
-def stop(target: Target) -> list[int]:
+def known(target: Target) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """What follows each prompt, a block further than any test emits."""
+    return {tuple(prompt): generate(target, prompt, 28, []) for prompt in prompts_of(9)}
+
+
+@pytest.fixture(scope="module")
+def stop(known: dict) -> list[int]:
     """Tokens that greedy decoding does reach, so that stopping in mid-block is exercised."""
-    reached = [generate(target, prompt, 24, []) for prompt in prompts_of(9)]
+    reached = list(known.values())
     return [reached[0][9], reached[1][5]]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
 @pytest.mark.parametrize("quality", ["rubbish", "perfect", "half"])
-def test_greedy_equals_generate(target: Target, stop: list[int], batch: int, quality: str) -> None:
+def test_greedy_equals_generate(
+    target: Target, known: dict, stop: list[int], batch: int, quality: str
+) -> None:
     proposer = {
         "rubbish": lambda: RandomProposer(target.vocab_size),
-        "perfect": lambda: PerfectProposer(target),
-        "half": lambda: PerfectProposer(target, good=2),
+        "perfect": lambda: Rehearsed(known, target.vocab_size),
+        "half": lambda: Rehearsed(known, target.vocab_size, good=2),
     }[quality]()
     prompts = prompts_of(9)
     decoder = Decoder(target, proposer, batch, stop)
@@ -69,10 +78,9 @@ def test_greedy_equals_generate(target: Target, stop: list[int], batch: int, qua
     assert accepted == {"rubbish": {0}, "perfect": {4}, "half": {2}}[quality]
 
 
-def test_traces_account_for_every_token(target: Target, stop: list[int]) -> None:
-    result = Decoder(target, PerfectProposer(target, good=3), 4, stop).generate(
-        prompts_of(9), GREEDY, 24
-    )
+def test_traces_account_for_every_token(target: Target, known: dict, stop: list[int]) -> None:
+    decoder = Decoder(target, Rehearsed(known, target.vocab_size, good=3), 4, stop)
+    result = decoder.generate(prompts_of(9), GREEDY, 24)
     for completion in result.completions:
         own = [trace for trace in result.traces if trace.request == completion.request]
         assert 1 + sum(trace.emitted for trace in own) == len(completion.tokens)
@@ -89,14 +97,15 @@ def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None
         assert [completion.tokens for completion in result.completions] == expected
 
 
-def test_variable_schedules_change_nothing(target: Target, stop: list[int]) -> None:
+def test_variable_schedules_change_nothing(target: Target, known: dict, stop: list[int]) -> None:
     lengths = itertools.cycle([0, 3, 1, 4, 2])
 
     def schedule(proposal):
         return [next(lengths) for _ in range(len(proposal.tokens))]
 
     prompts = prompts_of(9)
-    decoder = Decoder(target, PerfectProposer(target, good=3), 4, stop, schedule)
+    proposer = Rehearsed(known, target.vocab_size, good=3)
+    decoder = Decoder(target, proposer, 4, stop, schedule)
     result = decoder.generate(prompts, GREEDY, 24)
     expected = [generate(target, prompt, 24, stop) for prompt in prompts]
     assert [completion.tokens for completion in result.completions] == expected
