@@ -29,11 +29,14 @@ class Averaged(Target):
 
 
 def v4_config(**changes: Any) -> DeepseekV4Config:
-    """Five layers: sliding, compressed sparse and heavily compressed; hash-routed and routed."""
+    """Five layers: sliding, compressed sparse and heavily compressed; hash-routed and routed.
+
+    18 experts: in a drafter a group of 16 and one of 2.
+    """
     settings = {
         "vocab_size": 260,
         "hidden_size": 64,
-        "moe_intermediate_size": 24,
+        "moe_intermediate_size": 8,
         "num_hidden_layers": 5,
         "num_attention_heads": 4,
         "head_dim": 16,
@@ -41,7 +44,7 @@ def v4_config(**changes: Any) -> DeepseekV4Config:
         "q_lora_rank": 20,
         "o_groups": 2,
         "o_lora_rank": 12,
-        "n_routed_experts": 6,
+        "n_routed_experts": 18,
         "num_experts_per_tok": 2,
         "layer_types": [
             "sliding_attention",

@@ -31,6 +31,7 @@ from deepspec import __version__
 from deepspec.atomic import atomic_folder, sha256
 from deepspec.config.schema import TargetConfig
 from deepspec.drafters.dspark_v4 import DSparkV4Config, DSparkV4Drafter, shape_for
+from deepspec.drafters.dspark_v4.experts import GROUP
 from deepspec.errors import CheckpointError, TargetError
 from deepspec.export.block_scales import dequantised
 from deepspec.export.names import public_name
@@ -50,7 +51,7 @@ OWN = {
 SCALES = ("scale", "weight_scale_inv")  # beside `weight`: V4's name for it, and an older one
 FP32 = re.compile(r".*\.(attn_sink|gate\.bias|hc_\w+)")  # as published; the rest is bf16
 STAGE = re.compile(r"mtp\.(\d+)\.")
-EXPERTS = re.compile(r"(.*\.experts)\.(w[123])")
+EXPERTS = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])")  # of a group
 
 
 # ----------------------------------------------------------------------------------------- names
@@ -64,8 +65,10 @@ def published_names(name: str, shape: DSparkV4Config) -> list[str]:
         name = f"{0 if name.startswith('main_') else shape.num_layers - 1}.{name}"
     name = "mtp." + re.sub(r"(hc_\w+)\.(\w+)$", r"\1_\2", name)
     if stacked := EXPERTS.fullmatch(name):
-        prefix, matrix = stacked.groups()
-        return [f"{prefix}.{e}.{matrix}.weight" for e in range(shape.n_routed_experts)]
+        prefix, group, matrix = stacked.groups()
+        first = int(group) * GROUP
+        last = min(first + GROUP, shape.n_routed_experts)
+        return [f"{prefix}.{expert}.{matrix}.weight" for expert in range(first, last)]
     return [name]
 
 
@@ -156,11 +159,16 @@ def _require_free(out: Path) -> None:
         return
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
     foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
-    if foreign or (found and not is_deepseek_v4(out)):
+    if foreign or (found and not _is_ours(out)):
         raise CheckpointError(
             f"{out} is not just an earlier export (it holds {', '.join((foreign or found)[:3])}) "
             "and is not overwritten; choose another folder, or move its files away"
         )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it was written here: a published checkpoint may hold the same files, and a target."""
+    return is_deepseek_v4(folder) and "deepspec" in _read_config(folder)
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -221,7 +229,9 @@ class _Tensors:
             self._files = WeightFiles(TargetConfig(path=str(folder)))
         found = {name: STAGE.match(name) for name in self._files.names()}
         self.names = {name for name, stage in found.items() if stage}
-        self.stages = 1 + max((int(stage[1]) for stage in found.values() if stage), default=-1)
+        if not self.names:
+            raise CheckpointError(f"{folder} holds no mtp.* tensors, which a V4 drafter is made of")
+        self.stages = 1 + max(int(stage[1]) for stage in found.values() if stage)
 
     def check_names(self, wanted: list[str]) -> None:
         """Raises CheckpointError where some of `wanted` are missing or there are others."""

@@ -24,9 +24,8 @@ def v4_activations(job: Job, shape: DSparkV4Config, batch: MicroBatch) -> Activa
     heads = slots * hidden * (1 + streams) * FP32
     heads += slots * (norm_bytes(hidden) + (hidden + rank) * work + (rank + 1) * FP32)
     # the backward: gradients of queries, turned, as they were, and of what was attended, or those
-    # of streams; of experts, which are whole before they are sharded (else counted as gradients)
+    # of streams; a group of experts', whole before it is sharded (else counted as gradients)
     inner = slots * max(4 * shape.num_attention_heads * shape.head_dim, 3 * streams * hidden) * FP32
-    experts = 3 * shape.n_routed_experts * shape.moe_intermediate_size * hidden * FP32
     sharded = job.config.engine.kind in ("zero2", "zero3")
     return Activations(
         context=context,
@@ -34,7 +33,7 @@ def v4_activations(job: Job, shape: DSparkV4Config, batch: MicroBatch) -> Activa
         layers=shape.num_layers,
         heads=heads,
         casts=job.shapes.casts * BF16 if work == BF16 else 0,
-        mlp=max(inner, experts if sharded else 0),
+        mlp=max(inner, job.shapes.largest * FP32 if sharded else 0),
     )
 
 

@@ -8,7 +8,6 @@ one packed training forward; and a loss that falls on a real tiny V4.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,14 @@ from deepspec.drafters.dspark_v4 import (
     shape_for,
 )
 from deepspec.drafters.dspark_v4.attention import attend
-from deepspec.drafters.dspark_v4.experts import Experts, Routed
+from deepspec.drafters.dspark_v4.experts import ExpertGroup, Routed
 from deepspec.drafters.rotary import Rotary, rotate_pairs
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.records import BlockBatch
 from deepspec.targets import Target
 from deepspec.training.checkpoint import load_drafter, read_checkpoint
 from tests.deepseek_v4 import LAYER_IDS, load_v4, save_v4, shake, v4_config
+from tests.drafters.naive_v4 import Naive
 from tests.drafters.test_dspark import batch_of, of_context
 from tests.trainers import build_trainer
 
@@ -73,146 +73,6 @@ def inputs(config: DSparkV4Config) -> tuple[BlockBatch, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------- from the equations
-
-
-class Naive:
-    """One block at a time, one slot, one head, one key; `w` are the drafter's tensors by name."""
-
-    def __init__(self, drafter: DSparkV4Drafter, embedding: Tensor) -> None:
-        self.c, self.w, self.embedding = drafter.config, drafter.state_dict(), embedding
-
-    def rms(self, x: Tensor, name: str | None = None) -> Tensor:
-        normed = x / math.sqrt(float((x * x).mean()) + self.c.rms_norm_eps)
-        return normed if name is None else normed * self.w[name]
-
-    def turn(self, x: Tensor, position: int, back: bool = False) -> Tensor:
-        """Pairs (2i, 2i + 1) of the last R dimensions by position * theta^(-2i/R), in fp32."""
-        rope, x = self.c.qk_rope_head_dim, x.clone()
-        first = len(x) - rope
-        for i in range(rope // 2):
-            frequency = 1.0 / self.c.rope_theta ** (torch.tensor(2.0 * i) / rope)
-            angle = torch.tensor(float(position)) * frequency
-            cos, sin = float(angle.cos()), float(angle.sin()) * (-1 if back else 1)
-            a, b = float(x[first + 2 * i]), float(x[first + 2 * i + 1])
-            x[first + 2 * i] = a * cos - b * sin
-            x[first + 2 * i + 1] = a * sin + b * cos
-        return x
-
-    def mixes(self, x: Tensor, name: str) -> Tensor:
-        flat = torch.cat(list(x))
-        return (
-            self.w[f"{name}.fn"]
-            @ flat
-            / math.sqrt(float((flat * flat).mean()) + self.c.rms_norm_eps)
-        )
-
-    def hyper(self, streams: list[Tensor], name: str, block: Any) -> list[Tensor]:
-        """hc_pre, the block over all slots, hc_post; `streams`: [n, D] a slot."""
-        n, eps = self.c.hc_mult, self.c.hc_eps
-        scale, base = self.w[f"{name}.scale"], self.w[f"{name}.base"]
-        entered, posts, combs = [], [], []
-        for x in streams:
-            m = self.mixes(x, name)
-            pre = [torch.sigmoid(m[k] * scale[0] + base[k]) + eps for k in range(n)]
-            posts.append([2 * torch.sigmoid(m[n + k] * scale[1] + base[n + k]) for k in range(n)])
-            comb = torch.zeros(n, n, dtype=x.dtype)
-            for j in range(n):
-                row = slice(2 * n + j * n, 2 * n + (j + 1) * n)
-                comb[j] = torch.softmax(m[row] * scale[2] + base[row], 0) + eps
-            for k in range(n):
-                comb[:, k] = comb[:, k] / (comb[:, k].sum() + eps)
-            for _ in range(19):
-                for j in range(n):
-                    comb[j] = comb[j] / (comb[j].sum() + eps)
-                for k in range(n):
-                    comb[:, k] = comb[:, k] / (comb[:, k].sum() + eps)
-            combs.append(comb)
-            entered.append(sum(pre[k] * x[k] for k in range(n)))
-        left = block(entered)
-        return [
-            torch.stack([post[k] * y + sum(comb[j, k] * x[j] for j in range(n)) for k in range(n)])
-            for x, y, post, comb in zip(streams, left, posts, combs, strict=True)
-        ]
-
-    def latent(self, x: Tensor, position: int, stage: str) -> Tensor:
-        kv = self.rms(self.w[f"{stage}.attn.wkv.weight"] @ x, f"{stage}.attn.kv_norm.weight")
-        return self.turn(kv, position)
-
-    def attention(self, block: list[Tensor], stage: str, past: list[Tensor], anchor: int) -> Any:
-        """Every slot over `past` latents and those of the whole block, and a sink a head."""
-        w, c, name = self.w, self.c, f"{stage}.attn"
-        seen = past + [self.latent(x, anchor + slot, stage) for slot, x in enumerate(block)]
-        outputs = []
-        for slot, x in enumerate(block):
-            q = w[f"{name}.wq_b.weight"] @ self.rms(
-                w[f"{name}.wq_a.weight"] @ x, f"{name}.q_norm.weight"
-            )
-            heads = []
-            for h in range(c.num_attention_heads):
-                query = self.turn(self.rms(q[h * c.head_dim : (h + 1) * c.head_dim]), anchor + slot)
-                scores = [float(query @ key) / math.sqrt(c.head_dim) for key in seen]
-                sink = float(w[f"{name}.attn_sink"][h])
-                total = sum(math.exp(score) for score in scores) + math.exp(sink)
-                mixed = sum(
-                    math.exp(score) / total * value
-                    for score, value in zip(scores, seen, strict=True)
-                )
-                heads.append(self.turn(mixed, anchor + slot, back=True))
-            group = torch.cat(heads).reshape(c.o_groups, -1)
-            wo_a = w[f"{name}.wo_a.weight"].reshape(c.o_groups, c.o_lora_rank, -1)
-            lowered = torch.cat([wo_a[g] @ group[g] for g in range(c.o_groups)])
-            outputs.append(w[f"{name}.wo_b.weight"] @ lowered)
-        return outputs
-
-    def expert(self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        limit = self.c.swiglu_limit
-        gate, up = (w1 @ x).clamp(max=limit), (w3 @ x).clamp(-limit, limit)
-        return w2 @ (gate / (1 + torch.exp(-gate)) * up)
-
-    def experts(self, x: Tensor, stage: str) -> Tensor:
-        w, name = self.w, f"{stage}.ffn"
-        scores = [
-            math.sqrt(math.log1p(math.exp(float(row @ x)))) for row in w[f"{name}.gate.weight"]
-        ]
-        biased = [s + float(b) for s, b in zip(scores, w[f"{name}.gate.bias"], strict=True)]
-        chosen = sorted(range(len(scores)), key=lambda e: -biased[e])
-        chosen = chosen[: self.c.num_experts_per_tok]
-        total = sum(scores[e] for e in chosen)
-        shared = [w[f"{name}.shared_experts.w{i}.weight"] for i in (1, 2, 3)]
-        output = self.expert(x, *shared)
-        for e in chosen:
-            own = [w[f"{name}.experts.w{i}"][e] for i in (1, 2, 3)]
-            weight = scores[e] / total * self.c.routed_scaling_factor
-            output = output + weight * self.expert(x, *own)
-        return output
-
-    def block(self, context: Tensor, token: int, anchor: int) -> Tensor:
-        """States [K, D] of the block after `token` at `anchor`; `context` [T, L*D] of its text."""
-        c, w = self.c, self.w
-        tokens = [token] + [c.mask_token_id] * (c.block_size - 1)
-        streams = [torch.stack([self.embedding[t]] * c.hc_mult) for t in tokens]
-        window = range(max(0, anchor - c.sliding_window), anchor)
-        main = {t: self.rms(w["main_proj.weight"] @ context[t], "main_norm.weight") for t in window}
-        for index in range(c.num_layers):
-            stage = f"stages.{index}"
-            past = [self.latent(x, t, stage) for t, x in main.items()]
-
-            def attention(entered: list[Tensor], stage: str = stage, past: Any = past) -> Any:
-                normed = [self.rms(x, f"{stage}.attn_norm.weight") for x in entered]
-                return self.attention(normed, stage, past, anchor)
-
-            def experts(entered: list[Tensor], stage: str = stage) -> Any:
-                return [
-                    self.experts(self.rms(x, f"{stage}.ffn_norm.weight"), stage) for x in entered
-                ]
-
-            streams = self.hyper(streams, f"{stage}.hc_attn", attention)
-            streams = self.hyper(streams, f"{stage}.hc_ffn", experts)
-        states = []
-        for x in streams:
-            pre = torch.sigmoid(self.mixes(x, "hc_head") * w["hc_head.scale"] + w["hc_head.base"])
-            states.append(sum((pre[k] + c.hc_eps) * x[k] for k in range(c.hc_mult)))
-        return torch.stack(states)
 
 
 def test_forward_is_its_equations() -> None:
@@ -272,53 +132,65 @@ def test_every_part_has_its_say_there(change: dict[str, Any]) -> None:
 # ------------------------------------------------------------------- from the target's own modules
 
 
-def test_stages_are_the_targets_modules() -> None:
-    """The same weights in Transformers' V4: hyper-connections, head, experts, attention."""
-    text = v4_config(hidden_size=32, vocab_size=50, num_hidden_layers=1)
-    text = DeepseekV4Config(**{**text.to_dict(), "layer_types": ["sliding_attention"]})
-    text._attn_implementation = "eager"
-    text.mlp_layer_types = ["moe"]
-    shape = shape_for(text, **{**OWN, "num_layers": 1})
-    drafter = native(shape)
-    stage, generator = drafter.draft_stages[0], torch.Generator().manual_seed(3)
+@pytest.fixture(scope="module")
+def text() -> DeepseekV4Config:
+    """A V4 of one sliding-window layer with routed experts: what a stage is made of."""
+    found = v4_config(hidden_size=32, vocab_size=50, num_hidden_layers=1)
+    found.layer_types, found.mlp_layer_types = ["sliding_attention"], ["moe"]
+    found._attn_implementation = "eager"
+    return found
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, dtype=torch.float64, generator=generator)
 
-    streams = draw(2, 5, 4, 32)
+@pytest.fixture(scope="module")
+def alike(text: DeepseekV4Config) -> DSparkV4Drafter:
+    return native(shape_for(text, **{**OWN, "num_layers": 1}))
+
+
+def draw(*size: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_hyper_connections_are_the_targets(text: DeepseekV4Config, alike: DSparkV4Drafter) -> None:
+    mine, streams, output = alike.draft_stages[0].hc_attn, draw(2, 5, 4, 32), draw(2, 5, 32)
     theirs = v4.DeepseekV4HyperConnection(text).double()
-    theirs.load_state_dict(stage.hc_attn.state_dict())
+    theirs.load_state_dict(mine.state_dict())
     post, comb, entered = theirs(streams)
-    output = draw(2, 5, 32)
     expected = post[..., None] * output[..., None, :] + comb.transpose(-1, -2) @ streams
     seen: list[Tensor] = []
-    got = stage.hc_attn(streams, lambda states: seen.append(states) or output)
-    # Transformers computes the mixes in fp32
-    torch.testing.assert_close(seen[0], entered, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
+    got = mine(streams, lambda states: seen.append(states) or output)
+    close = {"atol": 1e-5, "rtol": 1e-5}  # Transformers mixes in fp32
+    torch.testing.assert_close(seen[0], entered, **close)
+    torch.testing.assert_close(got, expected, **close)
     head = v4.DeepseekV4HyperHead(text).double()
-    head.load_state_dict({f"hc_{name}": t for name, t in drafter.hc_head.state_dict().items()})
-    expected = head(streams)
-    torch.testing.assert_close(drafter.hc_head(streams), expected, atol=1e-5, rtol=1e-5)
+    head.load_state_dict({f"hc_{name}": t for name, t in alike.hc_head.state_dict().items()})
+    torch.testing.assert_close(alike.hc_head(streams), head(streams), **close)
 
-    moe = v4.DeepseekV4SparseMoeBlock(text, 0).double()
-    own = stage.ffn.state_dict()
-    moe.load_state_dict(
+
+def test_experts_are_the_targets(text: DeepseekV4Config, alike: DSparkV4Drafter) -> None:
+    mine, states = alike.draft_stages[0].ffn, draw(2, 5, 32)
+    own = mine.state_dict()
+
+    def stacked(matrix: int) -> Tensor:
+        return torch.cat([own[f"experts.{group}.w{matrix}"] for group in (0, 1)])
+
+    theirs = v4.DeepseekV4SparseMoeBlock(text, 0).double()
+    theirs.load_state_dict(
         {
             "gate.weight": own["gate.weight"],
             "gate.e_score_correction_bias": own["gate.bias"],
-            "experts.gate_up_proj": torch.cat((own["experts.w1"], own["experts.w3"]), dim=1),
-            "experts.down_proj": own["experts.w2"],
+            "experts.gate_up_proj": torch.cat((stacked(1), stacked(3)), dim=1),
+            "experts.down_proj": stacked(2),
             "shared_experts.gate_proj.weight": own["shared_experts.w1.weight"],
             "shared_experts.up_proj.weight": own["shared_experts.w3.weight"],
             "shared_experts.down_proj.weight": own["shared_experts.w2.weight"],
         }
     )
-    torch.testing.assert_close(stage.ffn(output), moe(output))
+    torch.testing.assert_close(mine(states), theirs(states))
 
-    # attention: context and block in a row, of which a block's rows see all (window 8, 3 + 4 rows)
-    theirs = v4.DeepseekV4Attention(text, 0).double()
+
+def test_attention_is_the_targets(text: DeepseekV4Config, alike: DSparkV4Drafter) -> None:
+    """There context and block in a row: three positions and four, of which the four see all."""
+    mine, rows, positions = alike.draft_stages[0].attn, draw(1, 7, 32), torch.arange(20, 27)
     names = {
         "q_a_proj": "wq_a",
         "q_a_norm": "q_norm",
@@ -328,21 +200,23 @@ def test_stages_are_the_targets_modules() -> None:
         "o_a_proj": "wo_a",
         "o_b_proj": "wo_b",
     }
-    own = stage.attn.state_dict()
+    own = mine.state_dict()
+    theirs = v4.DeepseekV4Attention(text, 0).double()
     theirs.load_state_dict(
-        {f"{name}.weight": own[f"{mine}.weight"] for name, mine in names.items()}
+        {f"{name}.weight": own[f"{short}.weight"] for name, short in names.items()}
         | {"sinks": own["attn_sink"]}
     )
-    rows, positions = draw(1, 7, 32), torch.arange(20, 27)
     tables = v4.DeepseekV4RotaryEmbedding(text)(rows, positions[None], layer_type="main")
-    expected, _ = theirs(rows, {"main": tables}, positions[None], torch.zeros(1, 1, 7, 7).double())
-    rotation = drafter.rotary(positions, torch.float64)
-    context = stage.attn.latent(rows[0, :3], tuple(table[:3] for table in rotation))
+    all_seen = torch.zeros(1, 1, 7, 7).double()
+    expected, _ = theirs(rows, {"main": tables}, positions[None], all_seen)
+
+    rotation = alike.rotary(positions, torch.float64)
+    context = mine.latent(rows[0, :3], (rotation[0][:3], rotation[1][:3]))
 
     def see(block: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat((context[None], block), dim=1), torch.ones(1, 7, dtype=torch.bool)
 
-    got = stage.attn(rows[:, 3:], tuple(table[None, 3:] for table in rotation), see)
+    got = mine(rows[:, 3:], (rotation[0][None, 3:], rotation[1][None, 3:]), see)
     torch.testing.assert_close(got, expected[:, 3:], atol=1e-6, rtol=1e-6)
 
 
@@ -364,23 +238,23 @@ def test_gradients_of_experts_are_those_of_their_values() -> None:
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, dtype=torch.float64, generator=generator, requires_grad=True)
 
-    experts = torch.tensor([[0, 1], [1, 3], [0, 3], [3, 1], [1, 0]])  # nothing goes to expert 2
+    rows, loads = torch.tensor([0, 2, 4, 0, 1, 3, 4, 1, 2]), [3, 4, 0, 2]  # slots of each expert
     assert torch.autograd.gradcheck(
-        lambda *tensors: Routed.apply(*tensors, experts, 0.5, torch.float64),
-        (draw(5, 4), draw(5, 2), draw(4, 6, 4), draw(4, 4, 6), draw(4, 6, 4)),
+        lambda *tensors: Routed.apply(*tensors, rows, loads, 0.5, torch.float64),
+        (draw(5, 4), draw(9), draw(4, 6, 4), draw(4, 4, 6), draw(4, 6, 4)),
     )
 
 
 def test_experts_under_autocast_round_products_alone() -> None:
-    module, experts = Experts(CONFIG), torch.tensor([[0, 1], [1, 3], [0, 3], [3, 1], [1, 0]])
-    shake(module)
-    states, weights = torch.randn(5, 32), torch.rand(5, 2, requires_grad=True)
-    exact = module(states, experts, weights)
+    group, rows = ExpertGroup(CONFIG, 4), torch.tensor([0, 2, 4, 0, 1, 3, 4, 1, 2])
+    shake(group)
+    states, weights = torch.randn(5, 32), torch.rand(9, requires_grad=True)
+    exact = group(states, weights, rows, [3, 4, 0, 2])
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = module(states, experts, weights)
+        rounded = group(states, weights, rows, [3, 4, 0, 2])
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0.05)
-    found = [torch.autograd.grad(y.sum(), (weights, module.w2)) for y in (exact, rounded)]
+    found = [torch.autograd.grad(y.sum(), (weights, group.w2)) for y in (exact, rounded)]
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype == torch.float32
         torch.testing.assert_close(other, one, atol=0.1, rtol=0.05)
@@ -585,9 +459,9 @@ def test_shape_is_the_targets_own(v4_target: Target) -> None:
         hc_mult=4,
         hc_sinkhorn_iters=20,
         hc_eps=1e-6,
-        n_routed_experts=6,
+        n_routed_experts=18,
         num_experts_per_tok=2,
-        moe_intermediate_size=24,
+        moe_intermediate_size=8,
         routed_scaling_factor=1.5,
         swiglu_limit=1.0,
         block_size=5,

@@ -1,7 +1,7 @@
 """The `mtp.*` tensors, written and read.
 
 Known to be right by: names, shapes and dtypes written out here from the layout's description
-(D 64, 4 heads of 16, 2 groups, 6 experts of width 24, rank 6, V 260, 2 stages); a round trip whose
+(D 64, 4 heads of 16, 2 groups, 18 experts of width 8, rank 6, V 260, 2 stages); a round trip whose
 logits equal, bit for bit, those of the drafter with its weights rounded to bf16; and a checkpoint
 as it is published, in shards, quantised here by loops over single blocks, that gives exactly what
 loops over single blocks make of its bytes.
@@ -57,14 +57,14 @@ STAGE = {
     "attn.attn_sink": [4],
     "attn_norm.weight": [64],
     "ffn_norm.weight": [64],
-    "ffn.gate.weight": [6, 64],
-    "ffn.gate.bias": [6],
-    "ffn.shared_experts.w1.weight": [24, 64],
-    "ffn.shared_experts.w2.weight": [64, 24],
-    "ffn.shared_experts.w3.weight": [24, 64],
-    **{f"ffn.experts.{e}.w1.weight": [24, 64] for e in range(6)},
-    **{f"ffn.experts.{e}.w2.weight": [64, 24] for e in range(6)},
-    **{f"ffn.experts.{e}.w3.weight": [24, 64] for e in range(6)},
+    "ffn.gate.weight": [18, 64],
+    "ffn.gate.bias": [18],
+    "ffn.shared_experts.w1.weight": [8, 64],
+    "ffn.shared_experts.w2.weight": [64, 8],
+    "ffn.shared_experts.w3.weight": [8, 64],
+    **{f"ffn.experts.{e}.w1.weight": [8, 64] for e in range(18)},
+    **{f"ffn.experts.{e}.w2.weight": [64, 8] for e in range(18)},
+    **{f"ffn.experts.{e}.w3.weight": [8, 64] for e in range(18)},
     "hc_attn_fn": [24, 256],
     "hc_attn_base": [24],
     "hc_attn_scale": [3],
@@ -200,6 +200,10 @@ def test_only_an_earlier_export_is_replaced(
     with pytest.raises(CheckpointError, match=r"not just an earlier export .*notes\.txt"):
         export(drafter, target, folder)
     assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    edit(folder, deepspec=None)  # as published, perhaps with a whole target inside
+    with pytest.raises(CheckpointError, match="not just an earlier export"):
+        export(drafter, target, folder)
 
 
 # ------------------------------------------------------------------------------------ round trip
@@ -403,8 +407,8 @@ def test_what_is_not_dequantised(stored: Tensor, scale: Tensor | None, expected:
     [
         (lambda t: t.pop("mtp.1.norm.weight"), r"mtp\.1\.norm\.weight is missing"),
         (
-            lambda t: t.pop("mtp.0.ffn.experts.4.w2.weight"),
-            r"mtp\.0\.ffn\.experts\.4\.w2\.weight is missing",
+            lambda t: t.pop("mtp.0.ffn.experts.17.w2.weight"),
+            r"mtp\.0\.ffn\.experts\.17\.w2\.weight is missing",
         ),
         (
             lambda t: t.update({"mtp.0.e_proj.weight": torch.zeros(1)}),
@@ -415,8 +419,8 @@ def test_what_is_not_dequantised(stored: Tensor, scale: Tensor | None, expected:
             r"attn_sink is \[5\], expected \[4\]",
         ),
         (
-            lambda t: t.update({"mtp.0.ffn.experts.1.w1.weight": torch.zeros(24, 63)}),
-            r"mtp\.0\.ffn\.experts\.1\.w1\.weight is \[24, 63\], expected \[24, 64\]",
+            lambda t: t.update({"mtp.0.ffn.experts.1.w1.weight": torch.zeros(8, 63)}),
+            r"mtp\.0\.ffn\.experts\.1\.w1\.weight is \[8, 63\], expected \[8, 64\]",
         ),
         (
             lambda t: t.update({"mtp.0.attn.wkv.weight": torch.zeros(16, 64, dtype=torch.int32)}),
@@ -449,6 +453,9 @@ def test_files_that_are_damaged(folder: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_deepseek_v4(folder)
+    save_file({"embed.weight": torch.zeros(1)}, weights)
+    with pytest.raises(CheckpointError, match=r"holds no mtp\.\* tensors"):
+        deepseek_v4_shape(folder)
 
 
 @pytest.mark.parametrize(
