@@ -124,7 +124,8 @@ def _memory(plan: Plan, room: Room) -> Iterator[tuple[str, str, str]]:
     if room.device is not None:
         yield "  there is", shown(room.device), ""
     for name, size in memory.parts.items():
-        yield f"  {name}", shown(size), ""
+        rough = name == "target's forward" and job.shapes.text.model_type == "deepseek_v4"
+        yield f"  {name}", shown(size), "a guess: its attention is not modelled" if rough else ""
     if memory.host:
         yield "beside it, a process", shown(memory.host), "engine.offload=cpu"
 

@@ -12,6 +12,7 @@ from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.export.deepseek_v4 import is_deepseek_v4, load_deepseek_v4
 from deepspec.export.flat import flat_shape, is_flat_export, load_flat
 from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
@@ -56,7 +57,7 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
     CheckpointError when nothing usable is there, ConfigError for bad overrides.
     """
     place = place.expanduser()
-    if is_flat_export(place):
+    if is_flat_export(place) or is_deepseek_v4(place):
         return _from_export(place, overrides, recipe)
     if recipe is not None:
         raise ConfigError(
@@ -78,11 +79,13 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
 
 
 def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> Source:
-    shape = flat_shape(place)
+    native = is_deepseek_v4(place)
     if recipe is not None:
         config = load_config(recipe, overrides)
     else:
-        target = json.loads((place / "config.json").read_text())["deepspec"]["target"]
+        ours = json.loads((place / "config.json").read_text()).get("deepspec")
+        # a published V4 checkpoint holds the target too
+        target = str(place.resolve()) if native and ours is None else ours["target"]
         if "/" not in target and not any(word.startswith("target.path=") for word in overrides):
             raise ConfigError(
                 f"{place} was made for a local target, {target}; say where it is by "
@@ -90,12 +93,13 @@ def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> S
             )
         raw = {"recipe": place.name, "target": {"path": target}, "data": {"path": []}}
         config = config_from(raw, overrides)
+    kind = "dspark_v4" if native else "dspark" if flat_shape(place).markov_rank else "dflash"
     return Source(
         place=place,
         config=config,
-        kind="dspark" if shape.markov_rank else "dflash",
+        kind=kind,
         step=None,
-        load=lambda target: load_flat(place, target),
+        load=lambda target: load_deepseek_v4(place, target) if native else load_flat(place, target),
         run=None,
     )
 

@@ -23,12 +23,14 @@ from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark import DSparkDrafter
+from deepspec.drafters.dspark_v4 import DSparkV4Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.evaluate import average, evaluate
 from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
 from deepspec.export.card import model_card
+from deepspec.export.deepseek_v4 import card_facts, deepseek_v4_config, export_deepseek_v4
 from deepspec.export.flat import export_flat, flat_config
 from deepspec.features.extract import check_room, extract, header_of, plan_shards
 from deepspec.features.remote import RemoteTarget
@@ -320,10 +322,16 @@ def export_drafter(
 ) -> dict[str, Any]:
     """Stage 5: files for serving engines, with a model card; the config.json that was written."""
     export, anchors = source.config.export, source.config.training.anchors_per_sample
+    table = markdown_table(report) if report is not None and report.results else None
+    run, step = as_dict(source.config), source.step or 0
+    if isinstance(drafter, DSparkV4Drafter):
+        config = deepseek_v4_config(drafter.config, target, anchors)
+        card = model_card(out.name, card_facts(config), run, step, table)
+        export_deepseek_v4(drafter, target, out, card, anchors)
+        return config
     assert isinstance(drafter, DSparkDrafter)
     config = flat_config(drafter.config, target, export.profile, anchors)
-    table = markdown_table(report) if report is not None and report.results else None
-    card = model_card(out.name, config, as_dict(source.config), source.step or 0, table)
+    card = model_card(out.name, config, run, step, table)
     export_flat(drafter, target, out, export.profile, card, anchors)
     return config
 

@@ -77,7 +77,7 @@ class RegenerateConfig:
 class DrafterConfig:
     """The drafter's shape. A null is taken from the target."""
 
-    kind: str = "dspark"  # dspark | dflash
+    kind: str = "dspark"  # dspark | dflash | dspark_v4
     num_layers: int = 5
     block_size: int = 7
     intermediate_size: int | None = None
@@ -213,7 +213,7 @@ class EvaluationConfig:
 class ExportConfig:
     """Files for serving engines."""
 
-    format: str = "flat"
+    format: str = "flat"  # flat | deepseek_v4
     profile: str = "serving"  # serving | full
 
 

@@ -14,7 +14,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "target.dtype": ("auto", "float32", "bfloat16"),
     "target.rollback": ("auto", "rows", "snapshot"),
     "target.parallel": ("replicated", "tensor", "zero3", "device_map"),
-    "drafter.kind": ("dspark", "dflash"),
+    "drafter.kind": ("dspark", "dflash", "dspark_v4"),
     "drafter.markov_head": ("vanilla", "gated", "rnn"),
     "objective.implementation": ("fused", "eager"),
     "features.source": ("online", "stored", "hybrid", "remote"),
@@ -25,7 +25,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.offload": ("none", "cpu"),
     "tracking.wandb_mode": ("offline", "online", "disabled"),
-    "export.format": ("flat",),
+    "export.format": ("flat", "deepseek_v4"),
     "export.profile": ("serving", "full"),
 }
 AT_LEAST_ONE = (
@@ -193,6 +193,12 @@ def _cross(config: RunConfig) -> None:
         raise ConfigError(
             f"training.min_learning_rate={config.training.min_learning_rate} exceeds "
             f"training.learning_rate={config.training.learning_rate}; lower it"
+        )
+    native = config.drafter.kind == "dspark_v4"
+    if native != (config.export.format == "deepseek_v4"):
+        raise ConfigError(
+            f"export.format={config.export.format} cannot hold a drafter of drafter.kind="
+            f"{config.drafter.kind}; set export.format={'deepseek_v4' if native else 'flat'}"
         )
     if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
         raise ConfigError(

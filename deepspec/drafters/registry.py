@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspec.config.schema import DrafterConfig
-from deepspec.drafters import dspark
+from deepspec.drafters import dspark, dspark_v4
 from deepspec.drafters.base import Drafter, Proposer
 from deepspec.errors import ConfigError
 
@@ -32,8 +32,20 @@ _DSPARK = DrafterKind(
     build=dspark.DSparkDrafter,
     proposer=lambda drafter, target: dspark.DSparkProposer(drafter, target.embedding, target.head),
 )
+_DSPARK_V4 = DrafterKind(
+    resolve=dspark_v4.resolve_config,
+    load=dspark_v4.DSparkV4Config.from_dict,
+    build=dspark_v4.DSparkV4Drafter,
+    proposer=lambda drafter, target: dspark_v4.DSparkV4Proposer(
+        drafter, target.embedding, target.head
+    ),
+)
 
-DRAFTERS: dict[str, DrafterKind] = {"dspark": _DSPARK, "dflash": _DSPARK}
+DRAFTERS: dict[str, DrafterKind] = {
+    "dspark": _DSPARK,
+    "dflash": _DSPARK,
+    "dspark_v4": _DSPARK_V4,
+}
 
 
 def drafter_kind(name: str) -> DrafterKind:

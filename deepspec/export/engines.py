@@ -1,4 +1,4 @@
-"""Which engines load a flat export (checkpoint-formats.md, the table of exports).
+"""Which engines load an export (checkpoint-formats.md, the table of exports).
 
 An engine that refuses says so at start; one that loads the wrong profile or head drafts rubbish
 without an error, so the answer belongs beside the files.
@@ -18,7 +18,15 @@ class Support(NamedTuple):
 
 
 def loads_in(config: dict[str, Any]) -> list[Support]:
-    """The answer of every engine for an export with this `config.json` (`flat_config`)."""
+    """The answer of every engine for an export with this `config.json` (`flat_config`, or
+    `deepseek_v4_config`)."""
+    if config["model_type"] == "deepseek_v4":
+        why = "reads mtp.* tensors; embedding and LM head are the target's"
+        return [
+            *(Support(engine, True, why) for engine in ("vLLM", "SGLang", "llama.cpp")),
+            Support("deepseek-ai/DeepSpec", False, "reads no mtp.* tensors"),
+            Support("this library", True, "reads them alone, and in a target's checkpoint"),
+        ]
     return [
         *(Support(engine, *_serving(engine, config)) for engine in ("vLLM", "SGLang", "llama.cpp")),
         Support("deepseek-ai/DeepSpec", *_reference(config)),

@@ -60,7 +60,8 @@ class Activations:
     """What the drafter's forward keeps for its backward, in bytes.
 
     `context`: once for all layers; `layer`: each of `layers`; `heads`: behind the last layer;
-    `casts`: the weights in bf16, which autocast keeps.
+    `casts`: the weights in bf16, which autocast keeps. `mlp`: not kept, but the widest that the
+    backward of a layer holds.
     """
 
     context: int
@@ -68,6 +69,7 @@ class Activations:
     layers: int
     heads: int
     casts: int
+    mlp: int
 
     @property
     def total(self) -> int:
@@ -76,17 +78,17 @@ class Activations:
 
 
 def drafter_activations(job: Job, batch: MicroBatch) -> Activations:
-    """See `Activations`."""
+    """Those of a dense drafter; see `Activations`."""
     shape, work = job.shapes.drafter, job.work
     tokens, slots = batch.tokens, batch.slots
     hidden, rank = shape.hidden_size, shape.markov_rank
     # features as the first product takes them; only fp32 features in fp32 work are not copied
     copied = 0 if job.value == work == FP32 else len(shape.target_layer_ids) * hidden * work
-    context = tokens * (copied + _norm(hidden) + hidden * work)
+    context = tokens * (copied + norm_bytes(hidden) + hidden * work)
     context += (tokens + slots) * 2 * shape.head_dim * FP32  # cosines and sines
     # the last norm; its output has the size of the first norm's input, which is not kept, as
     # nothing learns through the embedding
-    heads = slots * _norm(hidden)
+    heads = slots * norm_bytes(hidden)
     if rank:
         heads += slots * (rank * FP32 + _markov(shape.markov_head, hidden, rank) * work)
     if shape.confidence_head:  # its input [h; W1 x] and its logit
@@ -97,10 +99,11 @@ def drafter_activations(job: Job, batch: MicroBatch) -> Activations:
         layers=shape.num_layers,
         heads=heads,
         casts=job.shapes.casts * BF16 if work == BF16 else 0,
+        mlp=2 * slots * shape.intermediate_size * work,
     )
 
 
-def _norm(size: int, rows: int = 1) -> int:
+def norm_bytes(size: int, rows: int = 1) -> int:
     """RMSNorm keeps its input and the normed one in fp32, and a scale a row."""
     return rows * (2 * size + 1) * FP32
 
@@ -117,14 +120,16 @@ def _layer(job: Job, batch: MicroBatch) -> int:
         shape.num_attention_heads * shape.head_dim,
         shape.num_key_value_heads * shape.head_dim,
     )
-    norms = 2 * _norm(shape.hidden_size) + _norm(shape.head_dim, shape.num_attention_heads)
-    norms += _norm(shape.head_dim, shape.num_key_value_heads)
+    norms = 2 * norm_bytes(shape.hidden_size) + norm_bytes(
+        shape.head_dim, shape.num_attention_heads
+    )
+    norms += norm_bytes(shape.head_dim, shape.num_key_value_heads)
     # inputs of q, k, v and of gate, up: shared in fp32, but autocast makes a copy for each
     inputs = (5 if work == BF16 else 2) * shape.hidden_size * work
     # gate, act(gate), up and the product; attended values as the output projection takes them
     products = (4 * shape.intermediate_size + width) * work
     kept = slots * (norms + inputs + products)
-    kept += tokens * _norm(shape.head_dim, shape.num_key_value_heads)  # keys of the context
+    kept += tokens * norm_bytes(shape.head_dim, shape.num_key_value_heads)  # keys of the context
     # attention: queries, output, the log of each softmax's sum
     kept += slots * (2 * width * work + shape.num_attention_heads * FP32)
     if job.cuda:  # FlexAttention: keys and values once, no mask

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from accelerate.utils import convert_file_size_to_int
 
+from deepspec.drafters.dspark_v4 import DSparkV4Config
+from deepspec.planning.dspark_v4 import v4_activations
 from deepspec.planning.forward import (
+    Activations,
     drafter_activations,
     features_bytes,
     objective_bytes,
@@ -56,9 +59,16 @@ def target_weights(job: Job) -> int:
     return whole + scaled
 
 
+def activations(job: Job, batch: MicroBatch) -> Activations:
+    """What the drafter's forward keeps, by its kind."""
+    if isinstance(job.shapes.drafter, DSparkV4Config):
+        return v4_activations(job, job.shapes.drafter, batch)
+    return drafter_activations(job, batch)
+
+
 def memory_of(job: Job, batch: MicroBatch) -> Memory:
     """Memory a device while a micro-batch like `batch` is trained on."""
-    states, kept = engine_states(job), drafter_activations(job, batch)
+    states, kept = engine_states(job), activations(job, batch)
     loss, features = objective_bytes(job, batch), features_bytes(job, batch)
     weights, elsewhere = target_weights(job), job.config.features.source in ELSEWHERE
     target_forward = 0 if elsewhere else target_bytes(job, batch)
@@ -66,11 +76,10 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
 
     always = weights + states.weights + states.optimizer + states.staying + runtime
     forward = always + states.gathered + states.waiting + features
-    mlp = 2 * batch.slots * job.shapes.drafter.intermediate_size * job.work
     # as it begins, everything that the forward kept is there
-    first = kept.total + max(loss.backward, loss.left + mlp) + states.waiting
+    first = kept.total + max(loss.backward, loss.left + kept.mlp) + states.waiting
     # at the first layer, the other layers' activations are gone, but all gradients are there
-    last = kept.context + kept.layer + kept.casts + mlp + max(states.gradients, states.waiting)
+    last = kept.context + kept.layer + kept.casts + kept.mlp + max(states.gradients, states.waiting)
     moments = {
         "target": always + states.waiting + target_forward,
         "objective": forward + kept.total + loss.forward,

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig
-from deepspec.drafters.dspark import DSparkConfig
 from deepspec.drafters.registry import drafter_kind
 from deepspec.targets import Target
 
@@ -24,15 +23,17 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
-    copies to bf16. `target_parameters` counts tied weights once; `target_active`: those a token's
-    forward multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`:
-    those that are held twice, as files and as the family scales them; `saved_value`: bytes of a
+    `parameters`: numbers of each trainable parameter; `largest`: the most that one module has of
+    its own. `casts`: numbers of the weights that autocast copies to bf16, and keeps.
+    `target_parameters` counts tied weights once; `target_active`: those a token's forward
+    multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`: those that
+    are held twice, as files and as the family scales them; `saved_value`: bytes of a
     number under target.dtype=auto. `text`: its text config.
     """
 
-    drafter: DSparkConfig
+    drafter: Any  # the kind's own config
     parameters: tuple[int, ...]
+    largest: int
     casts: int
     target_parameters: int
     target_active: int
@@ -69,6 +70,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     return Shapes(
         drafter=shape,
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
+        largest=max(_own(module) for module in drafter.modules()),
         # W2 is read by the objective, which computes in fp32
         casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
         target_parameters=sum(parameter.numel() for parameter in target.model.parameters()),
@@ -79,6 +81,10 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
         soft_cap=target.head.soft_cap is not None,
         text=target.config,
     )
+
+
+def _own(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _active(target: Target) -> int:

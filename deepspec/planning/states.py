@@ -59,7 +59,8 @@ def _sharded(job: Job, whole: int, largest: int, several: bool) -> States:
         bucket *= 2 if config.overlap_comm else 1  # one is reduced while the other fills
         return States(whole, optimizer, max(share, kept), update, kept, 0, bucket)
     small = FP32 * sum(n for n in job.shapes.parameters if n < config.persistence_threshold)
-    gathered = min(whole - small, LIVE_PARAMETERS * FP32)  # and not let go before the step ends
+    # a module at least, and not let go before the step ends
+    gathered = min(whole - small, max(LIVE_PARAMETERS, job.shapes.largest) * FP32)
     return States(share + small, optimizer, share, update, share, gathered, 0, bucket)
 
 

@@ -7,6 +7,8 @@ plan divides by is what a device reaches, not its peak. Legend: see `shapes`.
 
 from __future__ import annotations
 
+from deepspec.drafters.dspark_v4 import DSparkV4Config
+from deepspec.planning.dspark_v4 import v4_flops
 from deepspec.planning.memory import ELSEWHERE
 from deepspec.planning.shapes import Job, MicroBatch
 from deepspec.targets.attributes import common
@@ -30,6 +32,8 @@ def target_flops(job: Job, batch: MicroBatch) -> int:
 def drafter_flops(job: Job, batch: MicroBatch) -> int:
     """Forward and backward of the drafter's backbone; a block sees half of its context."""
     shape = job.shapes.drafter
+    if isinstance(shape, DSparkV4Config):
+        return v4_flops(shape, batch)
     hidden, layers = shape.hidden_size, shape.num_layers
     width = shape.num_attention_heads * shape.head_dim
     shared = 2 * hidden * shape.num_key_value_heads * shape.head_dim

@@ -50,6 +50,23 @@ def test_qwen3_has_the_released_hyperparameters() -> None:
     assert objective.decay == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "rank"),
+    [
+        ("deepseek_v4", [40, 41, 42], 256),
+        ("deepseek_v4_flash", [40, 41, 42], 256),
+        ("deepseek_v4_pro", [58, 59, 60], 512),
+    ],
+)
+def test_v4_recipes_have_the_published_shape(name: str, layers: list[int], rank: int) -> None:
+    config = load_config(name)
+    drafter = config.drafter
+    assert config.target.layer_ids == layers
+    assert (drafter.kind, drafter.num_layers, drafter.block_size) == ("dspark_v4", 3, 5)
+    assert (drafter.markov_rank, drafter.mask_token_id) == (rank, 128799)
+    assert config.export.format == "deepseek_v4"
+
+
 def test_tiny_reads_what_is_embedded() -> None:
     config = load_config("tiny")
     assert config.target.path == str(resource("data/tiny_target"))

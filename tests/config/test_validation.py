@@ -21,7 +21,7 @@ NEGATIVE_IS_FINE = {"target.layer_ids", "drafter.mask_token_id", "decoding.stop_
 NUMBERS = [key for key, kind in KEYS.items() if kind in (int, float, list[int], list[float])]
 CHOICES = {
     "target.dtype": "auto, float32, bfloat16",
-    "drafter.kind": "dspark, dflash",
+    "drafter.kind": "dspark, dflash, dspark_v4",
     "drafter.markov_head": "vanilla, gated, rnn",
     "objective.implementation": "fused, eager",
     "training.precision": "bf16, fp32",
@@ -29,7 +29,8 @@ CHOICES = {
     "tracking.wandb_mode": "offline, online, disabled",
     "export.profile": "serving, full",
 }
-
+# what a choice is not to be had without
+WITH: dict[str, dict[str, Any]] = {"dspark_v4": {"export__format": "deepseek_v4"}}
 
 VALID = config_from({"recipe": "r", "target": {"path": "t"}, "data": {"path": ["d"]}})
 
@@ -115,7 +116,7 @@ def test_out_of_range(key: str, value: Any) -> None:
 def test_choices_are_listed(key: str, choices: str) -> None:
     assert refusal(key, "nonsense") == f"{key}=nonsense must be one of {choices}"
     for choice in choices.split(", "):
-        validate(changed(**{key.replace(".", "__"): choice}))
+        validate(changed(**{key.replace(".", "__"): choice}, **WITH.get(choice, {})))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,14 @@ def test_choices_are_listed(key: str, choices: str) -> None:
         (
             {"objective__ce_weight": 0.0, "objective__l1_weight": 0.0},
             ("objective.ce_weight", "objective.l1_weight"),
+        ),
+        (
+            {"drafter__kind": "dspark_v4", "export__format": "flat"},
+            ("drafter.kind=dspark_v4", "export.format=deepseek_v4"),
+        ),
+        (
+            {"drafter__kind": "dflash", "export__format": "deepseek_v4"},
+            ("drafter.kind=dflash", "export.format=flat"),
         ),
     ],
 )

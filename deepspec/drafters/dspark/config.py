@@ -52,18 +52,23 @@ class DSparkConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DSparkConfig:
         """The inverse of `to_dict`. Raises CheckpointError naming missing or unknown keys."""
-        known = {field.name for field in fields(cls)}
-        if known != set(values):
-            raise CheckpointError(
-                f"the drafter config has unexpected keys {sorted(set(values) - known)} and misses "
-                f"{sorted(known - set(values))}; was the checkpoint written by another version?"
-            )
+        check_fields(cls, values)
         config = cls(**{**values, "target_layer_ids": tuple(values["target_layer_ids"])})
         if not config.sample_from_anchor:
             raise CheckpointError(
                 "sample_from_anchor is false: drafters whose first slot is a mask are not supported"
             )
         return config
+
+
+def check_fields(kind: type, values: dict[str, Any]) -> None:
+    """Raises CheckpointError unless `values` has the fields of the config class `kind`, no more."""
+    known = {field.name for field in fields(kind)}
+    if known != set(values):
+        raise CheckpointError(
+            f"the drafter config has unexpected keys {sorted(set(values) - known)} and misses "
+            f"{sorted(known - set(values))}; was the checkpoint written by another version?"
+        )
 
 
 def resolve_config(config: DrafterConfig, target: Any) -> DSparkConfig:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deepspec.drafters.base import Draw, Observation
 from deepspec.drafters.cache import RowKV
+from deepspec.drafters.dspark.heads import draw_block
 from deepspec.drafters.dspark.model import ContextKeysValues, DSparkDrafter
 from deepspec.records import Proposal
 
@@ -80,28 +81,9 @@ class DSparkProposer:
         return self._sample(hidden, anchors, draw)
 
     def _sample(self, hidden: Tensor, anchors: Tensor, draw: Draw) -> Proposal:
-        """Slots left to right: the sampled token biases the next slot's logits."""
-        markov = self.drafter.markov_head
-        base = self._head(hidden)
-        tokens, probabilities, embeddings = [], [], []
-        previous, state = anchors, None
-        for slot in range(self.block_size):
-            logits = base[:, slot]
-            if markov is not None:
-                embedded = F.embedding(previous, markov.markov_w1.weight)
-                latent, state = markov.step(hidden[:, slot], embedded, state)
-                logits = torch.addmm(logits, latent, markov.markov_w2.weight.T)
-                embeddings.append(embedded)
-            previous, distribution = draw(logits)
-            tokens.append(previous)
-            if distribution is not None:
-                probabilities.append(distribution)
+        """The heads' part; `hidden` [B, K, D]."""
+        drawn = draw_block(self.drafter.markov_head, hidden, self._head(hidden), anchors, draw)
         confidence = None
         if self.drafter.confidence_head is not None:
-            embedded_all = torch.stack(embeddings, dim=1) if embeddings else None
-            confidence = torch.sigmoid(self.drafter.confidence(hidden, embedded_all).float())
-        return Proposal(
-            tokens=torch.stack(tokens, dim=1),
-            probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
-            confidence=confidence,
-        )
+            confidence = torch.sigmoid(self.drafter.confidence(hidden, drawn.embedded).float())
+        return Proposal(drawn.tokens, drawn.probabilities, confidence)
