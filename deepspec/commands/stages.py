@@ -55,6 +55,7 @@ from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
 Skipped = dict[str, dict[str, int]]
+LAYOUTS = {"flat": ("dspark", "dflash")}  # values of export.format, and the kinds each can hold
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,21 @@ def open_target(config: RunConfig, training: bool = False) -> Target:
         )
     quiet_libraries()
     return load_target(config.target, choose_device(config.engine.device))
+
+
+def check_trained(config: RunConfig) -> None:
+    """Raises ConfigError where there is nothing to train."""
+    kind = config.drafter.kind
+    if not drafter_kind(kind).trained:
+        raise ConfigError(
+            f"drafter.kind={kind} needs no training; measure it by deepspec evaluate "
+            f"recipe={config.recipe} drafter.kind={kind}"
+        )
+
+
+def check_fit(config: RunConfig, target: TargetEnds) -> None:
+    """Raises ConfigError for a drafter that does not fit `target`, before answers are made."""
+    drafter_kind(config.drafter.kind).resolve(config.drafter, target)
 
 
 def check_split(config: RunConfig) -> None:
@@ -299,7 +315,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         drafter={
             "kind": source.kind,
             "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
-            "source": str(source.place),
+            "source": source.place and str(source.place),
             "step": source.step,
             "shape": drafter.config.to_dict(),
         },
@@ -315,12 +331,20 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     return report
 
 
+def without_layout(kind: str) -> str | None:
+    """Why a drafter of this kind cannot be exported; None where it can."""
+    if any(kind in kinds for kinds in LAYOUTS.values()):
+        return None
+    held = "; ".join(f"{name} holds {' and '.join(kinds)}" for name, kinds in LAYOUTS.items())
+    return f"no layout holds drafter.kind={kind} ({held}); deepspec evaluate reads its checkpoints"
+
+
 def export_drafter(
     source: Source, target: TargetEnds, drafter: Drafter, out: Path, report: Report | None
 ) -> dict[str, Any]:
     """Stage 5: files for serving engines, with a model card; the config.json that was written."""
     export, anchors = source.config.export, source.config.training.anchors_per_sample
-    assert isinstance(drafter, DSparkDrafter)
+    assert isinstance(drafter, DSparkDrafter), "see without_layout"
     config = flat_config(drafter.config, target, export.profile, anchors)
     table = markdown_table(report) if report is not None and report.results else None
     card = model_card(out.name, config, as_dict(source.config), source.step or 0, table)

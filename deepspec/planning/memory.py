@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 from accelerate.utils import convert_file_size_to_int
 
-from deepspec.planning.forward import (
-    drafter_activations,
-    features_bytes,
-    objective_bytes,
-    target_bytes,
-)
+from deepspec.planning.activations import drafter_activations
+from deepspec.planning.forward import features_bytes, objective_bytes, target_bytes
 from deepspec.planning.shapes import FP32, Job, MicroBatch
 from deepspec.planning.states import engine_states
 from deepspec.targets.parallel import COLLECTIVE
@@ -65,11 +61,12 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
 
     always = weights + states.weights + states.optimizer + states.staying + runtime
     forward = always + states.gathered + states.waiting + features
-    mlp = 2 * batch.slots * job.shapes.drafter.intermediate_size * job.work
     # as it begins, everything that the forward kept is there
-    first = kept.total + max(loss.backward, loss.left + mlp) + states.waiting
-    # at the first layer, the other layers' activations are gone, but all gradients are there
-    last = kept.context + kept.layer + kept.casts + mlp + max(states.gradients, states.waiting)
+    first = kept.total + max(loss.backward, loss.left + kept.mlp) + states.waiting
+    # at the first layer, the other layers' activations are gone, but all gradients are there; those
+    # of an only layer come as its activations go
+    left = kept.layers[0] if len(kept.layers) > 1 else 0
+    last = kept.context + left + kept.casts + kept.mlp + max(states.gradients, states.waiting)
     moments = {
         "target": always + states.waiting + target_forward,
         "objective": forward + kept.total + loss.forward,

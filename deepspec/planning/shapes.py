@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig
-from deepspec.drafters.dspark import DSparkConfig
 from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.shape import DrafterShape
 from deepspec.targets import Target
 
 FP32, BF16 = 4, 2  # bytes
@@ -24,13 +24,15 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
-    copies to bf16. `target_parameters` counts tied weights once; `target_active`: those a token's
-    forward multiplies with, LM head apart; `ends`: those of embedding and head; `saved_value`:
-    bytes of a number under target.dtype=auto. `text`: its text config.
+    `rank`: R, 0 without a sequential head. `parameters`: numbers of each trainable parameter.
+    `casts`: numbers of the weights that autocast copies to bf16. `target_parameters` counts tied
+    weights once; `target_active`: those a token's forward multiplies with, LM head apart; `ends`:
+    those of embedding and head; `saved_value`: bytes of a number under target.dtype=auto. `text`:
+    its text config.
     """
 
-    drafter: DSparkConfig
+    drafter: DrafterShape
+    rank: int
     parameters: tuple[int, ...]
     casts: int
     target_parameters: int
@@ -64,6 +66,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     ends = target.embedding.numel() + (0 if tied else target.head.weight.numel())
     return Shapes(
         drafter=shape,
+        rank=0 if drafter.bias_weight is None else drafter.bias_weight.shape[1],
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         # W2 is read by the objective, which computes in fp32
         casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
@@ -113,11 +116,13 @@ class MicroBatch:
         """S."""
         return sum(self.blocks) * self.block_size
 
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(slots, keys that they meet) of each sample: its context and its blocks."""
+    def pairs(self, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+        """(queries, keys that they meet) of each sample: its context and its blocks.
+
+        Of a block there are so many `queries` and `keys`.
+        """
         return tuple(
-            (blocks * self.block_size, context + blocks * self.block_size)
+            (blocks * queries, context + blocks * keys)
             for context, blocks in zip(self.contexts, self.blocks, strict=True)
         )
 
