@@ -35,6 +35,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         print_config(source.config)
         return
     from deepspec.commands import stages
+
+    if missing := stages.without_layout(source.kind):
+        raise ConfigError(missing)
     from deepspec.evaluation.results import read_report
     from deepspec.export.engines import loads_in
 

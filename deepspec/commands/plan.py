@@ -72,13 +72,14 @@ def _plan(
     import psutil
     import torch
 
-    from deepspec.commands.stages import quiet_libraries
+    from deepspec.commands.stages import check_trained, quiet_libraries
     from deepspec.features.store import free_bytes
     from deepspec.planning.plan import Room, make_plan
     from deepspec.planning.shapes import Job, shapes_of
     from deepspec.planning.workload import read_workload
     from deepspec.targets import load_target
 
+    check_trained(config)
     quiet_libraries()
     device = config.engine.device
     there = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Where a trained drafter comes from: a run, one of its checkpoints, or an export."""
+"""Where a drafter comes from: a run, one of its checkpoints, an export, or nowhere: untrained."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export.deepseek_v4 import is_deepseek_v4, load_deepseek_v4
 from deepspec.export.flat import flat_shape, is_flat_export, load_flat
@@ -30,10 +31,11 @@ from deepspec.training.run_folder import RunFolder
 class Source:
     """A drafter on disk: the config it was trained with, and `load`, which checks its target.
 
-    `step`: optimizer steps, None where unknown. `run`: its run folder, where that is at hand.
+    `place` is None where nothing was trained. `step`: optimizer steps, None where unknown. `run`:
+    its run folder, where that is at hand.
     """
 
-    place: Path
+    place: Path | None
     config: RunConfig
     kind: str
     step: int | None
@@ -100,6 +102,24 @@ def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> S
         kind=kind,
         step=None,
         load=lambda target: load_deepseek_v4(place, target) if native else load_flat(place, target),
+        run=None,
+    )
+
+
+def untrained(config: RunConfig) -> Source:
+    """A drafter that needs no training, by `config` alone. Raises ConfigError for another one."""
+    name, kind = config.drafter.kind, drafter_kind(config.drafter.kind)
+    if kind.trained:
+        raise ConfigError(
+            f"recipe={config.recipe} has drafter.kind={name}, which has to be trained first; give "
+            "one of run=DIR and checkpoint=DIR, or set drafter.kind=ngram"
+        )
+    return Source(
+        place=None,
+        config=config,
+        kind=name,
+        step=None,
+        load=lambda target: kind.build(kind.resolve(config.drafter, target)),
         run=None,
     )
 

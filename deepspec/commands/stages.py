@@ -57,6 +57,8 @@ from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
 Skipped = dict[str, dict[str, int]]
+# values of export.format, and the kinds each can hold
+LAYOUTS = {"flat": ("dspark", "dflash"), "deepseek_v4": ("dspark_v4",)}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,21 @@ def open_target(config: RunConfig, training: bool = False) -> Target:
         )
     quiet_libraries()
     return load_target(config.target, choose_device(config.engine.device))
+
+
+def check_trained(config: RunConfig) -> None:
+    """Raises ConfigError where there is nothing to train."""
+    kind = config.drafter.kind
+    if not drafter_kind(kind).trained:
+        raise ConfigError(
+            f"drafter.kind={kind} needs no training; measure it by deepspec evaluate "
+            f"recipe={config.recipe} drafter.kind={kind}"
+        )
+
+
+def check_fit(config: RunConfig, target: TargetEnds) -> None:
+    """Raises ConfigError for a drafter that does not fit `target`, before answers are made."""
+    drafter_kind(config.drafter.kind).resolve(config.drafter, target)
 
 
 def check_split(config: RunConfig) -> None:
@@ -301,7 +318,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         drafter={
             "kind": source.kind,
             "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
-            "source": str(source.place),
+            "source": source.place and str(source.place),
             "step": source.step,
             "shape": drafter.config.to_dict(),
         },
@@ -317,6 +334,14 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     return report
 
 
+def without_layout(kind: str) -> str | None:
+    """Why a drafter of this kind cannot be exported; None where it can."""
+    if any(kind in kinds for kinds in LAYOUTS.values()):
+        return None
+    held = "; ".join(f"{name} holds {' and '.join(kinds)}" for name, kinds in LAYOUTS.items())
+    return f"no layout holds drafter.kind={kind} ({held}); deepspec evaluate reads its checkpoints"
+
+
 def export_drafter(
     source: Source, target: TargetEnds, drafter: Drafter, out: Path, report: Report | None
 ) -> dict[str, Any]:
@@ -329,7 +354,7 @@ def export_drafter(
         card = model_card(out.name, card_facts(config), run, step, table)
         export_deepseek_v4(drafter, target, out, card, anchors)
         return config
-    assert isinstance(drafter, DSparkDrafter)
+    assert isinstance(drafter, DSparkDrafter), "see without_layout"
     config = flat_config(drafter.config, target, export.profile, anchors)
     card = model_card(out.name, config, run, step, table)
     export_flat(drafter, target, out, export.profile, card, anchors)

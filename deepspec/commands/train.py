@@ -58,6 +58,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
+    stages.check_trained(config)
     stages.check_split(config)
     check_trackers(config.tracking)
     if config.evaluation.enabled:
@@ -70,6 +71,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     )
     if config.evaluation.enabled:
         require_rollback(target)
+    stages.check_fit(config, target)
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)
@@ -97,11 +99,13 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.evaluation.enabled:
         whole = target if isinstance(target, Target) else stages.open_target(config)
         report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
-    stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
+    missing = stages.without_layout(drafted.kind)
+    if missing is None:
+        stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if report is not None:
         Console().print(results_table(report))
         print(f"report:     {folder.path / 'report.html'}")
     print(f"checkpoint: {drafted.place}")
-    print(f"export:     {folder.export}")
+    print(f"export:     {folder.export if missing is None else f'none: {missing}'}")
     print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")

@@ -77,7 +77,7 @@ class RegenerateConfig:
 class DrafterConfig:
     """The drafter's shape. A null is taken from the target."""
 
-    kind: str = "dspark"  # dspark | dflash | dspark_v4
+    kind: str = "dspark"  # dspark | dflash | dspark_v4 | eagle3 | mtp | ngram
     num_layers: int = 5
     block_size: int = 7
     intermediate_size: int | None = None
@@ -90,6 +90,8 @@ class DrafterConfig:
     confidence_with_markov: bool = True
     confidence_detached: bool = False
     mask_token_id: int | None = None
+    ngram_max: int = 3
+    ngram_min: int = 1
 
 
 @dataclass
@@ -206,6 +208,7 @@ class EvaluationConfig:
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     seeds: list[int] = field(default_factory=lambda: [0])
     baseline_prompts: int = 8
+    ngram: bool = True
     enabled: bool = True
 
 

@@ -14,7 +14,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "target.dtype": ("auto", "float32", "bfloat16"),
     "target.rollback": ("auto", "rows", "snapshot"),
     "target.parallel": ("replicated", "tensor", "zero3", "device_map"),
-    "drafter.kind": ("dspark", "dflash", "dspark_v4"),
+    "drafter.kind": ("dspark", "dflash", "dspark_v4", "eagle3", "mtp", "ngram"),
     "drafter.markov_head": ("vanilla", "gated", "rnn"),
     "objective.implementation": ("fused", "eager"),
     "features.source": ("online", "stored", "hybrid", "remote"),
@@ -41,6 +41,8 @@ AT_LEAST_ONE = (
     "drafter.num_attention_heads",
     "drafter.num_key_value_heads",
     "drafter.head_dim",
+    "drafter.ngram_max",
+    "drafter.ngram_min",
     "objective.chunk_size",
     "extract.batch_tokens",
     "serve.queue",
@@ -148,6 +150,11 @@ def _cross(config: RunConfig) -> None:
     if (config.drafter.head_dim or 0) % 2:
         raise ConfigError(
             f"drafter.head_dim={config.drafter.head_dim} must be even: rotary positions turn pairs"
+        )
+    if config.drafter.ngram_min > config.drafter.ngram_max:
+        raise ConfigError(
+            f"drafter.ngram_min={config.drafter.ngram_min} exceeds "
+            f"drafter.ngram_max={config.drafter.ngram_max}; lower it"
         )
     if config.engine.offload != "none" and config.engine.kind in ("single", "zero0"):
         raise ConfigError(

@@ -117,8 +117,11 @@ class Decoder:
         proposal = self.proposer.propose(
             anchors, positions, max(starts) + 1, _draw_by(sampling, uniforms)
         )
+        proposed = (size,) * len(rows) if proposal.lengths is None else proposal.lengths
         # a round emits at most scheduled + 1 tokens: nothing behind the limit is verified
-        scheduled = [min(size, left - 1) for left in rows.remaining()]
+        scheduled = [
+            min(made, left - 1) for made, left in zip(proposed, rows.remaining(), strict=True)
+        ]
         if self._schedule is not None:
             wished = self._schedule(proposal)
             scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
@@ -147,11 +150,11 @@ class Decoder:
                 request=rows.requests[row],
                 round=number,
                 position=starts[row],
-                proposed=size,
+                proposed=proposed[row],
                 scheduled=scheduled[row],
                 accepted=accepted[row],
                 emitted=emitted[row],
-                confidences=tuple(confidences[row]),
+                confidences=tuple(confidences[row][: proposed[row]]),
                 seconds=seconds,
             )
             for row in range(len(rows))

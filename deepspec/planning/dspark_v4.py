@@ -1,15 +1,15 @@
 """The V4-native drafter's part of a plan: what autograd keeps of it, and its operations.
 
-As in `forward`, fp32 is what norms, hyper-connections, softmax and router touch, and `work` bytes a
-number is what other products take or give. Legend: besides that of `shapes`, n streams, X experts,
-k of them a slot, I width of an expert, Q query rank, J latents that a block sees, P ranks of the
-output's groups together.
+As in `activations`, fp32 is what norms, hyper-connections, softmax and router touch, and `work`
+bytes a number is what other products take or give. Legend: besides that of `shapes`, n streams, X
+experts, k of them a slot, I width of an expert, Q query rank, J latents that a block sees, P ranks
+of the output's groups together.
 """
 
 from __future__ import annotations
 
 from deepspec.drafters.dspark_v4 import DSparkV4Config
-from deepspec.planning.forward import Activations, norm_bytes
+from deepspec.planning.activations import Activations, norm_bytes
 from deepspec.planning.shapes import BF16, FP32, Job, MicroBatch
 
 
@@ -29,8 +29,7 @@ def v4_activations(job: Job, shape: DSparkV4Config, batch: MicroBatch) -> Activa
     sharded = job.config.engine.kind in ("zero2", "zero3")
     return Activations(
         context=context,
-        layer=_stage(job, shape, batch),
-        layers=shape.num_layers,
+        layers=(_stage(job, shape, batch),) * shape.num_layers,
         heads=heads,
         casts=job.shapes.casts * BF16 if work == BF16 else 0,
         mlp=max(inner, job.shapes.largest * FP32 if sharded else 0),

@@ -1,15 +1,13 @@
-"""Bytes of one micro-batch's forward and backward: target, drafter, objective.
+"""Bytes of one micro-batch's forward and backward beside the drafter: target and objective.
 
-Parameters are fp32 and so is everything a norm touches (the residual stream, queries and keys until
-they are rotated); what a product takes or gives is `work` bytes a number: 2 under
-training.precision=bf16, else 4. Counted is what autograd keeps. Legend: see `shapes`.
+Legend: see `shapes`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepspec.planning.shapes import BF16, FP32, Job, MicroBatch
+from deepspec.planning.shapes import FP32, Job, MicroBatch
 from deepspec.targets.attributes import common
 
 
@@ -56,90 +54,6 @@ def _width(job: Job) -> int:
 
 
 @dataclass(frozen=True)
-class Activations:
-    """What the drafter's forward keeps for its backward, in bytes.
-
-    `context`: once for all layers; `layer`: each of `layers`; `heads`: behind the last layer;
-    `casts`: the weights in bf16, which autocast keeps. `mlp`: not kept, but the widest that the
-    backward of a layer holds.
-    """
-
-    context: int
-    layer: int
-    layers: int
-    heads: int
-    casts: int
-    mlp: int
-
-    @property
-    def total(self) -> int:
-        """All of it, as it is when the forward ends."""
-        return self.context + self.layer * self.layers + self.heads + self.casts
-
-
-def drafter_activations(job: Job, batch: MicroBatch) -> Activations:
-    """Those of a dense drafter; see `Activations`."""
-    shape, work = job.shapes.drafter, job.work
-    tokens, slots = batch.tokens, batch.slots
-    hidden, rank = shape.hidden_size, shape.markov_rank
-    # features as the first product takes them; only fp32 features in fp32 work are not copied
-    copied = 0 if job.value == work == FP32 else len(shape.target_layer_ids) * hidden * work
-    context = tokens * (copied + norm_bytes(hidden) + hidden * work)
-    context += (tokens + slots) * 2 * shape.head_dim * FP32  # cosines and sines
-    # the last norm; its output has the size of the first norm's input, which is not kept, as
-    # nothing learns through the embedding
-    heads = slots * norm_bytes(hidden)
-    if rank:
-        heads += slots * (rank * FP32 + _markov(shape.markov_head, hidden, rank) * work)
-    if shape.confidence_head:  # its input [h; W1 x] and its logit
-        heads += slots * ((hidden + rank * shape.confidence_with_markov) * work + FP32)
-    return Activations(
-        context=context,
-        layer=_layer(job, batch),
-        layers=shape.num_layers,
-        heads=heads,
-        casts=job.shapes.casts * BF16 if work == BF16 else 0,
-        mlp=2 * slots * shape.intermediate_size * work,
-    )
-
-
-def norm_bytes(size: int, rows: int = 1) -> int:
-    """RMSNorm keeps its input and the normed one in fp32, and a scale a row."""
-    return rows * (2 * size + 1) * FP32
-
-
-def _markov(kind: str, hidden: int, rank: int) -> int:
-    """Numbers a slot that the gate or the recurrence keeps besides W1[x]."""
-    return {"vanilla": 0, "gated": hidden + 3 * rank, "rnn": hidden + 10 * rank}[kind]
-
-
-def _layer(job: Job, batch: MicroBatch) -> int:
-    shape, work = job.shapes.drafter, job.work
-    tokens, slots = batch.tokens, batch.slots
-    width, shared = (
-        shape.num_attention_heads * shape.head_dim,
-        shape.num_key_value_heads * shape.head_dim,
-    )
-    norms = 2 * norm_bytes(shape.hidden_size) + norm_bytes(
-        shape.head_dim, shape.num_attention_heads
-    )
-    norms += norm_bytes(shape.head_dim, shape.num_key_value_heads)
-    # inputs of q, k, v and of gate, up: shared in fp32, but autocast makes a copy for each
-    inputs = (5 if work == BF16 else 2) * shape.hidden_size * work
-    # gate, act(gate), up and the product; attended values as the output projection takes them
-    products = (4 * shape.intermediate_size + width) * work
-    kept = slots * (norms + inputs + products)
-    kept += tokens * norm_bytes(shape.head_dim, shape.num_key_value_heads)  # keys of the context
-    # attention: queries, output, the log of each softmax's sum
-    kept += slots * (2 * width * work + shape.num_attention_heads * FP32)
-    if job.cuda:  # FlexAttention: keys and values once, no mask
-        return kept + 2 * (tokens + slots) * shared * work
-    for own, keys in batch.pairs:  # SDPA: keys and values repeated a head, mask as numbers
-        kept += 2 * keys * width * work + own * keys * work
-    return kept
-
-
-@dataclass(frozen=True)
 class Objective:
     """Bytes of the loss besides the drafter's activations: `forward` and `backward` the most in
     each, `left` the gradients of draft states and W2 while the drafter's backward goes on."""
@@ -152,7 +66,7 @@ class Objective:
 def objective_bytes(job: Job, batch: MicroBatch) -> Objective:
     """The loss computes in fp32 (the drafter's last norm gives fp32 at any precision)."""
     shape, config, slots = job.shapes.drafter, job.config.objective, batch.slots
-    vocabulary, hidden, rank = shape.vocab_size, shape.hidden_size, shape.markov_rank
+    vocabulary, hidden, rank = shape.vocab_size, shape.hidden_size, job.shapes.rank
     # a head saved in bf16 is copied to fp32 for the draft's logits
     head = vocabulary * hidden * FP32 if job.value != FP32 else 0
     finals = slots * hidden * job.value  # the target's state behind each slot

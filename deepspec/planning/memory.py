@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from accelerate.utils import convert_file_size_to_int
 
 from deepspec.drafters.dspark_v4 import DSparkV4Config
+from deepspec.planning.activations import Activations, drafter_activations
 from deepspec.planning.dspark_v4 import v4_activations
-from deepspec.planning.forward import (
-    Activations,
-    drafter_activations,
-    features_bytes,
-    objective_bytes,
-    target_bytes,
-)
+from deepspec.planning.forward import features_bytes, objective_bytes, target_bytes
 from deepspec.planning.shapes import FP32, Job, MicroBatch
 from deepspec.planning.states import engine_states
 from deepspec.targets.parallel import COLLECTIVE
@@ -78,8 +73,10 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
     forward = always + states.gathered + states.waiting + features
     # as it begins, everything that the forward kept is there
     first = kept.total + max(loss.backward, loss.left + kept.mlp) + states.waiting
-    # at the first layer, the other layers' activations are gone, but all gradients are there
-    last = kept.context + kept.layer + kept.casts + kept.mlp + max(states.gradients, states.waiting)
+    # at the first layer, the other layers' activations are gone, but all gradients are there; those
+    # of an only layer come as its activations go
+    left = kept.layers[0] if len(kept.layers) > 1 else 0
+    last = kept.context + left + kept.casts + kept.mlp + max(states.gradients, states.waiting)
     moments = {
         "target": always + states.waiting + target_forward,
         "objective": forward + kept.total + loss.forward,

@@ -23,15 +23,16 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `parameters`: numbers of each trainable parameter; `largest`: the most that one module has of
-    its own. `casts`: numbers of the weights that autocast copies to bf16, and keeps.
-    `target_parameters` counts tied weights once; `target_active`: those a token's forward
-    multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`: those that
-    are held twice, as files and as the family scales them; `saved_value`: bytes of a
-    number under target.dtype=auto. `text`: its text config.
+    `rank`: R, 0 without a sequential head. `parameters`: numbers of each trainable parameter;
+    `largest`: the most that one module has of its own. `casts`: numbers of the weights that
+    autocast copies to bf16, and keeps. `target_parameters` counts tied weights once;
+    `target_active`: those a token's forward multiplies with, LM head apart; `ends`: those of
+    embedding and head; `scaled_ends`: those that are held twice, as files and as the family scales
+    them; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
     """
 
     drafter: Any  # the kind's own config
+    rank: int
     parameters: tuple[int, ...]
     largest: int
     casts: int
@@ -69,6 +70,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     scaled += target.head.weight.numel() * (target.logit_scale != 1)
     return Shapes(
         drafter=shape,
+        rank=0 if drafter.bias_weight is None else drafter.bias_weight.shape[1],
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         largest=max(_own(module) for module in drafter.modules()),
         # W2 is read by the objective, which computes in fp32
@@ -124,11 +126,13 @@ class MicroBatch:
         """S."""
         return sum(self.blocks) * self.block_size
 
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(slots, keys that they meet) of each sample: its context and its blocks."""
+    def pairs(self, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+        """(queries, keys that they meet) of each sample: its context and its blocks.
+
+        Of a block there are so many `queries` and `keys`.
+        """
         return tuple(
-            (blocks * self.block_size, context + blocks * self.block_size)
+            (blocks * queries, context + blocks * keys)
             for context, blocks in zip(self.contexts, self.blocks, strict=True)
         )
 

@@ -12,14 +12,13 @@ import itertools
 
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from deepspec.checks.proposers import Rehearsed
 from deepspec.decoding import Decoder, Sampling, plain_decode, verification
 from deepspec.decoding.exactness import first_difference
 from deepspec.decoding.sampling import draw
 from deepspec.targets import Target
-from tests.conftest import make_model, make_tokenizer
+from tests.decoding.chi_square import decode_counts, exact_joint, p_value
 from tests.decoding.proposers import RandomProposer
 
 GREEDY = Sampling()
@@ -145,49 +144,6 @@ def test_sampled_output_does_not_depend_on_batch_mates(target: Target) -> None:
 
 
 # ------------------------------------------------------------------------------------ chi-square
-
-VOCABULARY, LENGTH, DRAWS = 7, 3, 4000
-
-
-@pytest.fixture(scope="module")
-def small() -> Target:
-    return Target(make_model(VOCABULARY, layers=5, seed=1), make_tokenizer(), 2, "small")
-
-
-def exact_joint(target: Target, prompt: list[int], sampling: Sampling) -> torch.Tensor:
-    """P(x_1..x_LENGTH) of the target, [V ** LENGTH]."""
-    joint = torch.ones(1, dtype=torch.float64)
-    texts = [prompt]
-    for _ in range(LENGTH):
-        with torch.no_grad():
-            logits = target.model(torch.tensor(texts)).logits[:, -1]
-        step = sampling.probabilities(logits).double()
-        joint = (joint[:, None] * step).flatten()
-        texts = [[*text, token] for text in texts for token in range(VOCABULARY)]
-    return joint
-
-
-def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Chi-square with cells of fewer than 5 expected pooled; impossible cells must be empty."""
-    expected = probabilities * counts.sum()
-    assert not counts[probabilities == 0].any()
-    large = expected >= 5
-    observed = [*counts[large].tolist(), counts[~large].sum().item()]
-    wanted = [*expected[large].tolist(), expected[~large].sum().item()]
-    if wanted[-1] < 1e-9:
-        observed, wanted = observed[:-1], wanted[:-1]
-    return float(chisquare(observed, wanted, sum_check=False).pvalue)
-
-
-def decode_counts(target: Target, sampling: Sampling, schedule=None) -> torch.Tensor:
-    prompt = [1, 4, 2, 5]
-    proposer = RandomProposer(VOCABULARY, block_size=2)
-    decoder = Decoder(target, proposer, 1000, [], schedule)
-    names = [f"s{i}" for i in range(DRAWS)]
-    result = decoder.generate([prompt] * DRAWS, sampling, LENGTH, requests=names)
-    tokens = torch.tensor([completion.tokens for completion in result.completions])
-    index = tokens @ torch.tensor([VOCABULARY**i for i in reversed(range(LENGTH))])
-    return torch.bincount(index, minlength=VOCABULARY**LENGTH)
 
 
 @pytest.mark.parametrize(

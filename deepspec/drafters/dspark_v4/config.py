@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepspec.config.schema import DrafterConfig
-from deepspec.drafters.dspark.config import check_fields, resolve_mask_token
+from deepspec.drafters.dspark.config import resolve_mask_token
+from deepspec.drafters.shape import check_fields
 from deepspec.errors import ConfigError
 
 FAMILY = "deepseek_v4"
