@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export.flat import flat_shape, is_flat_export, load_flat
+from deepspec.export import is_export, open_export
 from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
     DESCRIPTION,
@@ -56,7 +55,7 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
     CheckpointError when nothing usable is there, ConfigError for bad overrides.
     """
     place = place.expanduser()
-    if is_flat_export(place):
+    if is_export(place):
         return _from_export(place, overrides, recipe)
     if recipe is not None:
         raise ConfigError(
@@ -78,25 +77,21 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
 
 
 def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> Source:
-    shape = flat_shape(place)
+    export = open_export(place)
     if recipe is not None:
         config = load_config(recipe, overrides)
     else:
-        target = json.loads((place / "config.json").read_text())["deepspec"]["target"]
+        target = export.target
         if "/" not in target and not any(word.startswith("target.path=") for word in overrides):
-            raise ConfigError(
-                f"{place} was made for a local target, {target}; say where it is by "
-                "target.path=DIR or by recipe=R"
+            whose = (
+                f"was made for a local target, {target}" if target else "does not say its target"
             )
-        raw = {"recipe": place.name, "target": {"path": target}, "data": {"path": []}}
+            raise ConfigError(f"{place} {whose}; say where it is by target.path=DIR or by recipe=R")
+        asked = {"path": target, "layer_ids": list(export.shape.target_layer_ids)}
+        raw = {"recipe": place.name, "target": asked, "data": {"path": []}}
         config = config_from(raw, overrides)
     return Source(
-        place=place,
-        config=config,
-        kind="dspark" if shape.markov_rank else "dflash",
-        step=None,
-        load=lambda target: load_flat(place, target),
-        run=None,
+        place=place, config=config, kind=export.kind, step=None, load=export.load, run=None
     )
 
 

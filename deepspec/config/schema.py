@@ -89,6 +89,8 @@ class DrafterConfig:
     confidence_with_markov: bool = True
     confidence_detached: bool = False
     mask_token_id: int | None = None
+    draft_vocab_size: int | None = None
+    init_from: str | None = None
 
 
 @dataclass
@@ -212,7 +214,7 @@ class EvaluationConfig:
 class ExportConfig:
     """Files for serving engines."""
 
-    format: str = "flat"
+    format: str = "flat"  # flat | speculators
     profile: str = "serving"  # serving | full
 
 

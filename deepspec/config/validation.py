@@ -24,7 +24,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.offload": ("none", "cpu"),
     "tracking.wandb_mode": ("offline", "online", "disabled"),
-    "export.format": ("flat",),
+    "export.format": ("flat", "speculators"),
     "export.profile": ("serving", "full"),
 }
 AT_LEAST_ONE = (
@@ -40,6 +40,7 @@ AT_LEAST_ONE = (
     "drafter.num_attention_heads",
     "drafter.num_key_value_heads",
     "drafter.head_dim",
+    "drafter.draft_vocab_size",
     "objective.chunk_size",
     "extract.batch_tokens",
     "serve.queue",

@@ -55,6 +55,12 @@ def target_weights(job: Job) -> int:
     return whole
 
 
+def draft_head(job: Job) -> int:
+    """Bytes of the LM head's rows for a draft vocabulary: a copy, beside the whole head."""
+    shape = job.shapes.drafter
+    return (shape.draft_vocab_size or 0) * shape.hidden_size * job.value
+
+
 def memory_of(job: Job, batch: MicroBatch) -> Memory:
     """Memory a device while a micro-batch like `batch` is trained on."""
     states, kept = engine_states(job), drafter_activations(job, batch)
@@ -63,7 +69,8 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
     target_forward = 0 if elsewhere else target_bytes(job, batch)
     runtime = CUDA_RUNTIME if job.cuda else 0
 
-    always = weights + states.weights + states.optimizer + states.staying + runtime
+    always = weights + draft_head(job) + states.weights + states.optimizer
+    always += states.staying + runtime
     forward = always + states.gathered + states.waiting + features
     mlp = 2 * batch.slots * job.shapes.drafter.intermediate_size * job.work
     # as it begins, everything that the forward kept is there
@@ -78,6 +85,7 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
     }
     parts = {
         "target weights": weights,
+        "its head's rows for the drafts": draft_head(job),
         "target's forward": target_forward,
         "features": features,
         "drafter weights": states.weights + states.gathered,

@@ -222,11 +222,14 @@ class Engine:
 
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
         """Put back what `weights` and `optimizer_state` gave after `step` steps, on any engine."""
+        parameters = dict(self._drafter.named_parameters())
+        if set(weights) != set(parameters):
+            raise CheckpointError("the checkpoint does not fit this drafter: other parameters")
         try:
-            self._drafter.load_state_dict(weights)
+            self._drafter.load_state_dict(weights, strict=False)  # buffers are as they were made
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint does not fit this drafter: {error}") from None
-        for name, parameter in self._drafter.named_parameters():
+        for name, parameter in parameters.items():
             self._optimizer.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step)),
                 **{moment: moments[f"{moment}/{name}"].to(self.device) for moment in MOMENTS},

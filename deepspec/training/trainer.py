@@ -68,6 +68,13 @@ class Trainer:
         self.folder = folder
         self.engine = engine
         self.shape = drafter.config
+        learnt = dict(drafter.named_parameters())
+        # what a drafter holds besides: the tokens it drafts, fixed from here on
+        self._fixed = {
+            name: tensor.cpu()
+            for name, tensor in drafter.state_dict().items()
+            if name not in learnt
+        }
         self.distillation: Any = engine.prepare(Distillation(drafter, target, config))
         self._loads = [self._load(sample) for sample in samples]
         self._shortest = min(samples, key=len)
@@ -230,7 +237,7 @@ class Trainer:
         Written by the main process while the others wait: when they go on, it is there.
         """
         self.source.settle(self.engine.wait)
-        weights, moments = self.engine.weights(), self.engine.optimizer_state()
+        weights, moments = self.engine.weights() | self._fixed, self.engine.optimizer_state()
         description = {
             "step": self.step,
             "kind": self.config.drafter.kind,
@@ -255,9 +262,14 @@ class Trainer:
                 f"{checkpoint.folder} holds a drafter of another shape ({', '.join(changed)} "
                 "differ); set out= to a new folder, or training.resume=never"
             )
-        self.engine.restore(
-            read_tensors(checkpoint, WEIGHTS), read_tensors(checkpoint, OPTIMIZER), checkpoint.step
-        )
+        weights = read_tensors(checkpoint, WEIGHTS)
+        for name, own in self._fixed.items():
+            if not torch.equal(weights.pop(name, own[:0]), own):
+                raise TrainingError(
+                    f"{checkpoint.folder} drafts other tokens than this run ({name} differs); set "
+                    "out= to a new folder, or training.resume=never"
+                )
+        self.engine.restore(weights, read_tensors(checkpoint, OPTIMIZER), checkpoint.step)
         self.step = checkpoint.step
         self._last_validation = checkpoint.metrics
 

@@ -11,7 +11,7 @@ import yaml
 from deepspec.cli import main
 from deepspec.config.loading import config_from, list_recipes, load_config
 from deepspec.evaluation.results import read_report
-from deepspec.export.flat import load_flat
+from deepspec.export import open_export
 from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import best_checkpoint, list_checkpoints, load_drafter
 from deepspec.training.metrics import read_metrics
@@ -81,7 +81,7 @@ def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Targe
 
     best = best_checkpoint(out / "checkpoints")
     assert best.kind == report.drafter["kind"] == config.drafter.kind
-    trained, exported = load_drafter(best), load_flat(out / "export", target)
+    trained, exported = load_drafter(best), open_export(out / "export").load(target)
     for key, value in trained.state_dict().items():
         assert exported.state_dict()[key].equal(value.bfloat16().float()), key
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from deepspec.config.schema import DrafterConfig
@@ -18,7 +18,8 @@ class DSparkConfig:
 
     `hidden_size` is the target's: embedding and LM head are shared with it. `target_layer_ids`
     name a decoder layer's output (k -> hidden_states[k + 1]). Slot 0 holds the anchor
-    (`sample_from_anchor`), so K inputs give K drafts.
+    (`sample_from_anchor`), so K inputs give K drafts. `draft_vocab_size` tokens of the vocabulary
+    are drafted, None: all of them; `draft_vocab_coverage` of the training tokens are among these.
     """
 
     hidden_size: int
@@ -42,6 +43,8 @@ class DSparkConfig:
     max_position_embeddings: int
     initializer_range: float
     sample_from_anchor: bool = True
+    draft_vocab_size: int | None = None
+    draft_vocab_coverage: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -53,10 +56,11 @@ class DSparkConfig:
     def from_dict(cls, values: dict[str, Any]) -> DSparkConfig:
         """The inverse of `to_dict`. Raises CheckpointError naming missing or unknown keys."""
         known = {field.name for field in fields(cls)}
-        if known != set(values):
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(values) <= known:
             raise CheckpointError(
                 f"the drafter config has unexpected keys {sorted(set(values) - known)} and misses "
-                f"{sorted(known - set(values))}; was the checkpoint written by another version?"
+                f"{sorted(needed - set(values))}; was the checkpoint written by another version?"
             )
         config = cls(**{**values, "target_layer_ids": tuple(values["target_layer_ids"])})
         if not config.sample_from_anchor:
@@ -107,7 +111,18 @@ def resolve_config(config: DrafterConfig, target: Any) -> DSparkConfig:
         rope_parameters=_rope_parameters(text),
         max_position_embeddings=text.max_position_embeddings,
         initializer_range=getattr(text, "initializer_range", 0.02),
+        draft_vocab_size=_draft_vocab_size(config.draft_vocab_size, target.vocab_size),
     )
+
+
+def _draft_vocab_size(size: int | None, whole: int) -> int | None:
+    """None where it is the `whole` vocabulary."""
+    if size is not None and size > whole:
+        raise ConfigError(
+            f"drafter.draft_vocab_size={size} is more than the target's vocabulary of {whole}; "
+            "choose fewer, or null for all of them"
+        )
+    return None if size == whole else size
 
 
 def resolve_mask_token(configured: int | None, target: Any) -> int:

@@ -1,0 +1,1 @@
+"""What `deepspec check` checks: it says what holds, what does not, and why."""
