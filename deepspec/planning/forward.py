@@ -148,7 +148,7 @@ def objective_bytes(job: Job, batch: MicroBatch) -> Objective:
     """The loss computes in fp32 (the drafter's last norm gives fp32 at any precision)."""
     shape, config, slots = job.shapes.drafter, job.config.objective, batch.slots
     vocabulary, hidden, rank = shape.vocab_size, shape.hidden_size, shape.markov_rank
-    drafted = shape.draft_vocab_size or vocabulary
+    drafted = job.shapes.drafted
     # a head saved in bf16 is copied to fp32 for the draft's logits
     head = drafted * hidden * FP32 if job.value != FP32 else 0
     finals = slots * hidden * job.value  # the target's state behind each slot

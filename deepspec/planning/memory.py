@@ -57,8 +57,8 @@ def target_weights(job: Job) -> int:
 
 def draft_head(job: Job) -> int:
     """Bytes of the LM head's rows for a draft vocabulary: a copy, beside the whole head."""
-    shape = job.shapes.drafter
-    return (shape.draft_vocab_size or 0) * shape.hidden_size * job.value
+    shape, drafted = job.shapes.drafter, job.shapes.drafted
+    return 0 if drafted == shape.vocab_size else drafted * shape.hidden_size * job.value
 
 
 def memory_of(job: Job, batch: MicroBatch) -> Memory:

@@ -24,13 +24,15 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
-    copies to bf16. `target_parameters` counts tied weights once; `target_active`: those a token's
-    forward multiplies with, LM head apart; `ends`: those of embedding and head; `saved_value`:
-    bytes of a number under target.dtype=auto. `text`: its text config.
+    `drafted`: tokens that can be drafted, V or fewer. `parameters`: numbers of each trainable
+    parameter. `casts`: numbers of the weights that autocast copies to bf16. `target_parameters`
+    counts tied weights once; `target_active`: those a token's forward multiplies with, LM head
+    apart; `ends`: those of embedding and head; `saved_value`: bytes of a number under
+    target.dtype=auto. `text`: its text config.
     """
 
     drafter: DSparkConfig
+    drafted: int
     parameters: tuple[int, ...]
     casts: int
     target_parameters: int
@@ -64,6 +66,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     ends = target.embedding.numel() + (0 if tied else target.head.weight.numel())
     return Shapes(
         drafter=shape,
+        drafted=shape.vocab_size if drafter.d2t is None else len(drafter.d2t),
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         # W2 is read by the objective, which computes in fp32
         casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
