@@ -21,6 +21,7 @@ from deepspec.export.files import (
     as_saved,
     check_hash,
     deepspec_of,
+    identity_in,
     read_config,
     read_headers,
     read_tensor,
@@ -110,8 +111,7 @@ def _target_faults(
     if layers is not None and layers != target.num_layers:
         yield f"num_target_layers is {layers}, but {target.name} has {target.num_layers}"
     yield from layer_faults(shape.target_layer_ids, target.num_layers)
-    recorded = deepspec_of(config).get("identity", {})
-    here = {key: value for key, value in recorded.items() if key in target.identity}
+    here = {key: value for key, value in identity_in(config).items() if key in target.identity}
     if others := differing(here, target.identity):
         yield f"it was made for another target than {target.name}: {', '.join(others)} differ(s)"
     head = target.head.weight
@@ -138,4 +138,5 @@ def _doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None) -> It
 
 
 def _recorded_layers(config: dict[str, Any]) -> int | None:
-    return config.get("num_target_layers") or deepspec_of(config).get("num_target_layers")
+    found = config.get("num_target_layers", deepspec_of(config).get("num_target_layers"))
+    return found if type(found) is int else None

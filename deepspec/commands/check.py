@@ -58,7 +58,7 @@ def _check_export(path: str, words: Sequence[str]) -> bool:
         target = stages.open_ends(config_from(raw, words))
     found = check_export(place, target)
     console = Console()
-    console.print(f"{place}: {found.layout or 'no known'} layout", highlight=False)
+    print(f"{place}: {found.layout or 'no known'} layout")
     for colour, kind, texts in (("red", "fault", found.faults), ("yellow", "doubt", found.doubts)):
         for text in texts:
             console.print(f"[{colour}]{kind}[/]: {escape(text)}", highlight=False)
@@ -91,8 +91,8 @@ def _check_run(path: str, words: Sequence[str]) -> bool:
     found = compare_paths(target, drafter, drafter_kind(source.kind), prompts, NEW_TOKENS)
     _print(found, source.place)
     fine = found.fine
-    folder = None if source.run is None or place != source.run.path else source.run.export
-    if folder is not None and is_export(folder):
+    whole = source.run is not None and place.resolve() == source.run.path.resolve()
+    if whole and source.run is not None and is_export(folder := source.run.export):
         different = differing_tensors(drafter, open_export(folder).load(target))
         for name, size in sorted(different.items()):
             print(f"{folder}: {name} is not the checkpoint's in bf16 (differs by {size:.3g})")
@@ -110,19 +110,19 @@ def _print(found: Comparison, place: Path) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("position", *names):
         table.add_column(column, justify="right")
+
+    def cell(value: float) -> str:
+        return f"{value:.1e}" if value <= found.tolerance else f"[red]{value:.1e}[/]"
+
     for index, values in enumerate(zip(*found.differences.values(), strict=True)):
-        fine = (value <= found.tolerance for value in values)
-        cells = (f"{value:.1e}" for value in values)
-        marked = (
-            cell if good else f"[red]{cell}[/]" for cell, good in zip(cells, fine, strict=True)
-        )
-        table.add_row(str(index + 1), *marked)
+        table.add_row(str(index + 1), *map(cell, values))
     verdict = "decodes as it was trained" if found.fine else "does NOT decode as it was trained"
     console = Console()
     console.print(
         f"{place} {verdict}: largest differences between the training forward and the decoding "
         f"path in {found.blocks} blocks of {found.rows} texts, over the largest value; at most "
         f"{found.tolerance:g} is allowed",
+        markup=False,
         highlight=False,
     )
     console.print(table)

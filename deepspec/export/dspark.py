@@ -18,9 +18,17 @@ from torch import Tensor
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.model import DSparkDrafter
 from deepspec.errors import CheckpointError
-from deepspec.export.files import CONFIG, WEIGHTS, as_saved, deepspec_of, read_weights
+from deepspec.export.files import (
+    CONFIG,
+    WEIGHTS,
+    as_saved,
+    deepspec_of,
+    identity_in,
+    read_weights,
+)
 from deepspec.export.flat import conventions, shape_of
 from deepspec.targets import TargetEnds
+from deepspec.targets.identity import differing
 
 EMBEDDING, HEAD, D2T, T2D = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
 
@@ -104,10 +112,9 @@ def load_dspark(folder: Path, flat: dict[str, Any], target: TargetEnds | None) -
         raise CheckpointError(f"{folder / CONFIG} {error}") from error
     _check_fit(folder, tensors, shape)
     own = {name: tensors.pop(name) for name in drafter.state_dict()}
-    for fault in (
-        vocabulary_faults(own[D2T], tensors.get(T2D), shape.vocab_size) if D2T in own else ()
-    ):
-        raise CheckpointError(f"{folder / WEIGHTS}: {fault}; export again")
+    if D2T in own:
+        for fault in vocabulary_faults(own[D2T], tensors.get(T2D), shape.vocab_size):
+            raise CheckpointError(f"{folder / WEIGHTS}: {fault}; export again")
     drafter.load_state_dict(own)
     if target is not None:
         _check_shared(folder / WEIGHTS, tensors, drafter, target)
@@ -118,7 +125,7 @@ def build(shape: DSparkConfig) -> DSparkDrafter:
     """A drafter of this shape. Raises CheckpointError where none can be."""
     try:
         return DSparkDrafter(shape)
-    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"describes no drafter that can be built ({type(error).__name__}: {error}); "
             "compare its sizes, markov_head_type and rope_parameters with those it was trained with"
@@ -128,8 +135,7 @@ def build(shape: DSparkConfig) -> DSparkDrafter:
 def _check_target(
     folder: Path, flat: dict[str, Any], shape: DSparkConfig, target: TargetEnds
 ) -> None:
-    identity = deepspec_of(flat).get("identity", {})
-    different = [key for key, value in identity.items() if target.identity.get(key) != value]
+    different = differing(identity_in(flat), target.identity)
     different += misfits_of_target(shape, target)
     if different:
         whose = deepspec_of(flat).get("target", "the one it was trained for")

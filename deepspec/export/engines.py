@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SERVING = ("vLLM", "SGLang", "llama.cpp")
+UNTIED = {
+    False: "the target's LM head is untied: use serving",
+    None: "nothing tells whether the target's LM head is tied: use serving, or give target.path",
+}
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,14 @@ class Support(NamedTuple):
 
 
 def loads_in(traits: Traits, faults: Sequence[str] = ()) -> list[Support]:
-    """The answer of every engine. What has `faults` is loaded by none: they come first."""
+    """The answer of every engine; an export with `faults` is for none of them."""
     answers = {
         **{engine: _serving(engine, traits) for engine in SERVING},
         "deepseek-ai/DeepSpec": _reference(traits),
         "this library": (True, "reads it beside its target"),
     }
     if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        answers = dict.fromkeys(answers, (False, faults[0] + more))
+        answers = dict.fromkeys(answers, (False, "the export is broken"))
     return [Support(engine, *answer) for engine, answer in answers.items()]
 
 
@@ -64,20 +67,9 @@ def _serving(engine: str, traits: Traits) -> tuple[bool, str]:
     if traits.reduced and traits.layout != "speculators":
         return False, "reads a reduced draft vocabulary in the speculators layout only"
     if engine == "llama.cpp" and traits.embedding and not traits.tied:
-        known = (
-            "the target's LM head is untied"
-            if traits.tied is False
-            else ("it is not known whether the target's LM head is tied (target.path= tells)")
-        )
-        return (
-            False,
-            f"goes wrong with embed_tokens when the LM head is untied, and {known}: use serving",
-        )
-    inside = [
-        name
-        for name, there in (("embedding", traits.embedding), ("LM head", traits.lm_head))
-        if there
-    ]
+        return False, f"goes wrong with embed_tokens inside where {UNTIED[traits.tied]}"
+    parts = {"embedding": traits.embedding, "LM head": traits.lm_head}
+    inside = [name for name, there in parts.items() if there]
     if not inside:
         return True, "takes embedding and LM head from the target"
     return True, f"carries {' and '.join(inside)} of its own"

@@ -126,9 +126,9 @@ def read_headers(folder: Path) -> Headers:
 
 def check_hash(folder: Path, config: dict[str, Any]) -> None:
     """Raises CheckpointError where the weights are not those that the export recorded."""
-    recorded = deepspec_of(config).get("sha256")
-    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
-        raise _broken(folder / WEIGHTS, f"its sha256 is not the one in {CONFIG}")
+    recorded, file = deepspec_of(config).get("sha256"), folder / WEIGHTS
+    if recorded is not None and file.is_file() and sha256(file) != recorded:
+        raise _broken(file, f"its sha256 is not the one in {CONFIG}")
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -159,14 +159,20 @@ def deepspec_of(config: dict[str, Any]) -> dict[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
+def identity_in(config: dict[str, Any]) -> dict[str, str]:
+    """Of the target, where this library wrote the export."""
+    found = deepspec_of(config).get("identity")
+    return found if isinstance(found, dict) else {}
+
+
 def _weight_files(folder: Path) -> list[Path]:
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         try:
             names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise _broken(folder / INDEX, repr(error)) from None
-        files = [folder / name for name in sorted(names)]
+        files = [folder / Path(str(name)).name for name in sorted(names)]  # nothing outside
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; the export is incomplete")

@@ -7,13 +7,14 @@ their config into this one (`speculators`), so what is said of a config here hol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
 from deepspec import __version__
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.export.files import deepspec_of
 from deepspec.export.names import public_name
 from deepspec.targets import TargetEnds
 
@@ -36,14 +37,21 @@ FIXED = {
     "attention_bias": False,
     "use_sliding_window": False,
 }
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "int": int,
-    "bool": bool,
-    "float": (int, float),
-    "str": str,
-    "tuple[int, ...]": list,
-    "int | None": (int, type(None)),
+# what JSON may hold for a field of each type
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "float": lambda value: type(value) in (int, float),
+    "str": lambda value: type(value) is str,
+    "tuple[int, ...]": lambda value: _list_of(int, value),
+    "dict[str, Any]": lambda value: type(value) is dict,
+    "int | None": lambda value: value is None or type(value) is int,
+    "float | None": lambda value: value is None or type(value) in (int, float),
 }
+
+
+def _list_of(kind: type, value: Any) -> bool:
+    return type(value) is list and all(type(element) is kind for element in value)
 
 
 def flat_config(
@@ -95,8 +103,10 @@ def conventions(config: dict[str, Any]) -> Iterator[str]:
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             yield f"{key} is {config[key]!r}, but only {value!r} is read"
-    layer_types = sorted({str(kind) for kind in config.get("layer_types") or []})
-    if foreign := [kind for kind in layer_types if kind != "full_attention"]:
+    layer_types = config.get("layer_types") or []
+    if not _list_of(str, layer_types):
+        yield f"layer_types is {layer_types!r}, expected a list of names"
+    elif foreign := sorted(set(layer_types) - {"full_attention"}):
         yield f"layer_types has {', '.join(foreign)}, but only full_attention is read"
     anchor_first = config.get("sample_from_anchor")
     if anchor_first is not True:
@@ -111,10 +121,12 @@ def conventions(config: dict[str, Any]) -> Iterator[str]:
 
 def shape_of(config: dict[str, Any]) -> DSparkConfig:
     """A flat config as DSparkConfig. Raises CheckpointError for keys missing or of other types."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    own = config.get("deepspec") or {}
+    rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rope, dict):
+        rope = {"rope_type": rope.get("type", "default"), **rope}
+        rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+        rope.pop("type", None)
+    own = deepspec_of(config)
     known = {
         # the public implementation writes these two only where there is such a head
         "markov_head_type": "vanilla",
@@ -130,10 +142,12 @@ def shape_of(config: dict[str, Any]) -> DSparkConfig:
     if missing := [key for key in names.values() if key not in known]:
         raise CheckpointError(f"misses {', '.join(missing)}; export again")
     for field in fields(DSparkConfig):
-        expected, key = TYPES.get(str(field.type)), names[field.name]
-        if expected and not isinstance(known[key], expected):
+        key = names[field.name]
+        if not TYPES[str(field.type)](known[key]):
             raise CheckpointError(f"{key} is {known[key]!r}, expected {field.type}")
-    shape = DSparkConfig.from_dict({name: known[key] for name, key in names.items()})
-    if shape.draft_vocab_size == shape.vocab_size:  # as speculators say that it is not reduced
-        shape = DSparkConfig.from_dict({**shape.to_dict(), "draft_vocab_size": None})
-    return shape
+    size, whole = known["draft_vocab_size"], known["vocab_size"]
+    if size is not None and not 0 < size <= whole:
+        raise CheckpointError(f"draft_vocab_size is {size}, expected 1 to vocab_size={whole}")
+    if size == whole:  # how the speculators layout says that it is not reduced
+        known["draft_vocab_size"] = None
+    return DSparkConfig.from_dict({name: known[key] for name, key in names.items()})

@@ -50,15 +50,16 @@ def dspark_faults(flat: dict[str, Any], headers: Headers | None) -> Iterator[str
 
 def dspark_traits(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
     """What engines' answers depend on; a key that is missing is a fault anyway."""
-    size, whole = flat.get("draft_vocab_size"), flat.get("vocab_size")
+    size, whole, rank = (flat.get(k) for k in ("draft_vocab_size", "vocab_size", "markov_rank"))
+    tied = deepspec_of(flat).get("target_tied")
     return Traits(
         layout=layout,
         markov_head=str(flat.get("markov_head_type", "vanilla")),
-        markov_rank=int(flat.get("markov_rank") or 0),
+        markov_rank=rank if isinstance(rank, int) else 0,
         reduced=D2T in headers or (size is not None and size != whole),
         embedding=EMBEDDING in headers,
         lm_head=HEAD in headers,
-        tied=deepspec_of(flat).get("target_tied"),
+        tied=tied if isinstance(tied, bool) else None,
     )
 
 
@@ -83,8 +84,6 @@ def layer_faults(layer_ids: tuple[int, ...], num_target_layers: int) -> Iterator
 def _size_faults(shape: DSparkConfig) -> Iterator[str]:
     if not 0 <= shape.mask_token_id < shape.vocab_size:
         yield f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}"
-    if shape.draft_vocab_size is not None and not 0 < shape.draft_vocab_size <= shape.vocab_size:
-        yield f"draft_vocab_size {shape.draft_vocab_size} is not among {shape.vocab_size} tokens"
     if shape.block_size < 1:
         yield f"block_size is {shape.block_size}, expected at least 1"
     if shape.confidence_with_markov and not shape.markov_rank:

@@ -22,6 +22,7 @@ from deepspec.export.files import (
     Headers,
     deepspec_of,
     headers_of,
+    identity_in,
     read_config,
     write_folder,
 )
@@ -225,15 +226,12 @@ class Export:
     @property
     def target(self) -> str:
         """The target it was made for, a hub name or the last part of a path; "": not said."""
-        served = self.config.get("speculators_config") or {}
-        return deepspec_of(self.config).get("target") or served.get("verifier", {}).get(
-            "name_or_path", ""
-        )
+        return str(deepspec_of(self.config).get("target") or speculators.verifier_of(self.config))
 
     @property
     def identity(self) -> dict[str, str]:
         """Of that target, where this library wrote the export."""
-        return dict(deepspec_of(self.config).get("identity", {}))
+        return identity_in(self.config)
 
     def load(self, target: TargetEnds | None = None) -> Drafter:
         """The drafter; beside a `target` it is checked against that. Raises CheckpointError."""

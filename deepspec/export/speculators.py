@@ -4,12 +4,13 @@ config.json keeps the drafter's backbone apart, as a Qwen3 config under `transfo
 weights and their names are those of the flat layout. `aux_hidden_state_layer_ids` count hidden
 states, of which the first is the embedding: our layer id k (a block's output) is k + 1 there.
 
-Read in the sources of speculators 0.9.0, vLLM 0.33.0 and llama.cpp: both `DSparkSpeculator` (the
-config's own default) and `DSparkDraftModel` (what `save_pretrained` puts there) stand for it;
-`transformer_layer_config` is written without the values that are Transformers' defaults; vLLM skips
-`t2d`; checkpoints without `sample_from_anchor` have a mask in slot 0. Not verified, for want of a
-checkpoint of theirs at hand: whether the LM head's rows for a reduced vocabulary are always the
-target's own. Where they are not, loading beside a target refuses, as drafting here uses those.
+From the public sources of speculators, vLLM and llama.cpp: both `DSparkSpeculator` (the config's
+own default) and `DSparkDraftModel` (what `save_pretrained` puts there) stand for it; its
+`transformer_layer_config` is written without the values that are Transformers' defaults; vLLM wants
+`lm_head.weight` and `d2t` with a reduced vocabulary and skips `t2d`; checkpoints without
+`sample_from_anchor` have a mask in slot 0. Not verified, for want of one of their checkpoints:
+whether the LM head's rows for a reduced vocabulary are always the target's own. Where they are not,
+loading beside a target refuses, as drafting here uses the target's.
 """
 
 from __future__ import annotations
@@ -87,16 +88,22 @@ def as_flat(config: dict[str, Any], num_target_layers: int | None = None) -> dic
     backbone, auxiliary = config.get(BACKBONE), config.get(AUXILIARY)
     if not isinstance(backbone, dict):
         raise CheckpointError(f"{BACKBONE} is missing or no object; export again")
-    if not (isinstance(auxiliary, list) and auxiliary and all(type(i) is int for i in auxiliary)):
+    if not (type(auxiliary) is list and auxiliary and all(type(i) is int for i in auxiliary)):
         raise CheckpointError(f"{AUXILIARY} is missing or no list of ids; export again")
     if backbone.get("model_type", "qwen3") != "qwen3":
         raise CheckpointError(
             f"{BACKBONE}.model_type is {backbone['model_type']!r}, but only 'qwen3' is read"
         )
+    try:
+        whole = Qwen3Config(**backbone).to_dict()
+    except Exception as error:  # Transformers looks at sizes and rotations in many ways
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{BACKBONE} is no Qwen3 config: {first}") from None
     layer_ids, own = [index - 1 for index in auxiliary], deepspec_of(config)
-    layers = own.get("num_target_layers") or num_target_layers or max(layer_ids) + 2
+    recorded = own.get("num_target_layers")
+    layers = recorded if type(recorded) is int else num_target_layers or max(layer_ids) + 2
     return {
-        **Qwen3Config(**backbone).to_dict(),
+        **whole,
         # the library's defaults, written or not
         "markov_rank": 256,
         "markov_head_type": "vanilla",
@@ -115,9 +122,7 @@ def serving_faults(config: dict[str, Any]) -> Iterator[str]:
     """What engines look for in this layout and would not find, a sentence each."""
     if config.get("speculators_model_type") != "dspark":
         yield f"speculators_model_type is {config.get('speculators_model_type')!r}, not 'dspark'"
-    served = config.get("speculators_config")
-    served = served if isinstance(served, dict) else {}
-    methods = served.get("proposal_methods")
+    methods = _object(config, "speculators_config").get("proposal_methods")
     first = methods[0] if isinstance(methods, list) and methods else None
     tokens = first.get("speculative_tokens") if isinstance(first, dict) else None
     if tokens is None:
@@ -127,12 +132,24 @@ def serving_faults(config: dict[str, Any]) -> Iterator[str]:
             f"speculative_tokens is {tokens}, but a block whose first slot holds the anchor gives "
             f"block_size={config.get('block_size')} drafts"
         )
-    verifier = served.get("verifier")
-    if not (isinstance(verifier, dict) and verifier.get("name_or_path")):
+    if not verifier_of(config):
         yield "speculators_config.verifier.name_or_path is missing: vLLM reads it"
     recorded, found = deepspec_of(config).get("target_layer_ids"), config.get(AUXILIARY)
-    if recorded is not None and found != [layer_id + 1 for layer_id in recorded]:
-        yield (
-            f"{AUXILIARY} is {found}, expected {[layer_id + 1 for layer_id in recorded]}: the "
-            f"target's layers {recorded}, each plus one, as hidden state 0 is the embedding"
-        )
+    if type(recorded) is list and all(type(layer_id) is int for layer_id in recorded):
+        expected = [layer_id + 1 for layer_id in recorded]
+        if found != expected:
+            yield (
+                f"{AUXILIARY} is {found}, expected {expected}: the target's layers {recorded}, "
+                "each plus one, as hidden state 0 is the embedding"
+            )
+
+
+def verifier_of(config: dict[str, Any]) -> str:
+    """The target that a config names; "" where it names none."""
+    name = _object(_object(config, "speculators_config"), "verifier").get("name_or_path")
+    return name if isinstance(name, str) else ""
+
+
+def _object(holder: dict[str, Any], key: str) -> dict[str, Any]:
+    found = holder.get(key)
+    return found if isinstance(found, dict) else {}

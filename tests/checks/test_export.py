@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from deepspec.checks.export import check_export
 from deepspec.cli import main
 from deepspec.errors import CheckpointError
-from deepspec.export import write_export
+from deepspec.export import open_export, write_export
 from deepspec.targets import Target
 from tests.export.conftest import make_drafter
 from tests.export.exports import edit, rewrite
@@ -258,7 +259,7 @@ def test_embed_tokens_with_an_untied_head_is_found_for_llama_cpp(
         if profile == "serving":
             assert why is None
         else:
-            assert "embed_tokens when the LM head is untied" in str(why)
+            assert "embed_tokens inside where the target's LM head is untied" in str(why)
 
 
 def test_what_is_not_known_of_the_head_is_asked_of_the_target(
@@ -266,8 +267,32 @@ def test_what_is_not_known_of_the_head_is_asked_of_the_target(
 ) -> None:
     """A foreign export with an embedding, and rows of the head only: nothing in it tells."""
     folder = foreign(export(target, tmp_path / "out", "speculators", profile="full", size=100))
-    assert "not known whether" in str(engines(folder)["llama.cpp"])
+    assert "nothing tells whether" in str(engines(folder)["llama.cpp"])
     assert engines(folder, target)["llama.cpp"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+def test_no_value_of_any_key_is_too_strange(target: Target, tmp_path: Path, layout: str) -> None:
+    """Whatever stands there: a finding and a CheckpointError, or no harm; never another error."""
+    folder = export(target, tmp_path / "out", layout)
+    whole = config_of(folder)
+    places = [(whole, key) for key in whole]
+    if layout == "speculators":
+        places += [(whole[BACKBONE], key) for key in whole[BACKBONE]]
+        places += [(whole["speculators_config"], key) for key in whole["speculators_config"]]
+    places += [(whole["deepspec"], key) for key in whole["deepspec"]]
+    for holder, key in places:
+        kept = holder[key]
+        for value in (None, "x", -3, 0.5, True, [], ["x"], {"x": None}):
+            holder[key] = value
+            (folder / "config.json").write_text(json.dumps(whole))
+            if check_export(folder).fine:
+                open_export(folder).load()
+                continue
+            with suppress(CheckpointError):  # a fault need not hinder reading
+                open_export(folder)
+        holder[key] = kept
 
 
 # -------------------------------------------------------------------------------- others' exports

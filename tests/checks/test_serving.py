@@ -218,13 +218,14 @@ def test_the_command_on_a_run_a_checkpoint_and_an_export(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest = sorted((trained / "checkpoints").iterdir())[-1]
-    for place in (trained, newest):
+    monkeypatch.chdir(trained.parent)
+    for place in (trained, Path("run"), newest):
         assert exit_code(f"run={place}") == 0
         out = " ".join(capsys.readouterr().out.split())
         assert "decodes as it was trained" in out
         assert "of 3 texts" in out
         assert "position hidden logits confidence" in out
-        assert ("the checkpoint's weights, rounded to bf16" in out) == (place == trained)
+        assert ("the checkpoint's weights, rounded to bf16" in out) == (place != newest)
     config = json.loads((newest / "checkpoint.json").read_text())["config"]
     own = [f"target.path={config['target']['path']}", "engine.device=cpu", "target.dtype=float32"]
     assert exit_code(f"run={trained / 'export'}", *own) == 0
