@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import torch
+from torch import Tensor
 
 from deepspec.config.schema import DrafterConfig, RunConfig
 from deepspec.data.vocabulary import count_tokens, coverage, frequent_tokens
@@ -44,11 +45,11 @@ FIRM = ("architecture", "tokenizer")
 
 @dataclass(frozen=True)
 class Origin:
-    """A drafter on disk to begin with: `identity` of its target, empty where nothing says."""
+    """A drafter on disk to begin with: its kind and shape, and the `identity` of its target, empty
+    where nothing says it."""
 
     name: str
-    kind: str
-    shape: Any
+    drafter: tuple[str, Any]
     identity: Identity
     load: Callable[[], Drafter]
 
@@ -61,7 +62,7 @@ def open_origin(name: str) -> Origin:
     place = _local(name)
     if is_export(place):
         export = open_export(place)
-        return Origin(name, export.kind, export.shape, export.identity, export.load)
+        return Origin(name, (export.kind, export.shape), export.identity, export.load)
     if (place / DESCRIPTION).is_file():
         checkpoint = read_checkpoint(place)
     elif (place / "checkpoints").is_dir():
@@ -71,10 +72,13 @@ def open_origin(name: str) -> Origin:
             f"drafter.init_from={name} is neither an exported drafter nor a checkpoint or a run of "
             "this library"
         )
-    shape = drafter_kind(checkpoint.kind).load(checkpoint.shape)
     return Origin(
-        name, checkpoint.kind, shape, checkpoint.identity, lambda: load_drafter(checkpoint)
+        name, _drafter_of(checkpoint), checkpoint.identity, lambda: load_drafter(checkpoint)
     )
+
+
+def _drafter_of(checkpoint: Checkpoint) -> tuple[str, Any]:
+    return checkpoint.kind, drafter_kind(checkpoint.kind).load(checkpoint.shape)
 
 
 def _local(name: str) -> Path:
@@ -114,7 +118,7 @@ def adopt_origin(config: RunConfig, given: Collection[str], checkpoints: Path) -
     name = config.drafter.init_from
     if name is None:
         return config
-    kind, shape = _known(config, checkpoints) or _of(open_origin(name))
+    kind, shape = _known(config, checkpoints) or open_origin(name).drafter
     changes: dict[str, Any] = {}
     defaults = DrafterConfig()
     for key in (field.name for field in fields(DrafterConfig) if field.name not in FREE):
@@ -140,10 +144,6 @@ def adopt_origin(config: RunConfig, given: Collection[str], checkpoints: Path) -
     )
 
 
-def _of(origin: Origin) -> tuple[str, Any]:
-    return origin.kind, origin.shape
-
-
 def _known(config: RunConfig, checkpoints: Path) -> tuple[str, Any] | None:
     """Kind and shape as the newest checkpoint of a run with this `init_from` has them."""
     for folder in reversed(list_checkpoints(checkpoints)):
@@ -152,7 +152,7 @@ def _known(config: RunConfig, checkpoints: Path) -> tuple[str, Any] | None:
         except CheckpointError:
             continue  # `starting_point` says what is wrong with it
         if checkpoint.config.get("drafter", {}).get("init_from") == config.drafter.init_from:
-            return checkpoint.kind, drafter_kind(checkpoint.kind).load(checkpoint.shape)
+            return _drafter_of(checkpoint)
     return None
 
 
@@ -166,9 +166,8 @@ def first_drafter(
 
     Raises CheckpointError where the one at `drafter.init_from` is for another target.
     """
-    kind = drafter_kind(config.drafter.kind)
+    kind, origin = drafter_kind(config.drafter.kind), config.drafter.init_from
     torch.manual_seed(config.seed)
-    origin = config.drafter.init_from
     if origin is not None and start is None:
         return _continued(open_origin(origin), config, target, samples)
     shape = kind.resolve(config.drafter, target)
@@ -177,26 +176,38 @@ def first_drafter(
     size = getattr(shape, "draft_vocab_size", None)
     if size is None:
         return kind.build(shape)
-    ids = read_vocabulary(start) if start is not None else None
-    if start is not None and ids is not None and len(ids) == size:
-        covered = start.shape.get("draft_vocab_coverage")
-    else:
-        counts = count_tokens(samples, target.vocab_size)
-        ids = frequent_tokens(counts, size, _ends(config, target))
-        covered = coverage(counts, ids)
-        say(f"draft vocabulary: {size} tokens, {covered:.1%} of those in the training answers")
+    ids, covered = _vocabulary(size, config, target, samples, start)
     drafter = kind.build(replace(shape, draft_vocab_coverage=covered))
     drafter.restrict(ids)
     return drafter
 
 
+def _vocabulary(
+    size: int,
+    config: RunConfig,
+    target: TargetEnds,
+    samples: Sequence[Sample],
+    start: Checkpoint | None,
+) -> tuple[Tensor, float | None]:
+    """The tokens to draft and the share of the answers that they cover: those of `start`, which
+    were fixed when the training began, else counted."""
+    ids = None if start is None else read_vocabulary(start)
+    if start is not None and ids is not None and len(ids) == size:
+        return ids, start.shape["draft_vocab_coverage"]
+    counts = count_tokens(samples, target.vocab_size)
+    ids = frequent_tokens(counts, size, _ends(config, target))
+    covered = coverage(counts, ids)
+    say(f"draft vocabulary: {size} tokens, {covered:.1%} of those in the training answers")
+    return ids, covered
+
+
 def _continued(
     origin: Origin, config: RunConfig, target: TargetEnds, samples: Sequence[Sample]
 ) -> Drafter:
-    shape = origin.shape
-    recorded = {key: origin.identity[key] for key in origin.identity if key in target.identity}
+    recorded = {key: value for key, value in origin.identity.items() if key in target.identity}
     others = differing(recorded, target.identity)
-    different = [key for key in others if key in FIRM] + misfits_of_target(shape, target)
+    different = [key for key in others if key in FIRM]
+    different += misfits_of_target(origin.drafter[1], target)
     if different:
         raise CheckpointError(
             f"drafter.init_from={origin.name} was made for another target than {target.name}: the "
@@ -208,7 +219,10 @@ def _continued(
             "fine where this is a fine-tune of that"
         )
     drafter = origin.load()
-    changes: dict[str, Any] = {"confidence_detached": config.drafter.confidence_detached}
+    changes: dict[str, Any] = {
+        "confidence_detached": config.drafter.confidence_detached,
+        "num_target_layers": target.num_layers,
+    }
     ids = drafter.vocabulary
     if ids is not None:
         covered = coverage(count_tokens(samples, target.vocab_size), ids)

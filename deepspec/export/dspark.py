@@ -151,13 +151,13 @@ def _check_target(
 
 
 def misfits_of_target(shape: Any, target: TargetEnds) -> list[str]:
-    """Sizes of a drafter's shape that are not those of `target`."""
+    """Sizes of a drafter's shape that are not those of `target`; 0 is one that is not said."""
     sizes = {
         "hidden_size": (shape.hidden_size, target.hidden_size),
         "vocab_size": (shape.vocab_size, target.vocab_size),
         "num_target_layers": (shape.num_target_layers, target.num_layers),
     }
-    return [f"{key} ({own}, not {its})" for key, (own, its) in sizes.items() if own != its]
+    return [f"{key} ({own}, not {its})" for key, (own, its) in sizes.items() if own not in (0, its)]
 
 
 def _check_fit(folder: Path, tensors: dict[str, Tensor], shape: DSparkConfig) -> None:

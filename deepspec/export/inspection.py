@@ -64,7 +64,7 @@ def dspark_traits(layout: str, flat: dict[str, Any], headers: Headers) -> Traits
 
 
 def layer_faults(layer_ids: tuple[int, ...], num_target_layers: int) -> Iterator[str]:
-    """Captured layers that a target of so many layers does not have, or not to give."""
+    """Captured layers that a target of so many (0: not said) does not have, or not to give."""
     ids = list(layer_ids)
     if not ids or ids != sorted(set(ids)):
         yield f"the target's layers {ids} are not distinct and ascending"
@@ -72,7 +72,7 @@ def layer_faults(layer_ids: tuple[int, ...], num_target_layers: int) -> Iterator
     if ids[0] < -1:
         yield f"the target's layers {ids} begin below -1, the embedding"
     beyond = [layer_id for layer_id in ids if layer_id > num_target_layers - 2]
-    if beyond:
+    if num_target_layers and beyond:
         last = "the last layer's" if beyond == [num_target_layers - 1] else "no layer's"
         yield (
             f"the target's layers {ids} of {num_target_layers} have {beyond}, {last} output to "

@@ -82,8 +82,8 @@ def speculators_config(
 def as_flat(config: dict[str, Any], num_target_layers: int | None = None) -> dict[str, Any]:
     """The same drafter as a flat config says it, what Transformers knows by heart filled in.
 
-    `num_target_layers` of the target, where it is at hand: this layout does not say it, and without
-    it the least is taken that the layer ids allow. Raises CheckpointError where parts are missing.
+    `num_target_layers` of the target, where it is at hand: the layout itself does not say it, so
+    else it is 0. Raises CheckpointError where parts are missing.
     """
     backbone, auxiliary = config.get(BACKBONE), config.get(AUXILIARY)
     if not isinstance(backbone, dict):
@@ -101,7 +101,7 @@ def as_flat(config: dict[str, Any], num_target_layers: int | None = None) -> dic
         raise CheckpointError(f"{BACKBONE} is no Qwen3 config: {first}") from None
     layer_ids, own = [index - 1 for index in auxiliary], deepspec_of(config)
     recorded = own.get("num_target_layers")
-    layers = recorded if type(recorded) is int else num_target_layers or max(layer_ids) + 2
+    layers = recorded if type(recorded) is int else num_target_layers or 0
     return {
         **whole,
         # the library's defaults, written or not

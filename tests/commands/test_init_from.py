@@ -35,6 +35,7 @@ from deepspec.training.checkpoint import (
 from tests.conftest import make_model, make_tokenizer
 from tests.export.conftest import make_drafter
 from tests.export.exports import edit
+from tests.export.test_speculators import foreign
 from tests.recipes.small import small, words, write_prompts
 
 # a drafter of another shape than the tiny recipe's, for three captured layers
@@ -90,11 +91,14 @@ def assert_began_with(run: Path, drafter: DSparkDrafter) -> None:
 # ------------------------------------------------------------------------------------- beginning
 
 
-@pytest.mark.parametrize("layout", ["flat", "speculators"])
-def test_an_export_goes_on(target: Target, train: Train, tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize("which", ["flat", "speculators", "foreign speculators"])
+def test_an_export_goes_on(target: Target, train: Train, tmp_path: Path, which: str) -> None:
+    layout = which.split()[-1]
     size = 100 if layout == "speculators" else None
     drafter = make_drafter(target, "vanilla", draft_vocab_size=size)
     origin = export(drafter, target, tmp_path / "origin", layout)
+    if which.startswith("foreign"):
+        foreign(origin)
     run = train("run", f"drafter.init_from={origin}", f"export.format={layout}")
     assert_began_with(run, drafter)
     checkpoint = read_checkpoint(list_checkpoints(run / "checkpoints")[0])
@@ -107,6 +111,7 @@ def test_an_export_goes_on(target: Target, train: Train, tmp_path: Path, layout:
         "confidence_head": True,
     }
     assert checkpoint.config["target"]["layer_ids"] == [1, 2, 3]
+    assert checkpoint.shape["num_target_layers"] == 6
     again = open_export(run / "export")
     assert again.shape.block_size == 4
     if size is not None:
@@ -297,7 +302,7 @@ import sys, torch
 from deepspec.commands.beginnings import open_origin
 from deepspec.errors import CheckpointError
 origin = open_origin("me/drafter@v2")
-torch.save((origin.shape.to_dict(), origin.load().state_dict()), sys.argv[1])
+torch.save((origin.drafter[1].to_dict(), origin.load().state_dict()), sys.argv[1])
 try:
     open_origin("me/nothing")
 except CheckpointError as error:

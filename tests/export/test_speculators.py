@@ -139,12 +139,11 @@ def test_round_trip_equals_the_rounded_original(
     assert_same_numbers(loaded, in_bf16(original), target)
 
 
-def test_without_a_target_the_least_number_of_layers_is_taken(
-    target: Target, tmp_path: Path
-) -> None:
+def test_how_many_layers_a_target_has_only_the_target_tells(target: Target, tmp_path: Path) -> None:
     folder = foreign(export(make_drafter(target, "vanilla"), target, tmp_path / "out"))
-    assert open_export(folder).shape.num_target_layers == 5
-    assert open_export(folder).load().config.num_target_layers == 5
+    assert open_export(folder).shape.num_target_layers == 0
+    assert open_export(folder).load().config.num_target_layers == 0
+    assert open_export(folder).load(target).config.num_target_layers == 6
 
 
 def test_a_flat_file_with_a_draft_vocabulary_is_read(target: Target, tmp_path: Path) -> None:

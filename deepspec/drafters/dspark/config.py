@@ -17,9 +17,10 @@ class DSparkConfig:
     """Everything needed to build the module; DFlash is `markov_rank` 0 without confidence.
 
     `hidden_size` is the target's: embedding and LM head are shared with it. `target_layer_ids`
-    name a decoder layer's output (k -> hidden_states[k + 1]). Slot 0 holds the anchor
-    (`sample_from_anchor`), so K inputs give K drafts. `draft_vocab_size` tokens of the vocabulary
-    are drafted, None: all of them; `draft_vocab_coverage` of the training tokens are among these.
+    name a decoder layer's output (k -> hidden_states[k + 1]) of `num_target_layers`, 0 where an
+    export does not say that. Slot 0 holds the anchor (`sample_from_anchor`), so K inputs give K
+    drafts. `draft_vocab_size` tokens of the vocabulary are drafted, None: all of them;
+    `draft_vocab_coverage` of the training tokens are among these.
     """
 
     hidden_size: int
