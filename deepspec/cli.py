@@ -25,6 +25,7 @@ COMMANDS = (
     "serve-target",
     "evaluate",
     "export",
+    "check",
     "recipes",
     "check",
     "doctor",

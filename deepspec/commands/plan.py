@@ -32,7 +32,9 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Print the table, and a warning for each thing that does not fit."""
-    from deepspec.commands.settings import print_config, recipe_config, take
+    from pathlib import Path
+
+    from deepspec.commands.settings import given_keys, print_config, recipe_config, take
 
     values, words = take(settings, "gpus", "memory", "tflops", "tokens", "recipe")
     if "recipe" in values:
@@ -48,6 +50,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from deepspec.commands.beginnings import adopt_origin
+
+    config = adopt_origin(config, given_keys(words), Path(config.out) / "checkpoints")
     plan, room = _plan(config, gpus, memory, tokens)
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):

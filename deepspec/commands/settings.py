@@ -37,6 +37,11 @@ def take(settings: Sequence[str], *own: str) -> tuple[dict[str, str], list[str]]
     return values, others
 
 
+def given_keys(settings: Sequence[str]) -> set[str]:
+    """The keys on the command line."""
+    return {word.partition("=")[0] for word in settings}
+
+
 def recipe_config(settings: Sequence[str]) -> RunConfig:
     """The config of `recipe=NAME key=value ...`. Raises ConfigError."""
     from deepspec.config.loading import load_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export.deepseek_v4 import is_deepseek_v4, load_deepseek_v4
-from deepspec.export.flat import flat_shape, is_flat_export, load_flat
+from deepspec.export import is_export, open_export
 from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
     DESCRIPTION,
@@ -59,7 +57,7 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
     CheckpointError when nothing usable is there, ConfigError for bad overrides.
     """
     place = place.expanduser()
-    if is_flat_export(place) or is_deepseek_v4(place):
+    if is_export(place):
         return _from_export(place, overrides, recipe)
     if recipe is not None:
         raise ConfigError(
@@ -81,28 +79,21 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
 
 
 def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> Source:
-    native = is_deepseek_v4(place)
+    export = open_export(place)
     if recipe is not None:
         config = load_config(recipe, overrides)
     else:
-        ours = json.loads((place / "config.json").read_text()).get("deepspec")
-        # a published V4 checkpoint holds the target too
-        target = str(place.resolve()) if native and ours is None else ours["target"]
+        target = export.target
         if "/" not in target and not any(word.startswith("target.path=") for word in overrides):
-            raise ConfigError(
-                f"{place} was made for a local target, {target}; say where it is by "
-                "target.path=DIR or by recipe=R"
+            whose = (
+                f"was made for a local target, {target}" if target else "does not say its target"
             )
-        raw = {"recipe": place.name, "target": {"path": target}, "data": {"path": []}}
+            raise ConfigError(f"{place} {whose}; say where it is by target.path=DIR or by recipe=R")
+        asked = {"path": target, "layer_ids": list(export.shape.target_layer_ids)}
+        raw = {"recipe": place.name, "target": asked, "data": {"path": []}}
         config = config_from(raw, overrides)
-    kind = "dspark_v4" if native else "dspark" if flat_shape(place).markov_rank else "dflash"
     return Source(
-        place=place,
-        config=config,
-        kind=kind,
-        step=None,
-        load=lambda target: load_deepseek_v4(place, target) if native else load_flat(place, target),
-        run=None,
+        place=place, config=config, kind=export.kind, step=None, load=export.load, run=None
     )
 
 

@@ -13,25 +13,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepspec import __version__
+from deepspec.commands.beginnings import first_drafter
 from deepspec.commands.sources import Source
 from deepspec.config.schema import FieldsConfig, RunConfig, as_dict
 from deepspec.data.batching import hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.dspark import DSparkDrafter
-from deepspec.drafters.dspark_v4 import DSparkV4Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.evaluate import average, evaluate
 from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
-from deepspec.export.card import model_card
-from deepspec.export.deepseek_v4 import card_facts, deepseek_v4_config, export_deepseek_v4
-from deepspec.export.flat import export_flat, flat_config
+from deepspec.export import layouts_for, model_card, require_layout, write_export
+from deepspec.export.engines import Traits
 from deepspec.features.extract import check_room, extract, header_of, plan_shards
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online
@@ -281,10 +277,8 @@ def train_drafter(
     start: Checkpoint | None,
 ) -> Checkpoint:
     """Stage 3: distil, or go on from `start`; gives the best checkpoint by validation."""
-    kind = drafter_kind(config.drafter.kind)
-    torch.manual_seed(config.seed)
-    drafter = kind.build(kind.resolve(config.drafter, target))
     samples, validation = data.samples, data.validation
+    drafter = first_drafter(config, target, samples, start)
     trainer = Trainer(config, target, source, drafter, samples, validation, folder, engine)
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -334,31 +328,30 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     return report
 
 
-def without_layout(kind: str) -> str | None:
-    """Why a drafter of this kind cannot be exported; None where it can."""
-    if any(kind in kinds for kinds in LAYOUTS.values()):
-        return None
-    held = "; ".join(f"{name} holds {' and '.join(kinds)}" for name, kinds in LAYOUTS.items())
-    return f"no layout holds drafter.kind={kind} ({held}); deepspec evaluate reads its checkpoints"
+def check_export(config: RunConfig) -> None:
+    """Raises ConfigError where the trained drafter will not go into `export.format`, but into
+    another one; one that no layout holds is trained all the same."""
+    if layouts_for(config.drafter.kind, config.drafter):
+        require_layout(config.export.format, config.drafter.kind, config.drafter)
 
 
 def export_drafter(
     source: Source, target: TargetEnds, drafter: Drafter, out: Path, report: Report | None
-) -> dict[str, Any]:
-    """Stage 5: files for serving engines, with a model card; the config.json that was written."""
+) -> Traits:
+    """Stage 5: files for serving engines, with a model card; what engines go by.
+
+    Raises ConfigError for a drafter that `export.format` cannot hold.
+    """
     export, anchors = source.config.export, source.config.training.anchors_per_sample
     table = markdown_table(report) if report is not None and report.results else None
-    run, step = as_dict(source.config), source.step or 0
-    if isinstance(drafter, DSparkV4Drafter):
-        config = deepseek_v4_config(drafter.config, target, anchors)
-        card = model_card(out.name, card_facts(config), run, step, table)
-        export_deepseek_v4(drafter, target, out, card, anchors)
-        return config
-    assert isinstance(drafter, DSparkDrafter), "see without_layout"
-    config = flat_config(drafter.config, target, export.profile, anchors)
-    card = model_card(out.name, config, run, step, table)
-    export_flat(drafter, target, out, export.profile, card, anchors)
-    return config
+
+    def card(config: dict[str, Any], traits: Traits) -> str:
+        run, step = as_dict(source.config), source.step or 0
+        return model_card(out.name, drafter.config, config, traits, run, step, table)
+
+    return write_export(
+        export.format, source.kind, drafter, target, out, export.profile, anchors, card
+    )
 
 
 def print_skipped(skipped: Skipped) -> None:

@@ -28,15 +28,17 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """The whole trip; ends with the acceptance table, the paths, and what to do next."""
     from pathlib import Path
 
-    from deepspec.commands.settings import print_config, recipe_config
+    from deepspec.commands.settings import given_keys, print_config, recipe_config
 
     config = recipe_config(settings)
     if options.cfg:
         print_config(config)
         return
+    from deepspec.commands.beginnings import adopt_origin
     from deepspec.training.engine import contact
     from deepspec.training.run_folder import RunFolder
 
+    config = adopt_origin(config, given_keys(settings), Path(config.out) / "checkpoints")
     with RunFolder(Path(config.out)) as folder, contact():
         _train(config, folder)
 
@@ -52,6 +54,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
+    from deepspec.export import layouts_for
     from deepspec.targets import Target
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
@@ -60,6 +63,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     # what can be refused is refused before anything is written
     stages.check_trained(config)
     stages.check_split(config)
+    stages.check_export(config)
     check_trackers(config.tracking)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
@@ -99,13 +103,14 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.evaluation.enabled:
         whole = target if isinstance(target, Target) else stages.open_target(config)
         report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
-    missing = stages.without_layout(drafted.kind)
-    if missing is None:
+    exported = bool(layouts_for(config.drafter.kind, config.drafter))
+    if exported:
         stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if report is not None:
         Console().print(results_table(report))
         print(f"report:     {folder.path / 'report.html'}")
     print(f"checkpoint: {drafted.place}")
-    print(f"export:     {folder.export if missing is None else f'none: {missing}'}")
+    where = folder.export if exported else "none, for want of a layout that holds this drafter"
+    print(f"export:     {where}")
     print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")

@@ -92,6 +92,8 @@ class DrafterConfig:
     mask_token_id: int | None = None
     ngram_max: int = 3
     ngram_min: int = 1
+    draft_vocab_size: int | None = None
+    init_from: str | None = None
 
 
 @dataclass
@@ -216,7 +218,7 @@ class EvaluationConfig:
 class ExportConfig:
     """Files for serving engines."""
 
-    format: str = "flat"  # flat | deepseek_v4
+    format: str = "flat"  # flat | speculators | deepseek_v4
     profile: str = "serving"  # serving | full
 
 

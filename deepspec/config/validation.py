@@ -25,9 +25,10 @@ CHOICES: dict[str, Sequence[str]] = {
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.offload": ("none", "cpu"),
     "tracking.wandb_mode": ("offline", "online", "disabled"),
-    "export.format": ("flat", "deepseek_v4"),
+    "export.format": ("flat", "speculators", "deepseek_v4"),
     "export.profile": ("serving", "full"),
 }
+REDUCIBLE = ("dspark", "dflash")  # kinds that can draft a part of the vocabulary
 AT_LEAST_ONE = (
     "target.num_layer_ids",
     "data.max_length",
@@ -43,6 +44,7 @@ AT_LEAST_ONE = (
     "drafter.head_dim",
     "drafter.ngram_max",
     "drafter.ngram_min",
+    "drafter.draft_vocab_size",
     "objective.chunk_size",
     "extract.batch_tokens",
     "serve.queue",
@@ -201,11 +203,10 @@ def _cross(config: RunConfig) -> None:
             f"training.min_learning_rate={config.training.min_learning_rate} exceeds "
             f"training.learning_rate={config.training.learning_rate}; lower it"
         )
-    native = config.drafter.kind == "dspark_v4"
-    if native != (config.export.format == "deepseek_v4"):
+    if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
         raise ConfigError(
-            f"export.format={config.export.format} cannot hold a drafter of drafter.kind="
-            f"{config.drafter.kind}; set export.format={'deepseek_v4' if native else 'flat'}"
+            f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
+            f"{' and '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
         )
     if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
         raise ConfigError(

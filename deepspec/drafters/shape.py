@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from deepspec.config.schema import DrafterConfig
@@ -47,12 +47,14 @@ class DrafterShape:
 
 
 def check_fields(kind: type, values: dict[str, Any]) -> None:
-    """Raises CheckpointError unless `values` has the fields of the config class `kind`, no more."""
+    """Raises CheckpointError unless `values` has the fields of the config class `kind`, no more,
+    and none less but those that have a default."""
     known = {field.name for field in fields(kind)}
-    if known != set(values):
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not needed <= set(values) <= known:
         raise CheckpointError(
             f"the drafter config has unexpected keys {sorted(set(values) - known)} and misses "
-            f"{sorted(known - set(values))}; was the checkpoint written by another version?"
+            f"{sorted(needed - set(values))}; was the checkpoint written by another version?"
         )
 
 

@@ -22,24 +22,23 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV4Config
 from transformers.utils import cached_file
 
 from deepspec import __version__
-from deepspec.atomic import atomic_folder, sha256
+from deepspec.atomic import sha256
 from deepspec.config.schema import TargetConfig
 from deepspec.drafters.dspark_v4 import DSparkV4Config, DSparkV4Drafter, shape_for
 from deepspec.drafters.dspark_v4.experts import GROUP
-from deepspec.errors import CheckpointError, TargetError
+from deepspec.errors import CheckpointError, ConfigError, TargetError
 from deepspec.export.block_scales import dequantised
+from deepspec.export.files import CONFIG, WEIGHTS, Headers
 from deepspec.export.names import public_name
 from deepspec.targets import TargetEnds
 from deepspec.targets.files import INDEX, SINGLE, WeightFiles
 from deepspec.targets.identity import differing
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 MODEL_TYPE = "deepseek_v4"
 # fields of DSparkV4Config that are the drafter's own, by their published names
 OWN = {
@@ -75,35 +74,18 @@ def published_names(name: str, shape: DSparkV4Config) -> list[str]:
 # --------------------------------------------------------------------------------------- writing
 
 
-def export_deepseek_v4(
-    drafter: DSparkV4Drafter, target: TargetEnds, out: Path, card: str, num_anchors: int
-) -> Path:
-    """Write `drafter` into `out`, whole or not at all; returns `out`.
-
-    `card` is the text of README.md (`model_card`), `num_anchors` what it was trained with
-    (training.anchors_per_sample). An earlier export is replaced. Raises CheckpointError when `out`
-    holds anything else or cannot be written.
-    """
-    config = deepseek_v4_config(drafter.config, target, num_anchors)
-    _require_free(out)
-    try:
-        with atomic_folder(out) as folder:
-            save_file(dict(_published(drafter)), folder / WEIGHTS, metadata={"format": "pt"})
-            config["deepspec"]["sha256"] = sha256(folder / WEIGHTS)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            (folder / CARD).write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"could not write the export {out}: {error}; free disk space or export to another "
-            "folder. What was there is untouched"
-        ) from error
-    return out
-
-
 def deepseek_v4_config(
-    shape: DSparkV4Config, target: TargetEnds, num_anchors: int
+    shape: DSparkV4Config, target: TargetEnds, profile: str, num_anchors: int
 ) -> dict[str, Any]:
-    """config.json: the target's, in its published spelling too, and the drafter's keys."""
+    """config.json: the target's, in its published spelling too, and the drafter's keys.
+
+    Raises ConfigError for the profile full: the format has no place for embedding and LM head.
+    """
+    if profile != "serving":
+        raise ConfigError(
+            f"export.profile={profile}: mtp.* tensors carry no embedding and LM head; set "
+            "export.profile=serving"
+        )
     text = target.config
     own = {key: shape.to_dict()[name] for key, name in OWN.items()}
     ratios = [text.compress_rates.get(kind, 0) for kind in text.layer_types]
@@ -131,18 +113,9 @@ def deepseek_v4_config(
     }
 
 
-def card_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` (`deepseek_v4_config`) by the keys under which `model_card` looks things up."""
-    return {
-        **config,
-        **{name: config[key] for key, name in OWN.items()},
-        "num_hidden_layers": config["dspark_num_layers"],
-        "num_target_layers": config["num_hidden_layers"],
-        "markov_head_type": "vanilla",
-        "enable_confidence_head": True,
-        "num_anchors": config["deepspec"]["num_anchors"],
-        "deepspec": {**config["deepspec"], "profile": "serving"},
-    }
+def deepseek_v4_tensors(drafter: DSparkV4Drafter) -> dict[str, Tensor]:
+    """All tensors by their published names: bf16, and fp32 where the published ones are."""
+    return dict(_published(drafter))
 
 
 def _published(drafter: DSparkV4Drafter) -> Iterator[tuple[str, Tensor]]:
@@ -154,32 +127,45 @@ def _published(drafter: DSparkV4Drafter) -> Iterator[tuple[str, Tensor]]:
             yield name, part.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-def _require_free(out: Path) -> None:
-    if not out.exists():
+def deepseek_v4_faults(config: dict[str, Any], headers: Headers | None) -> Iterator[str]:
+    """What is wrong with a config.json and the tensors beside it (None: they are unreadable)."""
+    stages = {int(stage[1]) for stage in map(STAGE.match, headers or {}) if stage}
+    if headers is None or not stages:
+        yield from () if headers is None else ["there are no mtp.* tensors"]
         return
-    found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
-    foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
-    if foreign or (found and not _is_ours(out)):
-        raise CheckpointError(
-            f"{out} is not just an earlier export (it holds {', '.join((foreign or found)[:3])}) "
-            "and is not overwritten; choose another folder, or move its files away"
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether it was written here: a published checkpoint may hold the same files, and a target."""
-    return is_deepseek_v4(folder) and "deepspec" in _read_config(folder)
+    try:
+        shape = _shape(Path("config.json"), config, 1 + max(stages))
+        with torch.device("meta"):
+            own = DSparkV4Drafter(shape).state_dict()
+    except (CheckpointError, ArithmeticError, RuntimeError, ValueError) as error:
+        yield str(error)
+        return
+    ids = list(shape.target_layer_ids)
+    if not ids or ids != sorted(set(ids)) or ids[0] < -1 or ids[-1] >= shape.num_target_layers:
+        yield f"dspark_target_layer_ids {ids} do not ascend below {shape.num_target_layers}"
+    if not 0 <= shape.mask_token_id < shape.vocab_size:
+        yield f"dspark_noise_token_id {shape.mask_token_id} is none of {shape.vocab_size} tokens"
+    wanted = {
+        name: tuple(tensor.shape[-2:] if tensor.ndim == 3 else tensor.shape)
+        for key, tensor in own.items()
+        for name in published_names(key, shape)
+    }
+    scales = {scale for name in wanted for scale in _scale_names(name)}
+    for name, size in wanted.items():
+        found = headers.get(name)
+        if found is None:
+            yield f"{name} is missing"
+        elif any(scale in headers for scale in _scale_names(name)):
+            continue  # block-scaled: sizes depend on the packing, and are checked by the loader
+        elif found.dtype not in ("BF16", "F32"):
+            yield f"{name} is {found.dtype} without a scale, expected BF16"
+        elif found.shape != size:
+            yield f"{name} is {list(found.shape)}, expected {list(size)}"
+    extra = {name for name in headers if STAGE.match(name)} - wanted.keys() - scales
+    yield from (f"{name} is not called for" for name in sorted(extra))
 
 
 # --------------------------------------------------------------------------------------- reading
-
-
-def is_deepseek_v4(folder: Path) -> bool:
-    """Whether the local `folder` holds a V4 drafter, alone or in its target, by its config.json."""
-    try:
-        return folder.is_dir() and bool(_read_config(folder))
-    except CheckpointError:
-        return False
 
 
 def deepseek_v4_shape(folder: Path) -> DSparkV4Config:
@@ -187,7 +173,7 @@ def deepseek_v4_shape(folder: Path) -> DSparkV4Config:
 
     Raises CheckpointError when config.json is missing, incomplete or describes something else.
     """
-    return _shape(folder, _read_config(folder), _Tensors(folder))
+    return _shape(folder / CONFIG, _read_config(folder), _Tensors(folder).stages)
 
 
 def load_deepseek_v4(folder: Path, target: TargetEnds | None = None) -> DSparkV4Drafter:
@@ -198,7 +184,7 @@ def load_deepseek_v4(folder: Path, target: TargetEnds | None = None) -> DSparkV4
     corrupt or do not fit each other, and for another target.
     """
     config, tensors = _read_config(folder), _Tensors(folder)
-    shape = _shape(folder, config, tensors)
+    shape = _shape(folder / CONFIG, config, tensors.stages)
     if target is not None:
         _check_target(folder, config, shape, target)
     recorded = config.get("deepspec", {}).get("sha256")
@@ -304,8 +290,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _shape(folder: Path, config: dict[str, Any], tensors: _Tensors) -> DSparkV4Config:
-    """The target's part as Transformers reads it; the number of stages by the tensors there are."""
+def _shape(file: Path, config: dict[str, Any], stages: int) -> DSparkV4Config:
+    """The target's part as Transformers reads it; as many stages as there are tensors of."""
     own = {name: config[key] for key, name in OWN.items()}
     layers = own.pop("target_layer_ids")
     try:
@@ -313,11 +299,11 @@ def _shape(folder: Path, config: dict[str, Any], tensors: _Tensors) -> DSparkV4C
             DeepseekV4Config.from_dict(config),
             **{name: int(value) for name, value in own.items()},
             target_layer_ids=tuple(int(layer) for layer in layers),
-            num_layers=tensors.stages,
+            num_layers=stages,
             confidence_detached=config.get("deepspec", {}).get("confidence_detached", False),
         )
     except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / CONFIG} describes no V4 drafter: {error}") from None
+        raise CheckpointError(f"{file} describes no V4 drafter: {error}") from None
 
 
 def _check_target(

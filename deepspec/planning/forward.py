@@ -67,23 +67,28 @@ def objective_bytes(job: Job, batch: MicroBatch) -> Objective:
     """The loss computes in fp32 (the drafter's last norm gives fp32 at any precision)."""
     shape, config, slots = job.shapes.drafter, job.config.objective, batch.slots
     vocabulary, hidden, rank = shape.vocab_size, shape.hidden_size, job.shapes.rank
+    drafted = job.shapes.drafted
     # a head saved in bf16 is copied to fp32 for the draft's logits
-    head = vocabulary * hidden * FP32 if job.value != FP32 else 0
+    head = drafted * hidden * FP32 if job.value != FP32 else 0
     finals = slots * hidden * job.value  # the target's state behind each slot
     states = slots * (hidden + rank) * FP32
-    shared = vocabulary * rank * FP32
+    shared = drafted * rank * FP32
     if config.implementation == "eager":
         # base and biased logits, log-softmax, its exp, the target's softmax, the distance; and in
-        # the backward one less
+        # the backward one less. Fewer drafts' logits come before they are put among all
         logits = slots * vocabulary * FP32
-        return Objective(6 * logits + finals + head, 5 * logits + head, states + shared)
+        fewer = slots * drafted * FP32 if drafted < vocabulary else 0
+        most, least = 6 * logits + 2 * fewer, 5 * logits + fewer
+        return Objective(most + finals + head, least + head, states + shared)
     chunk = min(config.chunk_size, slots)
-    # p, q and scratch; target logits before they become fp32; a soft cap's slope and a product
-    rows = 3 * FP32 + (job.value if job.value != FP32 else 0) + 2 * FP32 * job.shapes.soft_cap
+    # p, q and scratch; a soft cap's slope and a product; target logits before they become fp32, and
+    # where fewer tokens are drafted, all of the target's distribution beside what of it is q
+    wide = (job.value if job.value != FP32 else 0) + (FP32 if drafted < vocabulary else 0)
+    rows = drafted * (3 * FP32 + 2 * FP32 * job.shapes.soft_cap) + vocabulary * wide
     # slots of weight zero are left out, so what is left is a copy: counted as if all weighed
     picked = states + finals
     return Objective(
-        forward=finals + picked + chunk * vocabulary * rows + states + shared + head,
+        forward=finals + picked + chunk * rows + states + shared + head,
         backward=2 * (states + shared),  # scaled by the gradient of the loss: a copy
         left=states + shared,
     )

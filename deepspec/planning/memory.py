@@ -61,6 +61,12 @@ def activations(job: Job, batch: MicroBatch) -> Activations:
     return drafter_activations(job, batch)
 
 
+def draft_head(job: Job) -> int:
+    """Bytes of the LM head's rows for a draft vocabulary: a copy, beside the whole head."""
+    shape, drafted = job.shapes.drafter, job.shapes.drafted
+    return 0 if drafted == shape.vocab_size else drafted * shape.hidden_size * job.value
+
+
 def memory_of(job: Job, batch: MicroBatch) -> Memory:
     """Memory a device while a micro-batch like `batch` is trained on."""
     states, kept = engine_states(job), activations(job, batch)
@@ -69,7 +75,8 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
     target_forward = 0 if elsewhere else target_bytes(job, batch)
     runtime = CUDA_RUNTIME if job.cuda else 0
 
-    always = weights + states.weights + states.optimizer + states.staying + runtime
+    always = weights + draft_head(job) + states.weights + states.optimizer
+    always += states.staying + runtime
     forward = always + states.gathered + states.waiting + features
     # as it begins, everything that the forward kept is there
     first = kept.total + max(loss.backward, loss.left + kept.mlp) + states.waiting
@@ -85,6 +92,7 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
     }
     parts = {
         "target weights": weights,
+        "its head's rows for the drafts": draft_head(job),
         "target's forward": target_forward,
         "features": features,
         "drafter weights": states.weights + states.gathered,

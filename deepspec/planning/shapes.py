@@ -23,16 +23,18 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `rank`: R, 0 without a sequential head. `parameters`: numbers of each trainable parameter;
-    `largest`: the most that one module has of its own. `casts`: numbers of the weights that
-    autocast copies to bf16, and keeps. `target_parameters` counts tied weights once;
-    `target_active`: those a token's forward multiplies with, LM head apart; `ends`: those of
-    embedding and head; `scaled_ends`: those that are held twice, as files and as the family scales
-    them; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
+    `rank`: R, 0 without a sequential head; `drafted`: tokens that can be drafted, V or fewer.
+    `parameters`: numbers of each trainable parameter; `largest`: the most that one module has of
+    its own. `casts`: numbers of the weights that autocast copies to bf16, and keeps.
+    `target_parameters` counts tied weights once; `target_active`: those a token's forward
+    multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`: those that
+    are held twice, as files and as the family scales them; `saved_value`: bytes of a number under
+    target.dtype=auto. `text`: its text config.
     """
 
     drafter: Any  # the kind's own config
     rank: int
+    drafted: int
     parameters: tuple[int, ...]
     largest: int
     casts: int
@@ -71,6 +73,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     return Shapes(
         drafter=shape,
         rank=0 if drafter.bias_weight is None else drafter.bias_weight.shape[1],
+        drafted=shape.vocab_size if drafter.d2t is None else len(drafter.d2t),
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         largest=max(_own(module) for module in drafter.modules()),
         # W2 is read by the objective, which computes in fp32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from deepspec.planning.shapes import FP32, Job
 
@@ -39,7 +40,8 @@ def engine_states(job: Job) -> States:
         return _offloaded(states) if job.config.engine.offload == "cpu" else states
     # CUDA updates all parameters at once, with a temporary as large; a processor one by one, with
     # two, while the one before still holds its own
-    update = whole if job.cuda else min(3 * largest, 2 * whole)
+    one_by_one = max(before + 2 * own for before, own in pairwise((0, *shapes.parameters)))
+    update = whole if job.cuda else one_by_one * FP32
     return States(whole, 2 * whole, whole, update, waiting=whole if several else 0)
 
 

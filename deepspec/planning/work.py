@@ -57,7 +57,9 @@ def drafter_flops(job: Job, batch: MicroBatch) -> int:
 def objective_flops(job: Job, batch: MicroBatch) -> int:
     """Logits of target and draft, and the gradients of hidden states, latents and W2."""
     shape = job.shapes.drafter
-    return 6 * batch.slots * shape.vocab_size * (shape.hidden_size + job.shapes.rank)
+    target = 2 * shape.vocab_size * shape.hidden_size
+    draft = job.shapes.drafted * (4 * shape.hidden_size + 6 * job.shapes.rank)
+    return batch.slots * (target + draft)
 
 
 def batch_flops(job: Job, batch: MicroBatch) -> int:

@@ -68,6 +68,8 @@ class Trainer:
         self.folder = folder
         self.engine = engine
         self.shape = drafter.config
+        # the tokens it drafts are fixed from here on
+        self._d2t = None if drafter.d2t is None else drafter.d2t.cpu()
         self.distillation: Any = engine.prepare(Distillation(drafter, target, config))
         self._loads = [self._load(sample) for sample in samples]
         self._shortest = min(samples, key=len)
@@ -255,9 +257,14 @@ class Trainer:
                 f"{checkpoint.folder} holds a drafter of another shape ({', '.join(changed)} "
                 "differ); set out= to a new folder, or training.resume=never"
             )
-        self.engine.restore(
-            read_tensors(checkpoint, WEIGHTS), read_tensors(checkpoint, OPTIMIZER), checkpoint.step
-        )
+        weights = read_tensors(checkpoint, WEIGHTS)
+        own = self._d2t
+        if own is not None and not torch.equal(weights.get("d2t", own[:0]), own):
+            raise TrainingError(
+                f"{checkpoint.folder} drafts other tokens than this run (d2t differs); set out= to "
+                "a new folder, or training.resume=never"
+            )
+        self.engine.restore(weights, read_tensors(checkpoint, OPTIMIZER), checkpoint.step)
         self.step = checkpoint.step
         self._last_validation = checkpoint.metrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec.drafters.base import Draw, Observation
+from deepspec.drafters.base import Draw, Observation, within
 from deepspec.records import Proposal
 
 
@@ -35,3 +35,14 @@ class RandomProposer:
         if drawn[0][1] is None:
             return Proposal(tokens, None, None)
         return Proposal(tokens, torch.stack([p for _, p in drawn], dim=1), None)
+
+
+class ReducedProposer(RandomProposer):
+    """Draws from a fixed distribution over the tokens `ids` of the target's."""
+
+    def __init__(self, ids: Tensor, vocabulary: int, block_size: int = 4) -> None:
+        super().__init__(len(ids), block_size)
+        self.ids, self.vocabulary = ids, vocabulary
+
+    def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
+        return super().propose(anchors, positions, end, within(draw, self.ids, self.vocabulary))

@@ -17,9 +17,12 @@ from deepspec.checks.proposers import Rehearsed
 from deepspec.decoding import Decoder, Sampling, plain_decode, verification
 from deepspec.decoding.exactness import first_difference
 from deepspec.decoding.sampling import draw
+from deepspec.drafters.dspark import DSparkProposer
 from deepspec.targets import Target
-from tests.decoding.chi_square import decode_counts, exact_joint, p_value
-from tests.decoding.proposers import RandomProposer
+from tests.decoding import proposers
+from tests.decoding.chi_square import VOCABULARY, decode_counts, exact_joint, p_value
+from tests.decoding.proposers import RandomProposer, ReducedProposer
+from tests.export.conftest import make_drafter
 
 GREEDY = Sampling()
 
@@ -75,6 +78,23 @@ def test_greedy_equals_generate(
         assert completion.finish_reason == ("stop" if ended else "length")
     accepted = {trace.accepted for trace in result.traces if trace.scheduled == 4}
     assert accepted == {"rubbish": {0}, "perfect": {4}, "half": {2}}[quality]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_greedy_equals_generate_with_a_draft_vocabulary(target: Target, batch: int) -> None:
+    """A drafter that knows but the tokens that the target says here, and one that knows others."""
+    prompts = prompts_of(5)
+    expected = [generate(target, prompt, 24, []) for prompt in prompts]
+    said = torch.tensor(sorted({token for text in expected for token in text}))
+    others = torch.tensor(sorted(set(range(260)) - set(said.tolist())))[: len(said)]
+    drafter = make_drafter(target, "vanilla", draft_vocab_size=len(said))
+    for ids in (said, others):
+        drafter.restrict(ids)
+        proposer = DSparkProposer(drafter, target.embedding, target.head)
+        result = Decoder(target, proposer, batch, []).generate(prompts, GREEDY, 24)
+        assert [completion.tokens for completion in result.completions] == expected
+        accepted = sum(trace.accepted for trace in result.traces)
+        assert (accepted > 0) == (ids is said)
 
 
 def test_traces_account_for_every_token(target: Target, known: dict, stop: list[int]) -> None:
@@ -154,6 +174,32 @@ def test_sampled_output_does_not_depend_on_batch_mates(target: Target) -> None:
 def test_sampled_output_has_the_targets_distribution(small: Target, sampling: Sampling) -> None:
     exact = exact_joint(small, [1, 4, 2, 5], sampling)
     assert p_value(decode_counts(small, sampling), exact) > 1e-3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.3, top_k=4)], ids=["t1", "top_k"])
+def test_a_draft_vocabulary_keeps_the_distribution(small: Target, sampling: Sampling) -> None:
+    exact = exact_joint(small, [1, 4, 2, 5], sampling)
+    proposer = ReducedProposer(torch.tensor([0, 3, 4, 6]), VOCABULARY, block_size=2)
+    assert p_value(decode_counts(small, sampling, proposer=proposer), exact) > 1e-3
+
+
+def test_drafts_that_hide_their_vocabulary_are_rejected(
+    small: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the probabilities of the four tokens taken for those of the first four, drafts would
+    be judged by the wrong ones."""
+
+    def misplaced(draw, ids, size):
+        def choose(logits):
+            tokens, p = draw(logits)
+            return ids[tokens], torch.nn.functional.pad(p, (0, size - len(ids)))
+
+        return choose
+
+    monkeypatch.setattr(proposers, "within", misplaced)
+    proposer = ReducedProposer(torch.tensor([0, 3, 4, 6]), VOCABULARY, block_size=2)
+    exact = exact_joint(small, [1, 4, 2, 5], Sampling(1.0))
+    assert p_value(decode_counts(small, Sampling(1.0), proposer=proposer), exact) < 1e-6
 
 
 def test_confidence_like_schedule_keeps_the_distribution(small: Target) -> None:

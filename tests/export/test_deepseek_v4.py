@@ -31,16 +31,15 @@ from deepspec.config.schema import RunConfig, TargetConfig, as_dict
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.dspark_v4 import DSparkV4Drafter
 from deepspec.errors import CheckpointError
-from deepspec.export import (
+from deepspec.export import LAYOUTS, is_export, model_card, write_export
+from deepspec.export.block_scales import dequantised
+from deepspec.export.deepseek_v4 import (
     deepseek_v4_config,
     deepseek_v4_shape,
-    export_deepseek_v4,
-    is_deepseek_v4,
+    deepseek_v4_tensors,
     load_deepseek_v4,
-    model_card,
 )
-from deepspec.export.block_scales import dequantised
-from deepspec.export.deepseek_v4 import card_facts
+from deepspec.export.files import headers_of
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 from tests.deepseek_v4 import LAYER_IDS, load_v4, make_native, save_v4
@@ -116,7 +115,9 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 def export(drafter: DSparkV4Drafter, target: Target, out: Path) -> Path:
-    return export_deepseek_v4(drafter, target, out, "a card\n", num_anchors=32)
+    what = ("deepseek_v4", "dspark_v4", drafter, target, out, "serving", 32)
+    assert write_export(*what, card=lambda config, traits: "a card\n").layout == "deepseek_v4"
+    return out
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -187,7 +188,7 @@ def test_a_quantised_targets_scheme_is_not_the_drafters(
 ) -> None:
     target.config.quantization_config = {"quant_method": "fp8"}
     try:
-        assert "quantization_config" not in deepseek_v4_config(drafter.config, target, 1)
+        assert "quantization_config" not in deepseek_v4_config(drafter.config, target, "serving", 1)
     finally:
         del target.config.quantization_config
 
@@ -223,7 +224,7 @@ def logits(drafter: DSparkV4Drafter, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def test_round_trip(exported: Path, drafter: DSparkV4Drafter, target: Target) -> None:
-    assert is_deepseek_v4(exported)
+    assert is_export(exported)
     assert deepseek_v4_shape(exported) == drafter.config
     loaded = load_deepseek_v4(exported, target)
     assert not loaded.training
@@ -349,7 +350,7 @@ def test_a_published_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model-00001-of-00003.safetensors").unlink()  # holds nothing that is needed
 
-    assert is_deepseek_v4(folder)
+    assert is_export(folder)
     loaded = load_deepseek_v4(folder, target)
     again = load_file(export(loaded, target, tmp_path / "again") / "model.safetensors")
     assert again.keys() == expected.keys()
@@ -474,8 +475,8 @@ def test_configs_that_describe_none(folder: Path, changes: Any, expected: str) -
 
 
 def test_a_v4_without_a_drafter_is_none(target: Target, tmp_path: Path) -> None:
-    assert not is_deepseek_v4(Path(target.name))
-    assert not is_deepseek_v4(tmp_path / "nowhere")
+    assert not is_export(Path(target.name))
+    assert not is_export(tmp_path / "nowhere")
 
 
 def test_another_target_is_refused(
@@ -510,8 +511,8 @@ def test_a_training_ends_in_this_layout(target: Target, tmp_path: Path) -> None:
     trainer.train_step()
     source = open_source(trainer.save())
     out = tmp_path / "out"
-    config = export_drafter(source, target, source.load(target), out, None)
-    assert config["dspark_block_size"] == 4
+    export_drafter(source, target, source.load(target), out, None)
+    assert json.loads((out / "config.json").read_text())["dspark_block_size"] == 4
     loaded = load_deepseek_v4(out, target).state_dict()
     for name, tensor in trainer.distillation.drafter.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=2**-8)
@@ -524,8 +525,9 @@ def test_a_training_ends_in_this_layout(target: Target, tmp_path: Path) -> None:
 def test_the_card_tells_of_it(target: Target, drafter: DSparkV4Drafter) -> None:
     run = as_dict(RunConfig(recipe="r", target=TargetConfig(path="x")))
     run["data"]["path"] = ["owner/prompts"]
-    config = deepseek_v4_config(drafter.config, target, 32)
-    card = model_card("mine", card_facts(config), run, 7, None)
+    config = deepseek_v4_config(drafter.config, target, "serving", 32)
+    traits = LAYOUTS["deepseek_v4"].traits(config, headers_of(deepseek_v4_tensors(drafter)))
+    card = model_card("mine", drafter.config, config, traits, run, 7, None)
     head, body = card.split("---")[1], card.split("---", 2)[2]
     assert yaml.safe_load(head)["pipeline_tag"] == "text-generation"
     assert "| draft layers | 2, hidden size 64 |" in body

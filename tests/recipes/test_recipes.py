@@ -11,7 +11,7 @@ import yaml
 from deepspec.cli import main
 from deepspec.config.loading import config_from, list_recipes, load_config
 from deepspec.evaluation.results import read_report
-from deepspec.export.flat import load_flat
+from deepspec.export import open_export
 from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import best_checkpoint, list_checkpoints, load_drafter
 from deepspec.training.metrics import read_metrics
@@ -84,7 +84,7 @@ def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Targe
     best = best_checkpoint(out / "checkpoints")
     assert best.kind == report.drafter["kind"] == config.drafter.kind
     trained = load_drafter(best).state_dict()
-    written = load_flat(out / "export", target).state_dict() if exported else {}
+    written = open_export(out / "export").load(target).state_dict() if exported else {}
     for key in written:
         assert written[key].equal(trained[key].bfloat16().float()), key
     # prompt lookup is in every report, on the prompts that were decoded plainly too

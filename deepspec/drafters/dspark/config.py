@@ -16,7 +16,9 @@ MARKOV_HEADS = ("vanilla", "gated", "rnn")
 class DSparkConfig(DrafterShape):
     """A backbone and its heads; DFlash is `markov_rank` 0 without confidence.
 
-    Slot 0 holds the anchor (`sample_from_anchor`), so K inputs give K drafts.
+    Slot 0 holds the anchor (`sample_from_anchor`), so K inputs give K drafts. `num_target_layers`
+    is 0 where an export does not say it. `draft_vocab_size` tokens of the vocabulary are drafted,
+    None: all of them; `draft_vocab_coverage` of the training tokens are among these.
     """
 
     mask_token_id: int
@@ -26,6 +28,8 @@ class DSparkConfig(DrafterShape):
     confidence_with_markov: bool
     confidence_detached: bool
     sample_from_anchor: bool = True
+    draft_vocab_size: int | None = None
+    draft_vocab_coverage: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -56,7 +60,18 @@ def resolve_config(config: DrafterConfig, target: Any) -> DSparkConfig:
         confidence_head=config.confidence_head and config.kind != "dflash",
         confidence_with_markov=config.confidence_with_markov and rank > 0,
         confidence_detached=config.confidence_detached,
+        draft_vocab_size=_draft_vocab_size(config.draft_vocab_size, target.vocab_size),
     )
+
+
+def _draft_vocab_size(size: int | None, whole: int) -> int | None:
+    """None where it is the `whole` vocabulary."""
+    if size is not None and size > whole:
+        raise ConfigError(
+            f"drafter.draft_vocab_size={size} is more than the target's vocabulary of {whole}; "
+            "choose fewer, or null for all of them"
+        )
+    return None if size == whole else size
 
 
 def resolve_mask_token(configured: int | None, target: Any) -> int:

@@ -3,7 +3,8 @@
 Every kind turns (hidden, previous token, state) into a latent [.., R]; the bias on the logits is
 `latent @ markov_w2.T`. Training runs a block's slots with the true previous tokens, decoding one
 slot at a time with the sampled one; both go through `step`. Weight names are those of the flat
-checkpoint layout. Legend: B rows, N blocks, K block size, D hidden size, R rank, V vocabulary.
+checkpoint layout. Legend: B rows, N blocks, K block size, D hidden size, R rank, V vocabulary,
+V_draft tokens that can be drafted (V or fewer).
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from deepspec.drafters.base import Draw
 
 
 class MarkovHead(nn.Module):
-    """Vanilla: B_j = W2 W1[x_{j-1}]."""
+    """Vanilla: B_j = W2 W1[x_{j-1}]; W1 [V, R] of any token, W2 [V_draft, R] of what is drafted."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, rank: int, draft_vocab_size: int | None = None
+    ) -> None:
         super().__init__()
         self.rank = rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
 
     def step(
         self, hidden: Tensor, embedded: Tensor, state: Tensor | None
@@ -47,8 +50,10 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """B_j = W2 (sigmoid(W_g [h_j; W1[x_{j-1}]]) * W1[x_{j-1}])."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
-        super().__init__(hidden_size, vocab_size, rank)
+    def __init__(
+        self, hidden_size: int, vocab_size: int, rank: int, draft_vocab_size: int | None = None
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, rank, draft_vocab_size)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
     def step(
@@ -65,8 +70,10 @@ class RnnMarkovHead(MarkovHead):
     g goes through a sigmoid; s is zero at the start of every block.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
-        super().__init__(hidden_size, vocab_size, rank)
+    def __init__(
+        self, hidden_size: int, vocab_size: int, rank: int, draft_vocab_size: int | None = None
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, rank, draft_vocab_size)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def step(

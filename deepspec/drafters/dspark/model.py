@@ -47,7 +47,7 @@ class DSparkDrafter(Drafter):
     """Backbone, Markov head and confidence head (dspark.md). Rank 0 without confidence: DFlash."""
 
     def __init__(self, config: DSparkConfig) -> None:
-        super().__init__()
+        super().__init__(config.draft_vocab_size)
         self.config = config
         size, rank = config.hidden_size, config.markov_rank
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
@@ -56,7 +56,9 @@ class DSparkDrafter(Drafter):
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.markov_head: MarkovHead | None = None
         if rank:
-            self.markov_head = MARKOV_KINDS[config.markov_head](size, config.vocab_size, rank)
+            self.markov_head = MARKOV_KINDS[config.markov_head](
+                size, config.vocab_size, rank, config.draft_vocab_size
+            )
         self.confidence_head: ConfidenceHead | None = None
         if config.confidence_head:
             self.confidence_head = ConfidenceHead(
@@ -78,7 +80,7 @@ class DSparkDrafter(Drafter):
 
     @property
     def bias_weight(self) -> Tensor | None:
-        """W2 [V, R]: turns a latent into a bias on the logits; None at rank 0."""
+        """W2 [V_draft, R]: turns a latent into a bias on the logits; None at rank 0."""
         return None if self.markov_head is None else self.markov_head.markov_w2.weight
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from deepspec.config.schema import DrafterConfig
 from deepspec.drafters.dspark.config import resolve_mask_token
@@ -82,6 +82,10 @@ class DSparkV4Config:
     confidence_detached: bool
     rms_norm_eps: float
     initializer_range: float
+    # what the format fixes, for readers of any kind of shape
+    markov_head: ClassVar[str] = "vanilla"
+    confidence_head: ClassVar[bool] = True
+    draft_vocab_size: ClassVar[None] = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
