@@ -23,16 +23,15 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `rank`: R, 0 without a sequential head. `parameters`: numbers of each trainable parameter;
-    `largest`: the most that one module has of its own. `casts`: numbers of the weights that
-    autocast copies to bf16, and keeps. `target_parameters` counts tied weights once;
-    `target_active`: those a token's forward multiplies with, LM head apart; `ends`: those of
-    embedding and head; `scaled_ends`: those that are held twice, as files and as the family scales
-    them; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
+    `parameters`: numbers of each trainable parameter; `largest`: the most that one module has of
+    its own. `casts`: numbers of the weights that autocast copies to bf16, and keeps.
+    `target_parameters` counts tied weights once; `target_active`: those a token's forward
+    multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`: those that
+    are held twice, as files and as the family scales them; `saved_value`: bytes of a number under
+    target.dtype=auto. `text`: its text config.
     """
 
     drafter: Any  # the kind's own config
-    rank: int
     parameters: tuple[int, ...]
     largest: int
     casts: int
@@ -43,6 +42,11 @@ class Shapes:
     saved_value: int
     soft_cap: bool
     text: Any
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without a sequential head."""
+        return getattr(self.drafter, "markov_rank", 0)
 
     @property
     def trainable(self) -> int:
@@ -70,7 +74,6 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     scaled += target.head.weight.numel() * (target.logit_scale != 1)
     return Shapes(
         drafter=shape,
-        rank=0 if drafter.bias_weight is None else drafter.bias_weight.shape[1],
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         largest=max(_own(module) for module in drafter.modules()),
         # W2 is read by the objective, which computes in fp32
