@@ -27,7 +27,6 @@ COMMANDS = (
     "export",
     "check",
     "recipes",
-    "check",
     "doctor",
 )
 

@@ -3,8 +3,8 @@
 One function, two implementations of the same mask. SDPA goes sample by sample, so the mask it
 builds is [n*Q, T_sample + n*P]; FlexAttention takes the whole pack and skips empty tiles (CUDA:
 it has no backward on CPU). Legend: N blocks, K block size, T context tokens, H heads,
-G key/value heads, E head dimension. A block has Q queries and P keys of its own: K and K where all
-slots go at once, one query and as many keys as slots so far where they go one after the other.
+G key/value heads, E head dimension; Q queries and P keys of a block: K and K where its slots go at
+once, one query and the keys of all slots so far where they go one after the other.
 """
 
 from __future__ import annotations

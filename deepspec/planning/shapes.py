@@ -23,7 +23,7 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `rank`: R, 0 without a sequential head; `drafted`: tokens that can be drafted, V or fewer.
+    `drafted`: tokens that can be drafted, V or fewer.
     `parameters`: numbers of each trainable parameter; `largest`: the most that one module has of
     its own. `casts`: numbers of the weights that autocast copies to bf16, and keeps.
     `target_parameters` counts tied weights once; `target_active`: those a token's forward
@@ -33,7 +33,6 @@ class Shapes:
     """
 
     drafter: Any  # the kind's own config
-    rank: int
     drafted: int
     parameters: tuple[int, ...]
     largest: int
@@ -45,6 +44,11 @@ class Shapes:
     saved_value: int
     soft_cap: bool
     text: Any
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without a sequential head."""
+        return getattr(self.drafter, "markov_rank", 0)
 
     @property
     def trainable(self) -> int:
@@ -72,7 +76,6 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     scaled += target.head.weight.numel() * (target.logit_scale != 1)
     return Shapes(
         drafter=shape,
-        rank=0 if drafter.bias_weight is None else drafter.bias_weight.shape[1],
         drafted=shape.vocab_size if drafter.d2t is None else len(drafter.d2t),
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
         largest=max(_own(module) for module in drafter.modules()),

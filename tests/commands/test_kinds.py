@@ -98,5 +98,5 @@ def test_training_without_a_layout_says_so(
     assert "export: none: no layout holds drafter.kind=eagle3 (flat holds dspark and d" in shown
     assert not (run / "export").exists()
     message = refused("export", f"checkpoint={run}", f"out={tmp_path / 'export'}")
-    assert "no layout holds drafter.kind=eagle3 (flat holds dspark and dflash)" in message
+    assert "no layout holds drafter.kind=eagle3 (flat holds dspark and dflash" in message
     assert not (tmp_path / "export").exists()

@@ -139,12 +139,8 @@ def test_choices_are_listed(key: str, choices: str) -> None:
             ("objective.ce_weight", "objective.l1_weight"),
         ),
         (
-            {"drafter__kind": "dspark_v4", "export__format": "flat"},
-            ("drafter.kind=dspark_v4", "export.format=deepseek_v4"),
-        ),
-        (
-            {"drafter__kind": "dflash", "export__format": "deepseek_v4"},
-            ("drafter.kind=dflash", "export.format=flat"),
+            {"drafter__kind": "eagle3", "drafter__draft_vocab_size": 100},
+            ("drafter.draft_vocab_size=100", "eagle3"),
         ),
     ],
 )

@@ -62,7 +62,19 @@ def job_of(drafter: DSparkV4Drafter, precision: str, *words: str) -> Job:
     linear = [m.weight for m in drafter.modules() if isinstance(m, torch.nn.Linear)]
     casts = sum(w.numel() for w in linear if w is not drafter.bias_weight)
     value = {"bf16": 2, "fp32": 4}[precision]
-    shapes = Shapes(drafter.config, (), 0, casts, 0, 0, 0, value, False, None)
+    shapes = Shapes(
+        drafter=drafter.config,
+        parameters=(),
+        largest=0,
+        casts=casts,
+        target_parameters=0,
+        target_active=0,
+        ends=0,
+        scaled_ends=0,
+        saved_value=value,
+        soft_cap=False,
+        text=None,
+    )
     config.target.dtype = "auto"
     return Job(config, shapes, 1, cuda=False)
 

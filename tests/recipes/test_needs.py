@@ -19,14 +19,7 @@ ROWS = {
     "stored features, float8": r"([\d.]+ \w+) in float8",
     "training": r"([\d.]+ hours) at 400 TFLOP/s a GPU",
 }
-
-
-# needs a target family whose last layer may be captured; take the mark away when there is one
-WAITING = pytest.mark.xfail(raises=SystemExit, strict=True)
-NAMES = [
-    pytest.param(name, marks=WAITING) if name.startswith("deepseek_v4") else name
-    for name in sorted(LARGE - {"deepseek_v4"})  # another name for deepseek_v4_flash
-]
+NAMES = sorted(LARGE - {"deepseek_v4"})  # another name for deepseek_v4_flash
 
 
 @pytest.mark.parametrize("name", NAMES)

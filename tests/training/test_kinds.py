@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from deepspec.training.checkpoint import load_drafter, read_checkpoint
 from deepspec.training.metrics import read_metrics
 from tests.trainers import MakeTrainer
+from tests.training.test_zero import ZERO3, needs_deepspeed, result, run_jobs
 
 KINDS = {
     "eagle3": ["drafter.kind=eagle3"],
@@ -47,3 +50,17 @@ def test_checkpoint_is_the_drafter_and_resumes_bitwise(
     expected = whole.engine.weights()
     for key, tensor in resumed.engine.weights().items():
         assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_sharded_weights_are_there_at_every_step_of_a_block(
+    make_trainer: MakeTrainer, target_folder: Path, tmp_path: Path
+) -> None:
+    """One layer is run K times in a forward; ZeRO 3 has to gather it each time."""
+    jobs = {tmp_path / name: (4, "new", (*words, *ZERO3)) for name, words in KINDS.items()}
+    run_jobs(2, target_folder, jobs)
+    for name, words in KINDS.items():
+        trainer = make_trainer(f"alone-{name}", *words)
+        losses = [trainer.train_step()["loss"] for _ in range(4)]
+        assert [row[0] for row in result(tmp_path / name)["losses"]] == pytest.approx(losses, 1e-4)
