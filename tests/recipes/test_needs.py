@@ -21,15 +21,7 @@ ROWS = {
 }
 
 
-# needs a target family whose last layer may be captured; take the mark away when there is one
-WAITING = pytest.mark.xfail(raises=SystemExit, strict=True)
-NAMES = [
-    pytest.param(name, marks=WAITING) if name.startswith("deepseek_v4") else name
-    for name in sorted(LARGE - {"deepseek_v4"})  # another name for deepseek_v4_flash
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(LARGE - {"deepseek_v4"}))  # another's other name
 def test_needs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head = re.sub(r"\n# ?", " ", recipe_path(name).read_text().split("\ndescription:")[0])
     command = re.search(r"`deepspec (plan [^`]+)`", head)
