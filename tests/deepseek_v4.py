@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,10 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from deepspec.config.schema import DrafterConfig, TargetConfig
 from deepspec.drafters.dspark_v4 import DSparkV4Drafter, resolve_config
-from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target, load_target
 from tests.conftest import make_tokenizer
 
-LAYER_IDS = [0, 2, 3]
-
-
-class Averaged(Target):
-    """Features as the drafter reads them: the mean of a layer's streams."""
-
-    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
-        found = super().features(samples)
-        context = found.context if found.context.ndim == 2 else found.context.mean(1)
-        return TargetFeatures(context, found.final)
+LAYER_IDS = [0, 2, 4]
 
 
 def v4_config(**changes: Any) -> DeepseekV4Config:
@@ -78,10 +67,9 @@ def save_v4(folder: Path, **changes: Any) -> Path:
 
 
 def load_v4(folder: Path) -> Target:
-    """That checkpoint, with the streams averaged."""
-    wanted = TargetConfig(path=str(folder), dtype="float32", layer_ids=LAYER_IDS, attention="eager")
-    target = load_target(wanted, "cpu")
-    return Averaged(target.model, target.tokenizer, LAYER_IDS, target.name, target._files)
+    """That checkpoint, of which a drafter reads `LAYER_IDS`; 4 is its last layer."""
+    wanted = TargetConfig(path=str(folder), dtype="float32", layer_ids=LAYER_IDS)
+    return load_target(wanted, "cpu")
 
 
 def make_native(target: Target, seed: int = 1) -> DSparkV4Drafter:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
+from deepspec.cli import main
 from deepspec.config.schema import DrafterConfig
 from deepspec.decoding import Decoder, Sampling, plain_decode
 from deepspec.drafters.base import Observation
@@ -33,12 +34,14 @@ from deepspec.drafters.dspark_v4.attention import attend
 from deepspec.drafters.dspark_v4.experts import ExpertGroup, Routed
 from deepspec.drafters.rotary import Rotary, rotate_pairs
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.evaluation.results import read_report
 from deepspec.records import BlockBatch
 from deepspec.targets import Target
 from deepspec.training.checkpoint import load_drafter, read_checkpoint
-from tests.deepseek_v4 import LAYER_IDS, load_v4, save_v4, shake, v4_config
+from tests.deepseek_v4 import LAYER_IDS, load_v4, make_native, save_v4, shake, v4_config
 from tests.drafters.naive_v4 import Naive
 from tests.drafters.test_dspark import batch_of, of_context
+from tests.recipes.small import small, words, write_prompts
 from tests.trainers import build_trainer
 
 OWN = {
@@ -361,9 +364,9 @@ def test_a_request_of_one_token_has_no_context() -> None:
     torch.testing.assert_close(seen[0][0], first + bias)
 
 
-def test_in_the_decoding_loop(target: Target) -> None:
-    """Of batches of any size the drafts, and so the output, are the same; the output is the
-    target's own. Here the target is a small Qwen3: the loop sees no more of it than its states."""
+def test_rows_of_a_batch_draft_alike(target: Target) -> None:
+    """In the decoding loop, where rows have their own lengths and leave when they are done. The
+    target is a small Qwen3, because V4 decodes row by row."""
     shape = shape_for(v4_config(hidden_size=32), **{**OWN, "mask_token_id": 3})
     drafter = DSparkV4Drafter(shape)
     shake(drafter)
@@ -432,6 +435,38 @@ def test_micro_batches_change_nothing(v4_target: Target, tmp_path: Path) -> None
         steps.append([row[key] for row in rows for key in ("loss", "gradient_norm")])
         trainer.folder.__exit__(None, None, None)
     assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_v4_decodes_with_it_what_it_decodes_alone(v4_target: Target, batch: int) -> None:
+    drafter = make_native(v4_target)
+    proposer = DSparkV4Proposer(drafter, v4_target.embedding, v4_target.head)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(4, 260, (n,), generator=generator).tolist() for n in (2, 17, 5)]
+    plain = plain_decode(v4_target, prompts, Sampling(), 10, batch_size=1, stop_token_ids=[])
+    drafted = Decoder(v4_target, proposer, batch, []).generate(prompts, Sampling(), 10)
+    assert [c.tokens for c in drafted.completions] == [c.tokens for c in plain.completions]
+    assert any(trace.accepted < trace.scheduled for trace in drafted.traces)
+
+
+@pytest.mark.slow  # a V4 decodes slowly; the parts are tested one by one
+def test_from_the_command_line(v4_target: Target, tmp_path: Path) -> None:
+    """Trained, evaluated losslessly, exported, and the export evaluated: the same drafts."""
+    settings = small(Path(v4_target.name), write_prompts(tmp_path / "prompts.jsonl"))
+    del settings["target.num_layer_ids"]
+    settings |= {"target.layer_ids": str(LAYER_IDS), "drafter.mask_token_id": "3"}
+    settings |= {"export.format": "deepseek_v4", "training.max_steps": "1"}
+    out = tmp_path / "run"
+    main(["train", "recipe=tiny", "drafter=dspark_v4", f"out={out}", *words(settings)])
+    report = read_report(out / "report.json")
+    assert report.drafter["kind"] == "dspark_v4"
+    assert all(result.baseline.unexplained == 0 for result in report.results if result.baseline)
+    evaluated = ("decoding.max_new_tokens", "evaluation.limit", "evaluation.benchmarks")
+    own = {key: settings[key] for key in (*evaluated, "target.path", "target.layer_ids")}
+    main(["evaluate", f"run={out / 'export'}", f"out={tmp_path / 'again'}", *words(own)])
+    again = read_report(tmp_path / "again" / "report.json")
+    assert again.drafter["kind"] == "dspark_v4"
+    assert again.results[0].rounds > 0
 
 
 # --------------------------------------------------------------------------------------- config

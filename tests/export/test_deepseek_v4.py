@@ -488,7 +488,7 @@ def test_another_target_is_refused(
     kept = target.layer_ids
     target.layer_ids = [0, 1, 3]
     try:
-        with pytest.raises(CheckpointError, match=r"reads the target's layers \[0, 2, 3\]"):
+        with pytest.raises(CheckpointError, match=r"reads the target's layers \[0, 2, 4\]"):
             load_deepseek_v4(exported, target)
     finally:
         target.layer_ids = kept
@@ -531,7 +531,7 @@ def test_the_card_tells_of_it(target: Target, drafter: DSparkV4Drafter) -> None:
     head, body = card.split("---")[1], card.split("---", 2)[2]
     assert yaml.safe_load(head)["pipeline_tag"] == "text-generation"
     assert "| draft layers | 2, hidden size 64 |" in body
-    assert "| target layers read | 0, 2, 3 of 5 " in body
+    assert "| target layers read | 0, 2, 4 of 5 " in body
     assert "| Markov head | vanilla, rank 6 |" in body
     assert "up to 32 anchors each" in body
     assert "| vLLM | yes |" in body
