@@ -1,6 +1,6 @@
 """The drafter that a training begins with: a new one, or the one at `drafter.init_from`.
 
-That one gives shape and weights: an export (flat or speculators), a checkpoint or a run of ours, in
+That one gives shape and weights: an export (of any layout), a checkpoint or a run of ours, in
 a folder or, as owner/name[@revision], on the hub.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from deepspec.config.schema import DrafterConfig, RunConfig
 from deepspec.data.vocabulary import count_tokens, coverage, frequent_tokens
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export import is_export, open_export
@@ -121,8 +122,11 @@ def adopt_origin(config: RunConfig, given: Collection[str], checkpoints: Path) -
     kind, shape = _known(config, checkpoints) or open_origin(name).drafter
     changes: dict[str, Any] = {}
     defaults = DrafterConfig()
-    for key in (field.name for field in fields(DrafterConfig) if field.name not in FREE):
-        its = kind if key == "kind" else getattr(shape, key, None)
+    for key in (field.name for field in fields(DrafterConfig)):
+        fixed = kind == "dspark_v4" and key in V4_FIXED  # by its format: not to be set
+        if key in FREE or fixed or not (key == "kind" or hasattr(shape, key)):
+            continue
+        its = kind if key == "kind" else getattr(shape, key)
         wished = getattr(config.drafter, key)
         chosen = f"drafter.{key}" in given or wished != getattr(defaults, key)
         if chosen and wished is not None and wished != its:

@@ -103,7 +103,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.evaluation.enabled:
         whole = target if isinstance(target, Target) else stages.open_target(config)
         report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
-    exported = bool(layouts_for(config.drafter.kind, config.drafter))
+    exported = bool(layouts_for(drafted.kind, config.drafter))
     if exported:
         stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
@@ -111,6 +111,6 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         Console().print(results_table(report))
         print(f"report:     {folder.path / 'report.html'}")
     print(f"checkpoint: {drafted.place}")
-    where = folder.export if exported else "none, for want of a layout that holds this drafter"
+    where = folder.export if exported else f"none: no layout holds a drafter.kind={drafted.kind}"
     print(f"export:     {where}")
     print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")

@@ -23,13 +23,12 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `drafted`: tokens that can be drafted, V or fewer.
-    `parameters`: numbers of each trainable parameter; `largest`: the most that one module has of
-    its own. `casts`: numbers of the weights that autocast copies to bf16, and keeps.
-    `target_parameters` counts tied weights once; `target_active`: those a token's forward
-    multiplies with, LM head apart; `ends`: those of embedding and head; `scaled_ends`: those that
-    are held twice, as files and as the family scales them; `saved_value`: bytes of a number under
-    target.dtype=auto. `text`: its text config.
+    `drafted`: tokens that can be drafted, V or fewer. `parameters`: numbers of each trainable
+    parameter; `largest`: the most that one module has of its own. `casts`: numbers of the weights
+    that autocast copies to bf16, and keeps. `target_parameters` counts tied weights once;
+    `target_active`: those a token's forward multiplies with, LM head apart; `ends`: those of
+    embedding and head; `scaled_ends`: those that are held twice, as files and as the family scales
+    them; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
     """
 
     drafter: Any  # the kind's own config

@@ -22,6 +22,7 @@ from deepspec.data.anchors import draw_anchors
 from deepspec.data.batching import epoch_batches, split_batch
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import Interrupted, TrainingError
 from deepspec.features.sources import FeatureSource
 from deepspec.objective import LossOutput
@@ -251,8 +252,9 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`: same weights, moments and place in the data."""
         checkpoint.check_target(self.target.identity)
-        if checkpoint.shape != self.shape.to_dict():
-            changed = [k for k, v in self.shape.to_dict().items() if checkpoint.shape.get(k) != v]
+        shape = self.shape.to_dict()
+        its = drafter_kind(checkpoint.kind).load(checkpoint.shape).to_dict()
+        if changed := [key for key, value in shape.items() if its.get(key) != value]:
             raise TrainingError(
                 f"{checkpoint.folder} holds a drafter of another shape ({', '.join(changed)} "
                 "differ); set out= to a new folder, or training.resume=never"

@@ -386,7 +386,7 @@ def test_the_command_prints_the_table_and_its_exit_code(
 
     for words, message in (
         ([f"export={tmp_path}"], "holds no export (config.json is missing)"),
-        ([], "give exactly one of export=..., run=..."),
+        ([], "give exactly one of target=..., export=..., run=..."),
         ([f"export={folder}", f"run={folder}"], "give exactly one of"),
         ([f"export={folder}", "target.pth=x"], "did you mean target.path?"),
     ):

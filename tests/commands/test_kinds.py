@@ -95,8 +95,11 @@ def test_training_without_a_layout_says_so(
     run = tmp_path / "run"
     main(["train", "recipe=tiny_eagle3", f"out={run}", *words(settings)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "export: none: no layout holds drafter.kind=eagle3 (flat holds dspark and d" in shown
+    assert "export: none: no layout holds a drafter.kind=eagle3" in shown
     assert not (run / "export").exists()
     message = refused("export", f"checkpoint={run}", f"out={tmp_path / 'export'}")
-    assert "no layout holds drafter.kind=eagle3 (flat holds dspark and dflash" in message
+    assert (
+        "export.format=flat cannot hold this drafter: it holds no eagle3 drafters; no layout can"
+        in message
+    )
     assert not (tmp_path / "export").exists()

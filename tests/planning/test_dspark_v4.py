@@ -64,6 +64,7 @@ def job_of(drafter: DSparkV4Drafter, precision: str, *words: str) -> Job:
     value = {"bf16": 2, "fp32": 4}[precision]
     shapes = Shapes(
         drafter=drafter.config,
+        drafted=drafter.config.vocab_size,
         parameters=(),
         largest=0,
         casts=casts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,6 +74,15 @@ def test_resumed_is_bitwise_the_uninterrupted_run(make_trainer: MakeTrainer) -> 
     expected = whole.engine.weights()
     for name, tensor in resumed.engine.weights().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_checkpoint_from_before_there_were_draft_vocabularies(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run")
+    trainer.train_step()
+    saved = read_checkpoint(trainer.save())
+    older = {key: v for key, v in saved.shape.items() if not key.startswith("draft_vocab")}
+    assert len(older) == len(saved.shape) - 2
+    make_trainer("resumed").resume(replace(saved, shape=older))
 
 
 def test_other_tokens_are_refused(make_trainer: MakeTrainer) -> None:
