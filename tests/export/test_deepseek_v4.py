@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, DeepseekV4Config
 
+from deepspec.commands.beginnings import adopt_origin, first_drafter
 from deepspec.commands.sources import open_source
-from deepspec.commands.stages import export_drafter
+from deepspec.commands.stages import check_fit, export_drafter
+from deepspec.config.loading import config_from
 from deepspec.config.schema import RunConfig, TargetConfig, as_dict
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.dspark_v4 import DSparkV4Drafter
@@ -520,6 +522,19 @@ def test_a_training_ends_in_this_layout(target: Target, tmp_path: Path) -> None:
     assert exported.kind == source.kind == "dspark_v4"
     assert "1 optimizer steps" in (out / "README.md").read_text()
     trainer.folder.__exit__(None, None, None)
+
+
+def test_a_training_begins_with_one(exported: Path, target: Target, tmp_path: Path) -> None:
+    raw = {"recipe": "r", "target": {"path": target.name}, "data": {"path": ["d"]}}
+    config = config_from(raw, [f"drafter.init_from={exported}", "export.format=deepseek_v4"])
+    adopted = adopt_origin(config, [], tmp_path)
+    assert (adopted.drafter.kind, adopted.drafter.markov_rank) == ("dspark_v4", 6)
+    assert adopted.target.layer_ids == LAYER_IDS
+    check_fit(adopted, target)
+    own, found = first_drafter(adopted, target, [], None), load_deepseek_v4(exported, target)
+    assert own.config == found.config
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(own.state_dict()[name], tensor)
 
 
 def test_the_card_tells_of_it(target: Target, drafter: DSparkV4Drafter) -> None:
