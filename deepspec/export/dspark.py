@@ -1,9 +1,10 @@
 """DSpark drafters and their tensors, the same in every layout that describes them by a flat config.
 
-Two profiles: `serving` leaves the embedding and LM head out, because engines share the target's;
-`full` carries both. With a draft vocabulary the LM head's rows for it are always inside (an engine
-cannot know which), and so are `d2t` [V_draft], offsets (draft id i is the target's i + d2t[i]), and
-`t2d` [V], true where a token of the target can be drafted.
+Two profiles: `serving` leaves the embedding and LM head out, because engines share the target's
+(but those that the target scales are inside); `full` carries both. With a draft vocabulary the LM
+head's rows for it are always inside (an engine cannot know which), and so are `d2t` [V_draft],
+offsets (draft id i is the target's i + d2t[i]), and `t2d` [V], true where a token of the target can
+be drafted.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ EMBEDDING, HEAD, D2T, T2D = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d
 def dspark_tensors(drafter: DSparkDrafter, target: TargetEnds, profile: str) -> dict[str, Tensor]:
     """All tensors of an export, bf16; see the head of this file."""
     tensors, ids = drafter.state_dict(), drafter.vocabulary
-    if profile == "full":
-        tensors |= {EMBEDDING: target.embedding, HEAD: target.head.weight}
+    # engines that share the target's tables do not scale them as some families do
+    if profile == "full" or target.embedding_scale != 1:
+        tensors[EMBEDDING] = target.embedding
+    if profile == "full" or target.logit_scale != 1:
+        tensors[HEAD] = target.head.weight
     if ids is not None:
         tensors |= {HEAD: target.head.rows(ids).weight, T2D: as_t2d(ids, drafter.config.vocab_size)}
     return {name: as_saved(tensor) for name, tensor in tensors.items()}

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, Qwen3Config
 
+from deepspec.checks.export import check_export
 from deepspec.config.schema import TargetConfig
 from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
@@ -37,6 +38,7 @@ from tests.export.exports import (
     observed,
     rewrite,
 )
+from tests.targets.tiny import make_target
 
 BACKBONE = {
     "fc.weight": [32, 96],
@@ -500,3 +502,18 @@ def test_is_export(target: Target, drafter: DSparkDrafter, tmp_path: Path) -> No
     assert not is_export(tmp_path / "nowhere")
     target.config.save_pretrained(tmp_path / "target")
     assert not is_export(tmp_path / "target")
+
+
+def test_a_scaled_embedding_is_inside(tmp_path: Path) -> None:
+    """Engines that share a Gemma's table with a Qwen3 drafter do not scale it."""
+    gemma = make_target("gemma3_text")
+    drafter = make_drafter(gemma, "vanilla")
+    folder = export(drafter, gemma, tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        found = file.get_tensor("embed_tokens.weight")
+    plain = gemma.model.get_input_embeddings().weight
+    torch.testing.assert_close(found.float(), 8 * plain, rtol=2**-7, atol=0)
+    load_flat(folder, gemma)
+    support = {entry.engine: entry.loads for entry in check_export(folder).support}
+    assert (support["vLLM"], support["SGLang"], support["llama.cpp"]) == (True, True, False)
