@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from deepspec.decoding.packing import packed
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
@@ -22,9 +23,9 @@ from deepspec.drafters.base import Draw, Observation, Proposer
 from deepspec.records import DecodeTrace, Proposal
 from deepspec.targets import Target, TargetOutput, require_croppable
 
-Schedule = Callable[[Proposal], Sequence[int]]
-"""How many drafts of each row to verify; may look at the proposal's confidences, never at a token
-that it would admit (that is what keeps it lossless)."""
+Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
+"""How many drafts of each row to verify, by the proposal's confidences and the most that each row
+can use; must not depend on a token that it admits (that is what keeps it lossless)."""
 
 
 class Decoder:
@@ -119,16 +120,17 @@ class Decoder:
         # a round emits at most scheduled + 1 tokens: nothing behind the limit is verified
         scheduled = [min(size, left - 1) for left in rows.remaining()]
         if self._schedule is not None:
-            wished = self._schedule(proposal)
+            wished = self._schedule(proposal, scheduled)
             scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
         width = max(scheduled)
 
         block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
-        output = rows.forward(block, positions, max(starts) + width + 1, with_context=True)
+        lengths = [count + 1 for count in scheduled]
+        output = rows.forward(block, positions, max(starts) + width + 1, True, lengths)
         verdict = verify(
             proposal.tokens[:, :width],
             None if proposal.probabilities is None else proposal.probabilities[:, :width],
-            self.target.head(output.final),
+            self.target.head(packed(output.final, lengths)),
             torch.tensor(scheduled, device=device),
             sampling,
             None if uniforms is None else uniforms[:, size:],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from deepspec.decoding.packing import Packing
 from deepspec.drafters.cache import RowKV
 
 
@@ -32,8 +33,16 @@ class _RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write `[B, G, Q, E]` at the rows' starts; everything below the current end."""
-        return self.rows.write(key_states, value_states, self._owner.starts, self._owner.end)
+        """Write `[B, G, Q, E]`, or `[1, G, N, E]` packed, behind the rows' starts; everything below
+        the current end."""
+        owner, packing = self._owner, self._owner.packing
+        if packing is None:
+            return self.rows.write(key_states, value_states, owner.starts, owner.end)
+        rows = packing.rows.to(key_states.device)
+        positions = owner.positions.to(key_states.device)
+        return self.rows.write_packed(
+            key_states[0], value_states[0], rows, positions, packing.shape[0], owner.end
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys that the forward sees."""
@@ -49,19 +58,24 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Keys and values of all layers; `starts` [B] and `end` describe the current forward."""
+    """Keys and values of all layers. `starts` [B] and `end` describe the current forward; where its
+    rows are packed, `packing` does too, with the `positions` [N] of its tokens."""
 
     starts: Tensor
     end: int
+    packing: Packing | None
+    positions: Tensor
 
     def __init__(self, num_layers: int) -> None:
         self._rows = [_RowLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._rows))
         self.end = 0
 
-    def begin(self, starts: Tensor, end: int) -> None:
+    def begin(self, starts: Tensor, end: int, packing: Packing | None = None) -> None:
         """The next forward writes row b from `starts[b]`; `end` = max(starts) + Q, on the host."""
-        self.starts, self.end = starts, end
+        self.starts, self.end, self.packing = starts, end, packing
+        if packing is not None:
+            self.positions = starts[packing.rows] + packing.columns
 
     def update(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.kv_cache import RowCache, attention_masks
+from deepspec.decoding.packing import Packing, can_pack, packed_attention
 from deepspec.decoding.results import Completion
 from deepspec.targets import Target, TargetOutput
 
@@ -34,6 +35,7 @@ class Rows:
         self._limit = max_new_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         self._cache = RowCache(target.num_layers)
+        self._can_pack = can_pack(target.model)
         self._finished: list[Completion] = []
 
     def __len__(self) -> int:
@@ -45,14 +47,42 @@ class Rows:
         padded = [prompt + [0] * (width - len(prompt)) for prompt in self._prompts]
         tokens = torch.tensor(padded, device=self.target.device)
         starts = torch.zeros(len(self), dtype=torch.int64, device=self.target.device)
-        return tokens, self.forward(tokens, starts, width, with_context)
+        return tokens, self.forward(tokens, starts, width, with_context, self.prompt_lengths)
 
-    def forward(self, tokens: Tensor, starts: Tensor, end: int, with_context: bool) -> TargetOutput:
-        """One target forward of `tokens` [B, Q] from positions `starts` [B]."""
-        positions = starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self._cache.begin(starts, end)
+    def forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        end: int,
+        with_context: bool,
+        lengths: Sequence[int] | None = None,
+    ) -> TargetOutput:
+        """One target forward of `tokens` [B, Q] from positions `starts` [B].
+
+        Row b has `lengths[b]` tokens (None: Q). What is behind them is not computed, where the
+        target's attention allows it; no real token sees it, and the output there means nothing.
+        """
+        width = tokens.shape[1]
+        positions = starts[:, None] + torch.arange(width, device=tokens.device)
         masks = attention_masks(self.target.config, positions, end)
-        return self.target.forward(tokens, positions, self._cache, masks, with_context=with_context)
+        uneven = lengths is not None and min(lengths) < width
+        if lengths is None or not (uneven and self._can_pack):
+            self._cache.begin(starts, end)
+            return self.target.forward(
+                tokens, positions, self._cache, masks, with_context=with_context
+            )
+        packing = Packing.of(lengths, width, tokens.device)
+        self._cache.begin(starts, end, packing)
+        with packed_attention(self.target.config, packing):
+            output = self.target.forward(
+                packing.pack(tokens)[None],
+                packing.pack(positions)[None],
+                self._cache,
+                masks,
+                with_context=with_context,
+            )
+        context = None if output.context is None else packing.unpack(output.context[0])
+        return TargetOutput(packing.unpack(output.final[0]), context)
 
     def last_logits(self, output: TargetOutput) -> Tensor:
         """[B, V] at the end of each prompt, after `prefill`."""

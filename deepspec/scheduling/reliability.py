@@ -1,0 +1,86 @@
+"""How far prefix survival can be believed, position by position: ECE, AUC, Brier score, bins.
+
+Apart from `calibration`, because decoding needs that one and not scikit-learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from deepspec.scheduling.calibration import (
+    BINS,
+    Bools,
+    Floats,
+    Rounds,
+    bin_of,
+    calibrated,
+    calibration_error,
+    survival,
+)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions of one interval: how many, their mean, and the rate of what happened."""
+
+    count: int
+    predicted: float
+    happened: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Prefix survival predicted for one `position` (from 1) against what happened, over `samples`
+    verified drafts, of which the share `survived` did.
+
+    `ece` over `calibration.BINS` bins; `noise`: the ECE that predictions would show at this many
+    independent samples if they were exactly right. `auc` of telling survivors from others, None
+    where there is one kind only; `brier` the mean squared error. `bins`: those that are not empty.
+    """
+
+    position: int
+    samples: int
+    survived: float
+    ece: float
+    noise: float
+    auc: float | None
+    brier: float
+    bins: tuple[Bin, ...]
+
+
+def measure(rounds: Rounds, temperatures: Sequence[float] | None = None) -> list[Reliability]:
+    """One a position that has samples, its confidences at `temperatures` (None: as they are)."""
+    predicted = survival(calibrated(rounds.confidence, temperatures))
+    return [
+        _reliability(position + 1, predicted[known, position], rounds.survived[known, position])
+        for position, known in enumerate(rounds.known.T)
+        if known.any()
+    ]
+
+
+def _reliability(position: int, predicted: Floats, happened: Bools) -> Reliability:
+    index = bin_of(predicted)
+    counts = np.bincount(index, minlength=BINS)
+    sums = [np.bincount(index, values, minlength=BINS) for values in (predicted, happened)]
+    # |mean of n Bernoullis - its expectation| is on average sqrt(2 / pi) standard deviations
+    variance = np.bincount(index, predicted * (1 - predicted), minlength=BINS)
+    noise = float(np.sqrt(2 / np.pi) * np.sqrt(variance).sum() / len(predicted))
+    both = 0 < happened.sum() < len(happened)
+    return Reliability(
+        position=position,
+        samples=len(predicted),
+        survived=float(happened.mean()),
+        ece=calibration_error(predicted, happened),
+        noise=noise,
+        auc=float(roc_auc_score(happened, predicted)) if both else None,
+        brier=float(brier_score_loss(happened, predicted, labels=[False, True])),
+        bins=tuple(
+            Bin(int(count), float(mean / count), float(rate / count))
+            for count, mean, rate in zip(counts, *sums, strict=True)
+            if count
+        ),
+    )
