@@ -6,7 +6,6 @@ Apart from `calibration`, because decoding needs that one and not scikit-learn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from sklearn.metrics import brier_score_loss, roc_auc_score
@@ -21,45 +20,17 @@ from deepspec.scheduling.calibration import (
     calibration_error,
     survival,
 )
+from deepspec.scheduling.calibration_file import Bin, Reliability
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Predictions of one interval: how many, their mean, and the rate of what happened."""
-
-    count: int
-    predicted: float
-    happened: float
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Prefix survival predicted for one `position` (from 1) against what happened, over `samples`
-    verified drafts, of which the share `survived` did.
-
-    `ece` over `calibration.BINS` bins; `noise`: the ECE that predictions would show at this many
-    independent samples if they were exactly right. `auc` of telling survivors from others, None
-    where there is one kind only; `brier` the mean squared error. `bins`: those that are not empty.
-    """
-
-    position: int
-    samples: int
-    survived: float
-    ece: float
-    noise: float
-    auc: float | None
-    brier: float
-    bins: tuple[Bin, ...]
-
-
-def measure(rounds: Rounds, temperatures: Sequence[float] | None = None) -> list[Reliability]:
+def measure(rounds: Rounds, temperatures: Sequence[float] | None = None) -> tuple[Reliability, ...]:
     """One a position that has samples, its confidences at `temperatures` (None: as they are)."""
     predicted = survival(calibrated(rounds.confidence, temperatures))
-    return [
+    return tuple(
         _reliability(position + 1, predicted[known, position], rounds.survived[known, position])
         for position, known in enumerate(rounds.known.T)
         if known.any()
-    ]
+    )
 
 
 def _reliability(position: int, predicted: Floats, happened: Bools) -> Reliability:

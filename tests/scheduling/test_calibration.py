@@ -144,4 +144,4 @@ def test_reliability_in_numbers() -> None:
     assert second.auc == 0.5
     alone = measure(Rounds.of(traces[:1]))[0]
     assert alone.auc is None
-    assert measure(Rounds.of([])) == []
+    assert measure(Rounds.of([])) == ()
