@@ -1,12 +1,13 @@
-"""Accepted length of one kind of drafter over another, by domain and temperature.
+"""Accepted length of one kind of drafter over others, by domain and temperature.
 
     python benchmarks/acceptance.py runs/tiny --against runs/tiny_dflash
-    python benchmarks/acceptance.py runs/tiny-{0,1,2} --against runs/tiny_dflash-{0,1,2}
+    python benchmarks/acceptance.py runs/tiny-{0,1,2} --against runs/tiny_dflash-{0,1,2} \\
+        --against runs/tiny_eagle3-{0,1,2} --against runs/tiny_mtp-{0,1,2}
 
-Reads the traces.jsonl of each folder, as `deepspec train` and `deepspec evaluate` leave them; both
+Reads the traces.jsonl of each folder, as `deepspec train` and `deepspec evaluate` leave them; all
 sides must have decoded the same prompts. Runs that differ by their seed are pooled: accepted length
 is tokens over rounds of all of them. The standard error of the gain is that of the prompts: a
-bootstrap that draws prompts anew within each domain, the same ones for both sides, and takes all
+bootstrap that draws prompts anew within each domain, the same ones for all sides, and takes all
 rounds of a prompt along, for they depend on each other. It says nothing about other trainings; the
 lengths of the single runs are printed for that.
 """
@@ -111,30 +112,39 @@ def main() -> None:
     """Read, compare, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders with a traces.jsonl")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, help="the baseline's")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, action="append", required=True, help="a baseline's"
+    )
     options = parser.parse_args()
-    sides = [[Counts(path) for path in side] for side in (options.runs, options.against)]
+    folders = [options.runs, *options.against]
+    sides = [[Counts(path) for path in side] for side in folders]
     settings = sorted(sides[0][0].cells)
     generator = np.random.default_rng(0)
 
-    table = Table(title=f"accepted length: {names(options.runs)} over {names(options.against)}")
-    for column in ("T", "domain", "prompts", "first", "second", "gain"):
+    table = Table(title=f"accepted length of {names(options.runs)}, and its gain over others")
+    for column in ("T", "domain", "prompts", names(options.runs)):
         table.add_column(column, justify="left" if column == "domain" else "right")
+    for side in options.against:
+        table.add_column(names(side), justify="right")
+        table.add_column("gain", justify="right")
     for temperature in sorted({temperature for temperature, _ in settings}):
-        pairs = []
+        found = []
         for setting in (setting for setting in settings if setting[0] == temperature):
-            pairs.append(compare(sides, setting, generator))
+            found.append(compare(sides, setting, generator))
             prompts = str(len(sides[0][0].cells[setting]))
-            table.add_row(f"{temperature:g}", setting[1], prompts, *cells(*pairs[-1]))
-        means = cells(*(mean(side) for side in zip(*pairs, strict=True)))
+            table.add_row(f"{temperature:g}", setting[1], prompts, *cells(found[-1]))
+        means = cells([mean(side) for side in zip(*found, strict=True)])
         table.add_row(f"{temperature:g}", "mean", "", *means, end_section=True)
     Console().print(table)
 
 
-def cells(ours: Lengths, theirs: Lengths) -> tuple[str, str, str]:
-    """Both lengths, and the relative gain with its standard error in percent."""
-    gain, drawn = ours.pooled / theirs.pooled - 1, ours.drawn / theirs.drawn
-    return str(ours), str(theirs), f"{100 * gain:+.1f} ± {100 * drawn.std(ddof=1):.1f} %"
+def cells(sides: Sequence[Lengths]) -> list[str]:
+    """The first's length; each other's, and the gain over it with its standard error in percent."""
+    ours, shown = sides[0], [str(sides[0])]
+    for theirs in sides[1:]:
+        gain, drawn = ours.pooled / theirs.pooled - 1, ours.drawn / theirs.drawn
+        shown += [str(theirs), f"{100 * gain:+.1f} ± {100 * drawn.std(ddof=1):.1f} %"]
+    return shown
 
 
 def names(folders: Sequence[Path]) -> str:

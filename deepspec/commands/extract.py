@@ -41,9 +41,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     with together() as wait:
         answers = out / "answers.jsonl"
         out.mkdir(parents=True, exist_ok=True)
-        if rank() == 0 and config.regenerate.enabled:
-            stages.print_skipped(stages.make_answers(config, target, answers))
-        wait()
+        if config.regenerate.enabled:
+            stages.print_skipped(stages.make_answers(config, target, answers, wait))
         data = stages.load_samples(config, target, answers)
         stages.print_skipped(data.skipped)
         stages.extract_features(config, target, data, out, wait)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 SETTINGS = "recipe=R, out=FILE, and overrides of the config"
 EXAMPLES = """\
   deepspec regenerate recipe=tiny out=answers.jsonl
+  torchrun --nproc-per-node 8 -m deepspec regenerate recipe=qwen3 out=answers.jsonl
   deepspec regenerate recipe=qwen3 out=answers.jsonl data.limit=1000 \\
       regenerate.server=http://127.0.0.1:8000/v1
 """
@@ -33,9 +34,14 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if "out" not in values:
         raise ConfigError("out= is missing: the file that the answers go to, such as out=a.jsonl")
     from deepspec.commands.stages import make_answers, open_target, print_skipped
+    from deepspec.processes import rank, together
 
     out = Path(values["out"])
-    print_skipped(make_answers(config, open_target(config), out))
+    target = open_target(config)
+    with together() as wait:
+        print_skipped(make_answers(config, target, out, wait))
+    if rank() != 0:
+        return
     print(f"answers: {out}")
     print(
         f"next:    deepspec train recipe={config.recipe} data.path=[{out}] regenerate.enabled=false"

@@ -38,7 +38,14 @@ from deepspec.machine import describe_machine
 from deepspec.processes import rank, world_size
 from deepspec.progress import say
 from deepspec.records import Sample
-from deepspec.regeneration import Answerer, ServerAnswerer, TargetAnswerer, regenerate
+from deepspec.regeneration import (
+    Answerer,
+    RegenerationCounts,
+    ServerAnswerer,
+    TargetAnswerer,
+    regenerate,
+    regenerate_together,
+)
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
@@ -107,8 +114,14 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def make_answers(config: RunConfig, target: TargetEnds, out: Path) -> Skipped:
-    """Stage 1: the conversations of `config.data`, answered by the target, into `out`."""
+def make_answers(
+    config: RunConfig, target: TargetEnds, out: Path, wait: Callable[[], None]
+) -> Skipped:
+    """Stage 1: the conversations of `config.data`, answered by the target, into `out`.
+
+    By all processes of the job together, or by the first alone where a server answers; what was
+    left out is told to the first.
+    """
     skips, wanted = SkipCounts(), config.regenerate
     conversations = list(load_conversations(config.data, skips))
     answerer: Answerer
@@ -117,7 +130,14 @@ def make_answers(config: RunConfig, target: TargetEnds, out: Path) -> Skipped:
     else:
         assert isinstance(target, Target), "checked by config.validation"
         answerer = TargetAnswerer(target, config.data)
-    counts = regenerate(conversations, answerer, wanted, out)
+    counts: RegenerationCounts | None = None
+    if world_size() > 1 and not wanted.server:
+        counts = regenerate_together(conversations, answerer, wanted, out, wait)
+    elif rank() == 0:
+        counts = regenerate(conversations, answerer, wanted, out)
+    wait()
+    if counts is None:
+        return {}
     say(
         f"answers: {counts.rows} rows, {counts.resumed} from before; {counts.truncated} were cut "
         f"at max_new_tokens, {counts.altered} tokenize differently; {counts.tokens} tokens in "

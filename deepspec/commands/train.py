@@ -42,6 +42,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def _train(config: RunConfig, folder: RunFolder) -> None:
+    from functools import partial
+
     from rich.console import Console
 
     from deepspec.commands import stages
@@ -68,9 +70,9 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)
-        if config.regenerate.enabled and not stored:
-            skipped |= stages.make_answers(config, target, folder.answers)
-    engine.wait(patiently=True)
+    if config.regenerate.enabled and not stored:
+        wait = partial(engine.wait, patiently=True)
+        skipped |= stages.make_answers(config, target, folder.answers, wait)
     store = stages.open_store(config, target) if stored else None
     data = stages.load_samples(config, target, folder.answers, store)
     skipped |= data.skipped

@@ -67,13 +67,15 @@ class _Place:
 
 
 class Store:
-    """The folder at `path`. `verify`: check a shard's hash before its first use by this process."""
+    """The folder at `path`. `verify`: check a shard's hash before its features are first read by
+    this process; tokens are always held against their own digests."""
 
     def __init__(self, path: Path, header: StoreHeader, verify: bool = True) -> None:
         self.path, self.header = path, header
         self._verify = verify
         self._places: dict[str, _Place] = {}
         self._known: set[str] = set()
+        self._checked: set[str] = set()
         self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open)
         self._lock = threading.Lock()  # readers run ahead of the training in threads
         self.refresh()
@@ -139,16 +141,20 @@ class Store:
         return decode({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def samples(self) -> Iterator[Sample]:
-        """All samples, shard by shard."""
+        """All samples, shard by shard. Raises DataError for tokens that are not as written."""
         held: dict[str, list[tuple[str, _Place]]] = defaultdict(list)
         for sample_id, place in self._places.items():
             held[place.shard].append((sample_id, place))
         for shard in self.finished():
-            opened = self._shard(shard)
+            opened = self._file(shard)  # of which this reads the tokens, a thousandth
             ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
             for sample_id, place in held[shard]:
                 own = slice(place.first, place.first + place.length)
-                yield Sample(ids[own], mask[own].bool(), sample_id)
+                sample = Sample(ids[own], mask[own].bool(), sample_id)
+                if digest(sample) != place.digest:
+                    self.check(shard)
+                    raise DataError(f"{self.path / shard}.json is damaged; delete it and extract")
+                yield sample
 
     def require_complete(self) -> None:
         """Raises DataError where samples are missing."""
@@ -175,6 +181,7 @@ class Store:
         for suffix in (".json", ".safetensors"):
             (self.path / f"{shard}{suffix}").unlink(missing_ok=True)
         self._known.discard(shard)
+        self._checked.discard(shard)
         self._opened.cache_clear()  # another shard may get its name
         self._places = {i: place for i, place in self._places.items() if place.shard != shard}
 
@@ -188,11 +195,16 @@ class Store:
             return self._opened(shard)
 
     def _open(self, shard: str) -> Any:
-        if self._verify:
+        if self._verify and shard not in self._checked:
             self.check(shard)
+            self._checked.add(shard)
+        return self._file(shard)
+
+    def _file(self, shard: str) -> Any:
         try:
             return safe_open(self.path / f"{shard}.safetensors", "pt")
         except (SafetensorError, OSError) as error:
+            self.check(shard)  # says more
             raise DataError(f"{self.path / shard}.safetensors is unreadable: {error}") from None
 
     # ------------------------------------------------------------------------------- writing

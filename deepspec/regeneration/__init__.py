@@ -3,5 +3,13 @@
 from deepspec.regeneration.answers import Answerer, RegenerationCounts, regenerate
 from deepspec.regeneration.in_process import TargetAnswerer
 from deepspec.regeneration.server import ServerAnswerer
+from deepspec.regeneration.together import regenerate_together
 
-__all__ = ["Answerer", "RegenerationCounts", "ServerAnswerer", "TargetAnswerer", "regenerate"]
+__all__ = [
+    "Answerer",
+    "RegenerationCounts",
+    "ServerAnswerer",
+    "TargetAnswerer",
+    "regenerate",
+    "regenerate_together",
+]

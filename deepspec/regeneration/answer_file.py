@@ -3,6 +3,7 @@
 answers.jsonl          a row a finished sample; `deepspec.data.conversations` reads it
 answers.json           the settings that the rows were made with
 answers.failed.jsonl   samples without an answer: id, reason, detail; asked again next time
+answers.part-0003.*    the same three of process 3 of several, until they are collected
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +35,7 @@ class AnswerFile:
         if out.suffix != ".jsonl":
             raise DataError(f"out={out}: the file of answers must be named *.jsonl")
         self.path = out
+        self._settings = settings
         self.rows = self.truncated = self.altered = 0
         self.failed: Counter[str] = Counter()
         self.first_failure = ""
@@ -100,17 +103,47 @@ class AnswerFile:
         with self.failed_path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
+    def part(self, number: int) -> AnswerFile:
+        """A file of its own for process `number` of several."""
+        path = self.path.with_name(f"{self.path.stem}.part-{number:04d}.jsonl")
+        return AnswerFile(path, self._settings)
+
+    def collect(self) -> None:
+        """Take over what processes left in their parts, which then go."""
+        for path in sorted(self.path.parent.glob(f"{self.path.stem}.part-????.jsonl")):
+            self._absorb(AnswerFile(path, self._settings))
+
+    def _absorb(self, part: AnswerFile) -> None:
+        # a row that stands here already, because a process died in mid-way, is not taken twice
+        for _, row in read_jsonl(part.path):
+            if row["id"] not in self._prompts:
+                self._answers.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._remember(row)
+        self._answers.flush()
+        os.fsync(self._answers.fileno())
+        if part.failed_path.exists():
+            with self.failed_path.open("a", encoding="utf-8") as lines:
+                lines.write(part.failed_path.read_text(encoding="utf-8"))
+            for _, row in read_jsonl(part.failed_path):
+                self.failed[row["reason"]] += 1
+                self.first_failure = self.first_failure or f"{row['reason']} ({row['detail']})"
+        for path in (part.path, part.failed_path, part.path.with_suffix(".json")):
+            path.unlink(missing_ok=True)
+
     def _read(self) -> None:
         for number, row in read_jsonl(self.path):
             try:
-                self._count(row)
-                prompts = tuple(m["content"] for m in row["messages"] if m["role"] == "user")
-                self._prompts[row["id"]] = (len(prompts), hash(prompts))
+                self._remember(row)
             except (KeyError, TypeError):
                 raise DataError(
                     f"{self.path}, line {number}: not a row of answers; delete the line, or give "
                     "another out"
                 ) from None
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        self._count(row)
+        prompts = tuple(m["content"] for m in row["messages"] if m["role"] == "user")
+        self._prompts[row["id"]] = (len(prompts), hash(prompts))
 
     def _count(self, row: dict[str, Any]) -> None:
         self.rows += 1
@@ -120,6 +153,9 @@ class AnswerFile:
     def _settle(self, path: Path, settings: dict[str, Any]) -> None:
         """Hold `settings` against those on file, or put them there before the first row."""
         if not self.path.stat().st_size:
+            with suppress(OSError, ValueError):
+                if json.loads(path.read_text(encoding="utf-8")) == settings:
+                    return  # another process of the job has put them there
             partial = path.with_suffix(".json.partial")
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             partial.replace(path)

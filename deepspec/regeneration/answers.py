@@ -51,7 +51,7 @@ class RegenerationCounts:
 
     `resumed` of them stood in the output before, `failed` ones got no answer (by reason). Of the
     output's `rows` now, `truncated` hit the length limit and `altered` encode to other token ids
-    than were sampled. `tokens` were generated in `seconds`.
+    than were sampled. `tokens` were generated in `seconds`, by this process.
     """
 
     samples: int
@@ -87,9 +87,28 @@ def regenerate(
     Raises DataError when `out` was made with other settings, and the answerer's error when it
     cannot be reached or not one sample got an answer.
     """
+    file = AnswerFile(out, settings_of(config, answerer))
+    with file:
+        file.collect()
+    counts = answer_missing(conversations, answerer, config, file, show)
+    require_some(counts, answerer, file)
+    return counts
+
+
+def settings_of(config: RegenerateConfig, answerer: Answerer) -> dict[str, Any]:
+    """What must be equal for answers to share a file."""
+    return {key: getattr(config, key) for key in SAMPLING} | answerer.describe()
+
+
+def answer_missing(
+    conversations: Sequence[Conversation],
+    answerer: Answerer,
+    config: RegenerateConfig,
+    file: AnswerFile,
+    show: bool,
+) -> RegenerationCounts:
+    """Ask for what `file` has no row of; see `regenerate`."""
     begun = time.monotonic()
-    settings = {key: getattr(config, key) for key in SAMPLING} | answerer.describe()
-    file = AnswerFile(out, settings)
     samples = len(conversations) * config.samples_per_prompt
     resumed = file.resume(make_dialogues(conversations, config.samples_per_prompt))
     tokens = 0
@@ -104,11 +123,13 @@ def regenerate(
     with file, Progress("regenerate", samples, "samples", done=resumed, show=show) as progress:
         todo = make_dialogues(conversations, config.samples_per_prompt)
         answerer.answer((d for d in todo if not file.holds(d)), config, done)
-    if samples and file.failed.total() == samples:
-        raise answerer.error(
-            f"not one of {samples} samples got an answer; the first failed with "
-            f"{file.first_failure}; see {file.failed_path}"
-        )
+    return counts_of(file, samples, resumed, tokens, time.monotonic() - begun)
+
+
+def counts_of(
+    file: AnswerFile, samples: int, resumed: int, tokens: int, seconds: float
+) -> RegenerationCounts:
+    """What stands in `file` by now, and what was done for it."""
     return RegenerationCounts(
         samples=samples,
         resumed=resumed,
@@ -117,5 +138,14 @@ def regenerate(
         truncated=file.truncated,
         altered=file.altered,
         tokens=tokens,
-        seconds=time.monotonic() - begun,
+        seconds=seconds,
     )
+
+
+def require_some(counts: RegenerationCounts, answerer: Answerer, file: AnswerFile) -> None:
+    """Raises the answerer's error when not one sample got an answer."""
+    if counts.samples and sum(counts.failed.values()) == counts.samples:
+        raise answerer.error(
+            f"not one of {counts.samples} samples got an answer; the first failed with "
+            f"{file.first_failure}; see {file.failed_path}"
+        )

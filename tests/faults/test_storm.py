@@ -269,4 +269,4 @@ def test_a_storm_of_eight(recipe: Path, quiet: Path, tmp_path: Path, stack: Exit
 def test_the_whole_storm(recipe: Path, quiet: Path, tmp_path: Path, stack: ExitStack) -> None:
     faults = ["rank"] * 8 + ["server"] * 6 + ["link"] * 6 + ["disk", "checkpoint", "shard"]
     random.Random(1).shuffle(faults)
-    storm(faults, 600, recipe, quiet, tmp_path, stack)
+    storm(faults, 200, recipe, quiet, tmp_path, stack)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from deepspec.config.schema import ExtractConfig, TargetConfig
 from deepspec.errors import DataError, TargetError
@@ -125,6 +126,26 @@ def test_a_bad_shard_is_never_read(target: Target, tmp_path: Path, damage: str) 
         file.write_bytes(content if damage == "flip" else content[:-20])
     with pytest.raises(DataError, match=rf"{file.name} is (corrupt|missing).*make it again"):
         Store.open(tmp_path).read(SAMPLES)
+
+
+@pytest.mark.parametrize("tensor", ["input_ids", "final"])
+def test_tokens_are_read_and_checked_without_the_features(
+    target: Target, tmp_path: Path, tensor: str
+) -> None:
+    """What a training reads first of a large store is a small part of it."""
+    store = build(target, tmp_path)
+    file = tmp_path / f"{store.finished()[0]}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[content.index(load_file(file)[tensor].numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    found = Store.open(tmp_path)
+    if tensor == "input_ids":
+        with pytest.raises(DataError, match=f"{file.name} is corrupt"):
+            list(found.samples())
+    else:
+        assert len(list(found.samples())) == len(SAMPLES)
+        with pytest.raises(DataError, match=f"{file.name} is corrupt"):
+            found.read(SAMPLES)
 
 
 def test_other_data_another_target_and_other_layers_are_refused(
