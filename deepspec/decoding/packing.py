@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "deepspec_packed"
 
@@ -86,8 +87,7 @@ def _attend(
     """As Transformers' attention functions: output [1, N, H, E]; `mask` [B, 1, Q, C]."""
     packing = _current.get()
     queries = packing.unpack(query[0].transpose(0, 1)).transpose(1, 2)
-    sdpa = AttentionInterface._global_mapping["sdpa"]
-    output, _ = sdpa(module, queries, key, value, mask, **options)
+    output, _ = sdpa_attention_forward(module, queries, key, value, mask, **options)
     return packing.pack(output)[None], None
 
 

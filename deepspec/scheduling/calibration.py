@@ -3,7 +3,8 @@
 Confidence c_j is the drafter's probability that draft j survives, given that all earlier ones did.
 Schedulers need the prefix survival a_j = c_1 * ... * c_j to be the probability that it says. So
 each position gets a temperature for the logit of its c_j, chosen left to right, the earlier ones
-fixed, for the least calibration error of a_j. Legend: N rounds, K block size.
+fixed, for the least calibration error of a_j. Beside it, for confidences that are wrong on one
+side, what `platt` fits: a temperature and a shift. Legend: N rounds, K block size.
 """
 
 from __future__ import annotations
@@ -56,19 +57,29 @@ class Rounds:
         return len(self.confidence)
 
 
-def calibrated(confidence: Floats, temperatures: Sequence[float] | None) -> Floats:
-    """Confidences [.., K] at the `temperatures` [K] of their logits; None leaves them as they are.
+@dataclass(frozen=True)
+class Scaling:
+    """By position [K]: the logit of a confidence is divided by a temperature, and shifted."""
 
-    Raises ValueError where there are fewer temperatures than positions.
+    temperatures: tuple[float, ...]
+    shifts: tuple[float, ...]
+
+
+def calibrated(confidence: Floats, scaling: Scaling | None) -> Floats:
+    """Confidences [.., K] scaled; None leaves them as they are.
+
+    Raises ValueError where the scaling has fewer positions.
     """
-    if temperatures is None:
+    if scaling is None:
         return confidence
-    return _sigmoid(_logit(confidence) / np.asarray(temperatures)[: confidence.shape[-1]])
+    positions = slice(confidence.shape[-1])
+    temperatures, shifts = np.asarray(scaling.temperatures), np.asarray(scaling.shifts)
+    return sigmoid(logit(confidence) / temperatures[positions] + shifts[positions])
 
 
 def survival(confidence: Floats) -> Floats:
     """Prefix survival a_j [.., K] of confidences c_j [.., K]: never rises with the position."""
-    return np.cumprod(confidence, axis=-1)
+    return confidence.cumprod(axis=-1)
 
 
 def bin_of(predicted: Floats, bins: int = BINS) -> NDArray[np.int64]:
@@ -85,30 +96,34 @@ def calibration_error(predicted: Floats, happened: Bools, bins: int = BINS) -> f
     return float(np.abs(excess).sum() / len(predicted)) if len(predicted) else float("nan")
 
 
-def fit_temperatures(rounds: Rounds) -> tuple[float, ...]:
-    """A temperature a position, from a grid of 1/16 to 16; 1 where nothing was verified."""
+def fit_sts(rounds: Rounds) -> Scaling:
+    """Sequential Temperature Scaling: a temperature a position, from a grid of 1/16 to 16; 1 where
+    nothing was verified."""
     temperatures = []
     before = np.ones(len(rounds))  # survival of the positions that are done
     for position in range(rounds.confidence.shape[1]):
         known = rounds.known[:, position]
-        logits = _logit(rounds.confidence[:, position])
+        logits = logit(rounds.confidence[:, position])
         best = 1.0
         if known.any():
             happened = rounds.survived[known, position]
             errors = [
-                calibration_error(before[known] * _sigmoid(logits[known] / value), happened)
+                calibration_error(before[known] * sigmoid(logits[known] / value), happened)
                 for value in GRID
             ]
             best = float(GRID[np.argmin(errors)])
-        before = before * _sigmoid(logits / best)
+        before = before * sigmoid(logits / best)
         temperatures.append(best)
-    return tuple(temperatures)
+    return Scaling(tuple(temperatures), (0.0,) * len(temperatures))
 
 
-def _logit(probability: Floats) -> Floats:
-    kept = np.clip(probability, CERTAIN, 1 - CERTAIN)
+def logit(probability: Floats) -> Floats:
+    """Log odds, finite also of 0 and 1."""
+    kept: Floats = np.clip(probability, CERTAIN, 1 - CERTAIN)
     return np.log(kept) - np.log1p(-kept)
 
 
-def _sigmoid(logit: Floats) -> Floats:
-    return 1 / (1 + np.exp(-logit))
+def sigmoid(odds: Floats) -> Floats:
+    """The inverse of `logit`."""
+    chance: Floats = 1 / (1 + np.exp(-odds))
+    return chance

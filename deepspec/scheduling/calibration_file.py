@@ -1,5 +1,5 @@
-"""calibration.json, beside a drafter's weights: temperatures, what they were fitted on, what they
-brought. The temperatures alone also travel in an export's config.json.
+"""calibration.json, beside a drafter's weights: how confidences are scaled, what that was fitted
+on, and what it brought. The scaling alone also travels in an export's config.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from deepspec.atomic import atomic_file, sha256
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.scheduling.calibration import Scaling
 
 NAME = "calibration.json"
 FORMAT = 1
@@ -51,7 +52,7 @@ class Reliability:
 @dataclass(frozen=True)
 class Half:
     """One half of the prompts: its size, its rounds, and the reliability by position of confidences
-    as the drafter gives them and at the fitted temperatures."""
+    as the drafter gives them and scaled."""
 
     prompts: int
     rounds: int
@@ -61,13 +62,13 @@ class Half:
 
 @dataclass(frozen=True)
 class Fit:
-    """The `temperatures` [K] of confidence logits for one way of decoding: its sampling
-    `temperature`, `top_p` and `top_k`. `halves`: "fit", whose rounds chose them, and "held_out"."""
+    """The `scaling` of confidences for one way of decoding: its sampling `temperature`, `top_p` and
+    `top_k`. `halves`: "fit", whose rounds chose it, and "held_out"."""
 
     temperature: float
     top_p: float
     top_k: int
-    temperatures: tuple[float, ...]
+    scaling: Scaling
     halves: Mapping[str, Half] = field(default_factory=dict)
 
 
@@ -75,30 +76,32 @@ class Fit:
 class Calibration:
     """Fits, one a way of decoding, and where they come from.
 
-    `weights`: digest of the drafter's (`weights_digest`). `prompts`: digest of the prompts' texts.
-    `checked`: whether these were held against the drafter's training data.
+    `method`: "sts" (`calibration.fit_sts`) or "platt" (`platt.fit_platt`). `weights`: digest of the
+    drafter's (`weights_digest`). `prompts`: digest of the prompts' texts. `checked`: whether these
+    were held against the drafter's training data.
     """
 
     fits: tuple[Fit, ...]
+    method: str = "sts"
     weights: str = ""
     benchmarks: tuple[str, ...] = ()
     prompts: str = ""
     checked: bool = False
 
-    def temperatures(self, temperature: float, top_p: float, top_k: int) -> tuple[float, ...]:
-        """Of the fit for this way of decoding; greedy decoding has no top_p and top_k.
+    def scaling(self, temperature: float, top_p: float, top_k: int) -> Scaling:
+        """That of the fit for this way of decoding; greedy decoding has no top_p and top_k.
 
         Raises ConfigError where there is none.
         """
         wanted = (temperature, top_p, top_k)[: 3 if temperature else 1]
         for fit in self.fits:
             if (fit.temperature, fit.top_p, fit.top_k)[: len(wanted)] == wanted:
-                return fit.temperatures
+                return fit.scaling
         shown = [f"{fit.temperature:g} ({fit.top_p:g}, {fit.top_k})" for fit in self.fits]
         raise ConfigError(
             f"the drafter's calibration has no fit for decoding at temperature {temperature:g} "
-            f"(top_p {top_p:g}, top_k {top_k}), only for {', '.join(shown)}; run deepspec calibrate "
-            f"with evaluation.temperatures=[{temperature:g}] and these, or set "
+            f"(top_p {top_p:g}, top_k {top_k}), only for {', '.join(shown)}; run deepspec "
+            f"calibrate with evaluation.temperatures=[{temperature:g}] and these, or set "
             "decoding.calibration=none"
         )
 
@@ -108,7 +111,7 @@ class Calibration:
             {key: value for key, value in asdict(fit).items() if key != "halves"}
             for fit in self.fits
         ]
-        return {"format": FORMAT, "fits": fits}
+        return {"format": FORMAT, "method": self.method, "fits": fits}
 
     def save(self, folder: Path) -> Path:
         """Write into `folder`, whole or not at all; gives the file. Raises OSError."""
@@ -174,8 +177,11 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Calibration:
 
 def _fit(raw: dict[str, Any]) -> Fit:
     halves = {name: _half(half) for name, half in raw.get("halves", {}).items()}
-    temperatures = tuple(float(value) for value in raw["temperatures"])
-    return Fit(**{**raw, "temperatures": temperatures, "halves": halves})
+    scaling = {
+        name: tuple(float(value) for value in raw["scaling"][name])
+        for name in ("temperatures", "shifts")
+    }
+    return Fit(**{**raw, "scaling": Scaling(**scaling), "halves": halves})
 
 
 def _half(raw: dict[str, Any]) -> Half:

@@ -5,8 +5,6 @@ Apart from `calibration`, because decoding needs that one and not scikit-learn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
@@ -15,6 +13,7 @@ from deepspec.scheduling.calibration import (
     Bools,
     Floats,
     Rounds,
+    Scaling,
     bin_of,
     calibrated,
     calibration_error,
@@ -23,9 +22,9 @@ from deepspec.scheduling.calibration import (
 from deepspec.scheduling.calibration_file import Bin, Reliability
 
 
-def measure(rounds: Rounds, temperatures: Sequence[float] | None = None) -> tuple[Reliability, ...]:
-    """One a position that has samples, its confidences at `temperatures` (None: as they are)."""
-    predicted = survival(calibrated(rounds.confidence, temperatures))
+def measure(rounds: Rounds, scaling: Scaling | None = None) -> tuple[Reliability, ...]:
+    """One a position that has samples, its confidences scaled (None: as they are)."""
+    predicted = survival(calibrated(rounds.confidence, scaling))
     return tuple(
         _reliability(position + 1, predicted[known, position], rounds.survived[known, position])
         for position, known in enumerate(rounds.known.T)

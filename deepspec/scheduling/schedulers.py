@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deepspec.config.schema import DecodingConfig
 from deepspec.errors import ConfigError
 from deepspec.records import Proposal
-from deepspec.scheduling.calibration import Floats, calibrated, survival
+from deepspec.scheduling.calibration import Floats, Scaling, calibrated, survival
 from deepspec.scheduling.throughput import Throughput, read_throughput
 
 Ints = NDArray[np.int64]
@@ -90,9 +90,9 @@ class Asynchronous:
 class ConfidenceSchedule:
     """A policy as the decoder calls it: on a proposal's confidences, calibrated."""
 
-    def __init__(self, policy: Policy, temperatures: Sequence[float] | None = None) -> None:
+    def __init__(self, policy: Policy, scaling: Scaling | None = None) -> None:
         self._policy = policy
-        self._temperatures = temperatures
+        self._scaling = scaling
 
     def __call__(self, proposal: Proposal, limits: Sequence[int]) -> list[int]:
         """Drafts of each row to verify, of at most `limits` [R].
@@ -105,17 +105,17 @@ class ConfidenceSchedule:
                 "=true when it was trained); set decoding.scheduler=fixed, or none"
             )
         confidence = proposal.confidence.double().cpu().numpy()
-        chances = survival(calibrated(confidence, self._temperatures))
+        chances = survival(calibrated(confidence, self._scaling))
         return self._policy(chances, np.asarray(limits)).tolist()
 
 
 def open_schedule(
-    config: DecodingConfig, temperatures: Sequence[float] | None
+    config: DecodingConfig, scaling: Scaling | None
 ) -> Callable[[Proposal, Sequence[int]], Sequence[int]] | None:
     """The schedule that `config.scheduler` names, as the decoder takes it; None verifies all.
 
-    `temperatures` [K] of the confidences' logits; None takes them as the drafter gives them. Raises
-    ConfigError where the file of `config.throughput` cannot be used.
+    `scaling` of confidences; None takes them as the drafter gives them. Raises ConfigError where
+    the file of `config.throughput` cannot be used.
     """
     match config.scheduler:
         case "none":
@@ -124,10 +124,10 @@ def open_schedule(
             length = int(config.verify_length or 0)
             return lambda proposal, limits: [min(length, limit) for limit in limits]
         case "threshold":
-            return ConfidenceSchedule(Threshold(config.threshold), temperatures)
+            return ConfidenceSchedule(Threshold(config.threshold), scaling)
     table = read_throughput(str(config.throughput))
-    policy = {"algorithm1": Algorithm1, "async": Asynchronous}[config.scheduler](table)
-    return ConfidenceSchedule(policy, temperatures)
+    policy = Algorithm1(table) if config.scheduler == "algorithm1" else Asynchronous(table)
+    return ConfidenceSchedule(policy, scaling)
 
 
 def _ranked(survival: Floats, limits: Ints) -> tuple[Ints, Floats]:
