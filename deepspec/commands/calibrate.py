@@ -11,8 +11,8 @@ from collections.abc import Sequence
 SETTINGS = (
     "run=DIR (its best checkpoint) or checkpoint=DIR (a checkpoint, a run, or an export, which may "
     "take its config from recipe=R), prompts=[FILE or benchmark, ...] (else those of the "
-    "evaluation), method=sts (Sequential Temperature Scaling) or platt (a temperature and a shift), "
-    "out=DIR for the report, and overrides of the config"
+    "evaluation), method=sts (Sequential Temperature Scaling) or platt (a temperature and a shift "
+    "a position), out=DIR for the report, and overrides of the config"
 )
 EXAMPLES = """\
   deepspec calibrate run=runs/tiny evaluation.limit=null decoding.batch_size=8 method=platt

@@ -28,7 +28,6 @@ SETTINGS = (
 EXAMPLES = """\
   deepspec profile run=runs/tiny rows=16 out=throughput.json
   deepspec profile recipe=qwen3 rows=64 context=1024
-  deepspec evaluate run=runs/tiny decoding.scheduler=algorithm1 decoding.throughput=throughput.json
 """
 HAS_CONFIG = True
 

@@ -22,28 +22,30 @@ def held_out_prompts(source: Source, encoder: ChatEncoder) -> tuple[str, bool]:
     """(digest of the prompts of `evaluation.benchmarks`, whether they were compared).
 
     They are held against the conversations that the drafter was trained and validated on (its best
-    checkpoint was chosen by the latter): a run's answers, else what data.path names, else the store
-    of features. Where there is nothing of these, an export for example, they are not compared.
+    checkpoint was chosen by the latter): the store of features=stored, else a run's answers, else
+    what data.path names. Where there is nothing of these, for an export, they are not compared.
     Raises DataError where the drafter has seen some of them, and where its data cannot be read.
     """
     config, limit = source.config, source.config.evaluation.limit
     prompts: dict[str, str] = {}  # how a prompt is known -> its name
+    texts: list[str] = []
     for benchmark in config.evaluation.benchmarks:
         short, conversations, _ = load_prompts(benchmark, limit, config.data.fields)
         names = {_key(each): f"{short}/{each.id}" for each in conversations}
+        texts += names
         if config.features.source == "stored":
             names |= dict(_token_keys(conversations, short, encoder))
         prompts |= names
-    digest = hashlib.sha256("".join(sorted(prompts)).encode()).hexdigest()
+    digest = _digest("".join(sorted(texts)))
     try:
         known = _training_keys(source)
+        seen = sorted({prompts[key] for key in known or () if key in prompts})
     except DataError as error:
         raise DataError(
             f"the prompts cannot be compared with what the drafter was trained on: {error}"
         ) from None
     if known is None:
         return digest, False
-    seen = sorted({prompts[key] for key in known if key in prompts})
     if seen:
         more = f" and {len(seen) - SHOWN} more" if len(seen) > SHOWN else ""
         total = len(set(prompts.values()))

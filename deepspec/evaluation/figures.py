@@ -145,9 +145,9 @@ def training_length_figure(report: Report) -> str | None:
 def reliability_figure(half: Half, name: str) -> str:
     """Observed against predicted prefix survival, a panel a position; dots grow with their share of
     the rounds. On the diagonal, what is predicted happens."""
-    columns = 2
+    columns = min(3, len(half.before))
     lines = -(-len(half.before) // columns)
-    figure = _figure(90 + 170 * lines)
+    figure = _figure(90 + 400 // columns * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, *pair in zip(panels, half.before, half.after, strict=False):
         panel.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (3, 3)), label="exact")

@@ -23,6 +23,7 @@ from deepspec.scheduling.throughput import Point, Throughput
 from deepspec.targets import Target
 
 WARM_UP = 2  # rounds at the start of a batch: they allocate, and choose kernels
+PASSES = 4  # over all points, so that a busy moment of the machine does not fall on one of them
 
 
 @dataclass(frozen=True)
@@ -72,30 +73,36 @@ def profile(
     show: bool = True,
 ) -> Throughput:
     """A point for each of `tokens` (ascending, at most R * (K + 1)): medians of timed rounds."""
+    seconds: dict[int, list[float]] = {count: [] for count in tokens}
+    with Progress("profile", PASSES * len(tokens), "points", show=show) as progress:
+        for count in list(tokens) * PASSES:
+            seconds[count] += _round_seconds(target, proposer, load, count)
+            progress.advance(1, f"{count} tokens, {1 / np.median(seconds[count]):.3g} steps/s")
     points = []
-    with Progress("profile", len(tokens), "points", show=show) as progress:
-        for count in tokens:
-            seconds = _round_seconds(target, proposer, load, count)
-            low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-            points.append(Point(count, float(1 / median), float((high - low) / median)))
-            progress.advance(1, f"{count} tokens, {1 / median:.3g} steps/s")
+    for count, own in seconds.items():
+        low, median, high = np.quantile(own, [0.25, 0.5, 0.75])
+        points.append(Point(count, float(1 / median), float((high - low) / median)))
     return Throughput(tuple(points), about)
 
 
 def _round_seconds(target: Target, proposer: Proposer, load: Load, tokens: int) -> list[float]:
-    """Seconds of at least `load.repeats` rounds that verify `tokens`."""
+    """Seconds of rounds that verify `tokens`: at least this pass's share of `load.repeats`."""
     rows = min(load.rows, tokens)
     lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
     generator = torch.Generator().manual_seed(tokens)
     shape = (rows, load.context)
     prompts = torch.randint(target.vocab_size, shape, generator=generator).tolist()
-    decoder = Decoder(
-        target, proposer, rows, [], lambda _proposal, _limits: [length - 1 for length in lengths]
-    )
+
+    def schedule(_proposal: Proposal, limits: Sequence[int]) -> list[int]:
+        # where rows have left, the round does not count
+        return [length - 1 for length in lengths[: len(limits)]]
+
+    decoder = Decoder(target, proposer, rows, [], schedule)
     seconds: list[float] = []
-    while len(seconds) < load.repeats:
-        # a round emits at most its longest row, so each pass has rounds behind the warm-up
-        emitted = load.repeats + (WARM_UP + 1) * max(lengths)
+    share = -(-load.repeats // PASSES)
+    while len(seconds) < share:
+        # a round emits at most its longest row's tokens, so some are left behind the warm-up
+        emitted = share + (WARM_UP + 1) * max(lengths)
         result = decoder.generate(prompts, Sampling(load.temperature), emitted, seed=len(seconds))
         seconds += _whole_rounds(result.traces, tokens - rows)[WARM_UP:]
     return seconds

@@ -119,8 +119,8 @@ def fit_sts(rounds: Rounds) -> Scaling:
 
 def logit(probability: Floats) -> Floats:
     """Log odds, finite also of 0 and 1."""
-    kept: Floats = np.clip(probability, CERTAIN, 1 - CERTAIN)
-    return np.log(kept) - np.log1p(-kept)
+    kept: Floats = np.minimum(np.maximum(probability, CERTAIN), 1 - CERTAIN)
+    return np.log(kept / (1 - kept))
 
 
 def sigmoid(odds: Floats) -> Floats:

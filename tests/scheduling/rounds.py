@@ -13,16 +13,21 @@ def trace_of(confidences: list[float], scheduled: int, accepted: int) -> DecodeT
 
 
 def draw_traces(
-    count: int, temperatures: list[float], seed: int, scheduled: list[int] | None = None
+    count: int,
+    temperatures: list[float],
+    seed: int,
+    scheduled: list[int] | None = None,
+    shifts: list[float] | None = None,
 ) -> list[DecodeTrace]:
-    """Drafts that survive with probability sigmoid(logit / temperature) and claim sigmoid(logit).
+    """Drafts that survive with probability sigmoid(logit / temperature + shift) and claim
+    sigmoid(logit).
 
     `scheduled` are lengths to choose from, whatever the round; None verifies everything.
     """
     rng = np.random.default_rng(seed)
     logits = rng.normal(1.5, 2.0, (count, len(temperatures)))
     confidence = 1 / (1 + np.exp(-logits))
-    true = 1 / (1 + np.exp(-logits / np.array(temperatures)))
+    true = 1 / (1 + np.exp(-logits / np.array(temperatures) - np.array(shifts or 0.0)))
     alive = np.cumprod(rng.random(true.shape) < true, axis=1).sum(axis=1)
     lengths = rng.choice(scheduled or [len(temperatures)], count)
     return [

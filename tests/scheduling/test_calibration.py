@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,13 +15,22 @@ from deepspec.records import DecodeTrace
 from deepspec.scheduling.calibration import (
     GRID,
     Rounds,
+    Scaling,
     calibrated,
     calibration_error,
-    fit_temperatures,
+    fit_sts,
+    logit,
+    sigmoid,
     survival,
 )
+from deepspec.scheduling.platt import fit_platt
 from deepspec.scheduling.reliability import measure
 from tests.scheduling.rounds import draw_traces, trace_of
+
+
+def plain(temperatures: list[float]) -> Scaling:
+    return Scaling(tuple(temperatures), (0.0,) * len(temperatures))
+
 
 CHANCES = st.floats(0, 1, width=32)
 
@@ -83,8 +93,9 @@ def test_what_counts_is_what_was_verified() -> None:
 
 def test_fit_is_the_papers_loop() -> None:
     traces = draw_traces(60, [1.8, 0.6, 1.0], seed=1, scheduled=[1, 2, 3])
-    found = fit_temperatures(Rounds.of(traces))
-    assert found == pytest.approx(naive_temperatures(traces, 3))
+    found = fit_sts(Rounds.of(traces))
+    assert found.temperatures == pytest.approx(naive_temperatures(traces, 3))
+    assert found.shifts == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -93,22 +104,57 @@ def test_fit_is_the_papers_loop() -> None:
 def test_known_temperatures_are_found(scheduled: list[int] | None, within: float) -> None:
     """Of rounds that were cut, a quarter knows about the last position."""
     true = [2.0, 0.5, 1.0, 1.5]
-    found = fit_temperatures(Rounds.of(draw_traces(40000, true, seed=0, scheduled=scheduled)))
-    assert found == pytest.approx(true, rel=within)
+    found = fit_sts(Rounds.of(draw_traces(40000, true, seed=0, scheduled=scheduled)))
+    assert found.temperatures == pytest.approx(true, rel=within)
     fresh = Rounds.of(draw_traces(40000, true, seed=5))
-    before, after, exact = measure(fresh), measure(fresh, found), measure(fresh, true)
+    before, after, exact = measure(fresh), measure(fresh, found), measure(fresh, plain(true))
     for raw, fitted, ideal in zip(before, after, exact, strict=True):
         assert fitted.ece < 0.012 < raw.ece
         # what is left of the exact temperatures' error is chance, and is said to be
         assert 0.4 * ideal.noise < ideal.ece < 2 * ideal.noise
 
 
+def test_platt_finds_temperatures_and_shifts() -> None:
+    """What no temperature can mend: drafters that believe too much, one position more than the
+    other."""
+    true = Scaling((1.5, 0.8), (-0.7, 0.4))
+    traces = draw_traces(40000, list(true.temperatures), 3, shifts=list(true.shifts))
+    fresh = Rounds.of(draw_traces(40000, list(true.temperatures), 4, shifts=list(true.shifts)))
+    found = fit_platt(Rounds.of(traces))
+    assert found.temperatures == pytest.approx(true.temperatures, rel=0.05)
+    assert found.shifts == pytest.approx(true.shifts, abs=0.05)
+    cut = fit_platt(Rounds.of([*traces, *(replace(t, scheduled=1, accepted=0) for t in traces)]))
+    assert cut.temperatures[1] == pytest.approx(found.temperatures[1])  # no news of the second
+    alone = fit_sts(Rounds.of(traces))
+    for shifted, tempered in zip(measure(fresh, found), measure(fresh, alone), strict=True):
+        assert shifted.ece < 0.012 < tempered.ece
+
+
+@pytest.mark.parametrize("confidence", [[0.5, 0.5], [0.2, 0.8]], ids=["flat", "upside down"])
+def test_platt_of_confidences_that_say_nothing(confidence: list[float]) -> None:
+    """The rate of what happened is what is left."""
+    happened = [1, 1, 1, 0] * 50
+    traces = [trace_of([confidence[h]], 1, h) for h in happened]
+    if confidence[0] != confidence[1]:  # the sure ones fail
+        traces = [trace_of([confidence[1 - h]], 1, h) for h in happened]
+    scaled = calibrated(Rounds.of(traces).confidence, fit_platt(Rounds.of(traces)))
+    assert scaled.mean() == pytest.approx(0.75, abs=0.02)
+    assert np.ptp(scaled) < 0.05
+
+
+def test_logit_and_sigmoid() -> None:
+    chances = np.array([0.0, 1e-4, 0.3, 0.5, 1.0])
+    assert sigmoid(logit(chances)) == pytest.approx(chances, abs=2e-6)
+    assert np.isfinite(logit(chances)).all()
+
+
 def test_right_confidences_stay() -> None:
     """Several temperatures give no error here: the one nearest to 1 is taken."""
     traces = [trace_of([0.5, 0.5], 2, accepted) for accepted in (0, 0, 1, 2)]
-    assert fit_temperatures(Rounds.of(traces)) == (1.0, 1.0)
     unverified = [trace_of([0.9, 0.9], 0, 0)]
-    assert fit_temperatures(Rounds.of(unverified)) == (1.0, 1.0)
+    for some in (traces, unverified):
+        assert fit_sts(Rounds.of(some)) == plain([1.0, 1.0])
+    assert fit_platt(Rounds.of(unverified)) == plain([1.0, 1.0])
 
 
 @settings(max_examples=50)
@@ -120,11 +166,11 @@ def test_calibrated_survival_never_rises(
     rows: list[list[float]], temperatures: list[float]
 ) -> None:
     confidence = np.array(rows)
-    chances = calibrated(confidence, temperatures)
+    chances = calibrated(confidence, plain(temperatures))
     assert ((chances >= 0) & (chances <= 1)).all()
     for row in survival(chances):
         assert all(later <= earlier for earlier, later in pairwise(row))
-    kept = calibrated(confidence, [1.0] * 4)
+    kept = calibrated(confidence, plain([1.0] * 4))
     assert kept == pytest.approx(confidence, abs=2e-6)
     assert calibrated(confidence, None) is confidence
 

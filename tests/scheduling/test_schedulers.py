@@ -15,7 +15,7 @@ from deepspec.config.schema import DecodingConfig
 from deepspec.decoding.verification import residual
 from deepspec.errors import ConfigError
 from deepspec.records import Proposal
-from deepspec.scheduling.calibration import calibrated, survival
+from deepspec.scheduling.calibration import Scaling, calibrated, survival
 from deepspec.scheduling.schedulers import (
     Algorithm1,
     Asynchronous,
@@ -212,10 +212,11 @@ def test_confidences_are_calibrated_first() -> None:
         seen.append(chances)
         return limits
 
-    found = ConfidenceSchedule(policy, (2.0, 1.0, 0.5))(proposal_of(confidence), [3, 2])
+    scaling = Scaling((2.0, 1.0, 0.5), (0.0, 0.0, 0.1))
+    found = ConfidenceSchedule(policy, scaling)(proposal_of(confidence), [3, 2])
     assert found == [3, 2]
     assert all(type(length) is int for length in found)
-    expected = survival(calibrated(confidence.double().numpy(), (2.0, 1.0, 0.5)))
+    expected = survival(calibrated(confidence.double().numpy(), scaling))
     assert seen[0] == pytest.approx(expected)
     assert seen[0][0, 0] == pytest.approx(0.75)  # odds 9 to 1, at temperature 2: 3 to 1
 
