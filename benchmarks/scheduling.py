@@ -126,7 +126,7 @@ def packing(target: Target, repeats: int) -> Table:
             times: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(repeats):
                 for pack, taken in times.items():
-                    rows._can_pack = pack
+                    rows._state._can_pack = pack
                     taken += seconds(
                         lambda: forward(target, rows, tokens, starts, lengths),  # noqa: B023
                         4,

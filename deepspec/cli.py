@@ -27,13 +27,15 @@ COMMANDS = (
     "calibrate",
     "profile",
     "export",
+    "check",
     "recipes",
     "doctor",
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. Exit codes: 0; 2 for a mistake of the user's; 128 + n after signal n."""
+    """Run one command. Exit codes: 0; 1 where a check does not hold; 2 for a mistake of the user's;
+    128 + n after signal n."""
     parser, commands = _parser()
     # argparse takes key=value words before the first flag only; those behind it come as a rest
     options, rest = parser.parse_known_args(arguments)

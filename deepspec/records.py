@@ -102,16 +102,19 @@ class BlockBatch(_Movable):
 
 @dataclass(frozen=True)
 class Proposal:
-    """K draft tokens a row.
+    """At most K draft tokens a row.
 
     `tokens` [B, K] int64. `probabilities` [B, K, V] the distribution each token was drawn from, or
     None where the draft is deterministic (a point mass). `confidence` [B, K] probability that a
-    draft survives given that all earlier ones did, or None.
+    draft survives given that all earlier ones did, or None. `lengths`: a row's drafts, where it has
+    fewer than K; what stands behind them in `tokens` is no draft. On the host: it decides how wide
+    the target's forward is.
     """
 
     tokens: Tensor
     probabilities: Tensor | None
     confidence: Tensor | None
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

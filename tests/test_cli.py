@@ -169,7 +169,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     *lines, _, place = capsys.readouterr().out.splitlines()
     folder = Path(place.removeprefix("files: "))
     found = {path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")}
-    assert {"tiny", "tiny_dflash", "qwen3"} <= set(found)
+    assert {"tiny", "tiny_dflash", "tiny_eagle3", "tiny_mtp", "qwen3"} <= set(found)
     assert [line.split(maxsplit=1) for line in lines] == [
         [name, found[name]["description"]] for name in sorted(found)
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from deepspec.config.loading import config_from
+from deepspec.data.vocabulary import count_tokens, frequent_tokens
 from deepspec.drafters.registry import drafter_kind
 from deepspec.features.sources import FeatureSource, Online
 from deepspec.records import Sample
@@ -71,6 +72,8 @@ def build_trainer(
     torch.manual_seed(config.seed)
     drafter = kind.build(kind.resolve(config.drafter, target))
     data, validation = make_samples(samples), make_samples(4, seed=1)
+    if (size := config.drafter.draft_vocab_size) is not None:
+        drafter.restrict(frequent_tokens(count_tokens(data, target.vocab_size), size, []))
     source = Online(target) if source is None else source
     return Trainer(config, target, source, drafter, data, validation, run, engine)
 

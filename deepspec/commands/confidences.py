@@ -30,6 +30,7 @@ def calibrate_drafter(
 
     Raises ConfigError without a confidence head, DataError for prompts of the training.
     """
+    assert source.place is not None, "what needs no training has no confidences either"
     config, data = source.config, source.config.data
     require_confidences(drafter, "deepspec calibrate")
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
@@ -76,7 +77,7 @@ def calibration_of(source: Source, drafter: Drafter) -> Calibration | None:
     if decoding.scheduler in ("none", "fixed"):
         return None
     require_confidences(drafter, f"decoding.scheduler={decoding.scheduler}")
-    if decoding.calibration == "none":
+    if decoding.calibration == "none" or source.place is None:
         return None
     found = read_calibration(source.place)
     if found is None:

@@ -1,4 +1,4 @@
-"""Measure a trained drafter: acceptance, speed, exactness.
+"""Measure a drafter: acceptance, speed, exactness.
 
 Greedy output is compared with plain decoding of the target token by token.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 SETTINGS = (
     "run=DIR (its best checkpoint) or checkpoint=DIR (a checkpoint, a run, or an export, which may "
-    "take its config from recipe=R), out=DIR for the report, and overrides of the config"
+    "take its config from recipe=R); recipe=R alone for drafter.kind=ngram, which needs no "
+    "training; out=DIR for the report, and overrides of the config"
 )
 EXAMPLES = """\
   deepspec evaluate run=runs/tiny
@@ -19,6 +20,7 @@ EXAMPLES = """\
       evaluation.benchmarks=[gsm8k,humaneval] evaluation.temperatures=[0,0.7]
   deepspec evaluate checkpoint=runs/tiny/export recipe=tiny decoding.batch_size=8
   deepspec evaluate run=runs/tiny decoding.scheduler=algorithm1 decoding.throughput=throughput.json
+  deepspec evaluate recipe=tiny drafter.kind=ngram out=runs/ngram
 """
 HAS_CONFIG = True
 
@@ -28,15 +30,20 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from deepspec.commands.settings import print_config, take
+    from deepspec.config.loading import load_config
     from deepspec.errors import ConfigError
 
     values, overrides = take(settings, "run", "checkpoint", "out", "recipe")
     given = [values[key] for key in ("run", "checkpoint") if key in values]
-    if len(given) != 1:
+    recipe = values.get("recipe")
+    if len(given) > 1 or not (given or recipe):
         raise ConfigError("give one of run=DIR and checkpoint=DIR")
-    from deepspec.commands.sources import open_source
+    from deepspec.commands.sources import open_source, untrained
 
-    source = open_source(Path(given[0]), overrides, values.get("recipe"))
+    if given:
+        source = open_source(Path(given[0]), overrides, recipe)
+    else:
+        source = untrained(load_config(str(recipe), overrides))
     if options.cfg:
         print_config(source.config)
         return

@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 
 SETTINGS = (
-    "checkpoint=DIR (a checkpoint, or a run for its best one), out=DIR, format=flat, "
-    "profile=serving|full, and overrides of the saved config"
+    "checkpoint=DIR (a checkpoint, or a run for its best one), out=DIR, "
+    "format=flat|speculators|deepseek_v4, profile=serving|full, and overrides of the saved config"
 )
 EXAMPLES = """\
   deepspec export checkpoint=runs/tiny format=flat profile=serving out=my-drafter
   deepspec export checkpoint=runs/tiny/checkpoints/step-00000400 profile=full out=my-drafter
+  deepspec export checkpoint=runs/mine format=speculators out=my-drafter
 """
 HAS_CONFIG = True
 
@@ -44,8 +45,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     measured = read_report(report) if report and report.is_file() else None
     if measured is not None and measured.drafter["step"] != source.step:
         measured = None  # it speaks of another checkpoint
-    config = stages.export_drafter(source, target, source.load(target), out, measured)
+    traits = stages.export_drafter(source, target, source.load(target), out, measured)
     print(f"export: {out}")
-    for support in loads_in(config):
+    for support in loads_in(traits):
         answer = "loads" if support.loads else "does not load"
         print(f"  {support.engine}: {answer}{f' ({support.why})' if support.why else ''}")

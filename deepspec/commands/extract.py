@@ -23,7 +23,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Answer the conversations where the recipe says so, then make the shards."""
     from pathlib import Path
 
-    from deepspec.commands.settings import print_config, recipe_config, take
+    from deepspec.commands.settings import given_keys, print_config, recipe_config, take
     from deepspec.errors import ConfigError
 
     values, others = take(settings, "out")
@@ -34,8 +34,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if "out" not in values:
         raise ConfigError("out= is missing: the folder of the store, such as out=features")
     from deepspec.commands import stages
+    from deepspec.commands.beginnings import adopt_origin
     from deepspec.processes import rank, together
 
+    config = adopt_origin(config, given_keys(others), Path(config.out) / "checkpoints")
     out = Path(values["out"]).expanduser()
     target = stages.open_target(config)
     with together() as wait:

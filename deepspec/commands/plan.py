@@ -32,7 +32,9 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Print the table, and a warning for each thing that does not fit."""
-    from deepspec.commands.settings import print_config, recipe_config, take
+    from pathlib import Path
+
+    from deepspec.commands.settings import given_keys, print_config, recipe_config, take
 
     values, words = take(settings, "gpus", "memory", "tflops", "tokens", "recipe")
     if "recipe" in values:
@@ -48,6 +50,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from deepspec.commands.beginnings import adopt_origin
+
+    config = adopt_origin(config, given_keys(words), Path(config.out) / "checkpoints")
     plan, room = _plan(config, gpus, memory, tokens)
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
@@ -72,13 +77,14 @@ def _plan(
     import psutil
     import torch
 
-    from deepspec.commands.stages import quiet_libraries
+    from deepspec.commands.stages import check_trained, quiet_libraries
     from deepspec.features.store import free_bytes
     from deepspec.planning.plan import Room, make_plan
     from deepspec.planning.shapes import Job, shapes_of
     from deepspec.planning.workload import read_workload
     from deepspec.targets import load_target
 
+    check_trained(config)
     quiet_libraries()
     device = config.engine.device
     there = torch.cuda.is_available()
@@ -124,7 +130,8 @@ def _memory(plan: Plan, room: Room) -> Iterator[tuple[str, str, str]]:
     if room.device is not None:
         yield "  there is", shown(room.device), ""
     for name, size in memory.parts.items():
-        yield f"  {name}", shown(size), ""
+        rough = name == "target's forward" and job.shapes.text.model_type == "deepseek_v4"
+        yield f"  {name}", shown(size), "a guess: its attention is not modelled" if rough else ""
     if memory.host:
         yield "beside it, a process", shown(memory.host), "engine.offload=cpu"
 

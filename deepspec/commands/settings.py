@@ -44,6 +44,11 @@ def whole_number(name: str, word: str) -> int:
     return int(word)
 
 
+def given_keys(settings: Sequence[str]) -> set[str]:
+    """The keys on the command line."""
+    return {word.partition("=")[0] for word in settings}
+
+
 def recipe_config(settings: Sequence[str]) -> RunConfig:
     """The config of `recipe=NAME key=value ...`. Raises ConfigError."""
     from deepspec.config.loading import load_config

@@ -1,8 +1,7 @@
-"""Where a trained drafter comes from: a run, one of its checkpoints, or an export."""
+"""Where a drafter comes from: a run, one of its checkpoints, an export, or nowhere: untrained."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export.flat import flat_shape, is_flat_export, load_flat
+from deepspec.export import is_export, open_export
 from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
     DESCRIPTION,
@@ -29,10 +29,11 @@ from deepspec.training.run_folder import RunFolder
 class Source:
     """A drafter on disk: the config it was trained with, and `load`, which checks its target.
 
-    `step`: optimizer steps, None where unknown. `run`: its run folder, where that is at hand.
+    `place` is None where nothing was trained. `step`: optimizer steps, None where unknown. `run`:
+    its run folder, where that is at hand.
     """
 
-    place: Path
+    place: Path | None
     config: RunConfig
     kind: str
     step: int | None
@@ -56,7 +57,7 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
     CheckpointError when nothing usable is there, ConfigError for bad overrides.
     """
     place = place.expanduser()
-    if is_flat_export(place):
+    if is_export(place):
         return _from_export(place, overrides, recipe)
     if recipe is not None:
         raise ConfigError(
@@ -78,24 +79,38 @@ def open_source(place: Path, overrides: Sequence[str] = (), recipe: str | None =
 
 
 def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> Source:
-    shape = flat_shape(place)
+    export = open_export(place)
     if recipe is not None:
         config = load_config(recipe, overrides)
     else:
-        target = json.loads((place / "config.json").read_text())["deepspec"]["target"]
+        target = export.target
         if "/" not in target and not any(word.startswith("target.path=") for word in overrides):
-            raise ConfigError(
-                f"{place} was made for a local target, {target}; say where it is by "
-                "target.path=DIR or by recipe=R"
+            whose = (
+                f"was made for a local target, {target}" if target else "does not say its target"
             )
-        raw = {"recipe": place.name, "target": {"path": target}, "data": {"path": []}}
+            raise ConfigError(f"{place} {whose}; say where it is by target.path=DIR or by recipe=R")
+        asked = {"path": target, "layer_ids": list(export.shape.target_layer_ids)}
+        raw = {"recipe": place.name, "target": asked, "data": {"path": []}}
         config = config_from(raw, overrides)
     return Source(
-        place=place,
+        place=place, config=config, kind=export.kind, step=None, load=export.load, run=None
+    )
+
+
+def untrained(config: RunConfig) -> Source:
+    """A drafter that needs no training, by `config` alone. Raises ConfigError for another one."""
+    name, kind = config.drafter.kind, drafter_kind(config.drafter.kind)
+    if kind.trained:
+        raise ConfigError(
+            f"recipe={config.recipe} has drafter.kind={name}, which has to be trained first; give "
+            "one of run=DIR and checkpoint=DIR, or set drafter.kind=ngram"
+        )
+    return Source(
+        place=None,
         config=config,
-        kind="dspark" if shape.markov_rank else "dflash",
+        kind=name,
         step=None,
-        load=lambda target: load_flat(place, target),
+        load=lambda target: kind.build(kind.resolve(config.drafter, target)),
         run=None,
     )
 

@@ -13,9 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepspec import __version__
+from deepspec.commands.beginnings import first_drafter
 from deepspec.commands.confidences import calibration_of
 from deepspec.commands.sources import Source
 from deepspec.config.schema import FieldsConfig, RunConfig, as_dict
@@ -23,14 +22,13 @@ from deepspec.data.batching import hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.evaluate import average, evaluate
 from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
-from deepspec.export.card import model_card
-from deepspec.export.flat import export_flat, flat_config
+from deepspec.export import layouts_for, model_card, require_layout, write_export
+from deepspec.export.engines import Traits
 from deepspec.features.extract import check_room, extract, header_of, plan_shards
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online
@@ -56,6 +54,8 @@ from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
 Skipped = dict[str, dict[str, int]]
+# values of export.format, and the kinds each can hold
+LAYOUTS = {"flat": ("dspark", "dflash"), "deepseek_v4": ("dspark_v4",)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,21 @@ def open_target(config: RunConfig, training: bool = False) -> Target:
         )
     quiet_libraries()
     return load_target(config.target, choose_device(config.engine.device))
+
+
+def check_trained(config: RunConfig) -> None:
+    """Raises ConfigError where there is nothing to train."""
+    kind = config.drafter.kind
+    if not drafter_kind(kind).trained:
+        raise ConfigError(
+            f"drafter.kind={kind} needs no training; measure it by deepspec evaluate "
+            f"recipe={config.recipe} drafter.kind={kind}"
+        )
+
+
+def check_fit(config: RunConfig, target: TargetEnds) -> None:
+    """Raises ConfigError for a drafter that does not fit `target`, before answers are made."""
+    drafter_kind(config.drafter.kind).resolve(config.drafter, target)
 
 
 def check_split(config: RunConfig) -> None:
@@ -263,10 +278,8 @@ def train_drafter(
     start: Checkpoint | None,
 ) -> Checkpoint:
     """Stage 3: distil, or go on from `start`; gives the best checkpoint by validation."""
-    kind = drafter_kind(config.drafter.kind)
-    torch.manual_seed(config.seed)
-    drafter = kind.build(kind.resolve(config.drafter, target))
     samples, validation = data.samples, data.validation
+    drafter = first_drafter(config, target, samples, start)
     trainer = Trainer(config, target, source, drafter, samples, validation, folder, engine)
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -301,7 +314,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         drafter={
             "kind": source.kind,
             "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
-            "source": str(source.place),
+            "source": source.place and str(source.place),
             "step": source.step,
             "shape": drafter.config.to_dict(),
         },
@@ -317,17 +330,30 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     return report
 
 
+def check_export(config: RunConfig) -> None:
+    """Raises ConfigError where the trained drafter will not go into `export.format`, but into
+    another one; one that no layout holds is trained all the same."""
+    if layouts_for(config.drafter.kind, config.drafter):
+        require_layout(config.export.format, config.drafter.kind, config.drafter)
+
+
 def export_drafter(
     source: Source, target: TargetEnds, drafter: Drafter, out: Path, report: Report | None
-) -> dict[str, Any]:
-    """Stage 5: files for serving engines, with a model card; the config.json that was written."""
+) -> Traits:
+    """Stage 5: files for serving engines, with a model card; what engines go by.
+
+    Raises ConfigError for a drafter that `export.format` cannot hold.
+    """
     export, anchors = source.config.export, source.config.training.anchors_per_sample
-    assert isinstance(drafter, DSparkDrafter)
-    config = flat_config(drafter.config, target, export.profile, anchors)
     table = markdown_table(report) if report is not None and report.results else None
-    card = model_card(out.name, config, as_dict(source.config), source.step or 0, table)
-    export_flat(drafter, target, out, export.profile, card, anchors)
-    return config
+
+    def card(config: dict[str, Any], traits: Traits) -> str:
+        run, step = as_dict(source.config), source.step or 0
+        return model_card(out.name, drafter.config, config, traits, run, step, table)
+
+    return write_export(
+        export.format, source.kind, drafter, target, out, export.profile, anchors, card
+    )
 
 
 def print_skipped(skipped: Skipped) -> None:

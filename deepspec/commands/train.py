@@ -28,15 +28,17 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """The whole trip; ends with the acceptance table, the paths, and what to do next."""
     from pathlib import Path
 
-    from deepspec.commands.settings import print_config, recipe_config
+    from deepspec.commands.settings import given_keys, print_config, recipe_config
 
     config = recipe_config(settings)
     if options.cfg:
         print_config(config)
         return
+    from deepspec.commands.beginnings import adopt_origin
     from deepspec.training.engine import contact
     from deepspec.training.run_folder import RunFolder
 
+    config = adopt_origin(config, given_keys(settings), Path(config.out) / "checkpoints")
     with RunFolder(Path(config.out)) as folder, contact():
         _train(config, folder)
 
@@ -48,16 +50,20 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
 
     from deepspec.commands import stages
     from deepspec.commands.sources import from_checkpoint
+    from deepspec.decoding import require_rollback
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.evaluation.report import results_table
+    from deepspec.export import layouts_for
     from deepspec.targets import Target
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
+    stages.check_trained(config)
     stages.check_split(config)
+    stages.check_export(config)
     check_trackers(config.tracking)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
@@ -67,6 +73,9 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     target = (
         stages.open_ends(config) if stored or remote else stages.open_target(config, training=True)
     )
+    if config.evaluation.enabled:
+        require_rollback(target)
+    stages.check_fit(config, target)
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)
@@ -94,11 +103,14 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.evaluation.enabled:
         whole = target if isinstance(target, Target) else stages.open_target(config)
         report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
-    stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
+    exported = bool(layouts_for(drafted.kind, config.drafter))
+    if exported:
+        stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if report is not None:
         Console().print(results_table(report))
         print(f"report:     {folder.path / 'report.html'}")
     print(f"checkpoint: {drafted.place}")
-    print(f"export:     {folder.export}")
+    where = folder.export if exported else f"none: no layout holds a drafter.kind={drafted.kind}"
+    print(f"export:     {where}")
     print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")

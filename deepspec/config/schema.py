@@ -21,7 +21,8 @@ class TargetConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16
     layer_ids: list[int] | None = None
     num_layer_ids: int = 5
-    attention: str = "sdpa"
+    attention: str = "auto"
+    rollback: str = "auto"  # auto | rows | snapshot
     parallel: str = "replicated"  # replicated | tensor | zero3 | device_map
     max_memory: str | None = None
     offload_folder: str | None = None
@@ -76,7 +77,7 @@ class RegenerateConfig:
 class DrafterConfig:
     """The drafter's shape. A null is taken from the target."""
 
-    kind: str = "dspark"  # dspark | dflash
+    kind: str = "dspark"  # dspark | dflash | dspark_v4 | eagle3 | mtp | ngram
     num_layers: int = 5
     block_size: int = 7
     intermediate_size: int | None = None
@@ -89,6 +90,10 @@ class DrafterConfig:
     confidence_with_markov: bool = True
     confidence_detached: bool = False
     mask_token_id: int | None = None
+    ngram_max: int = 3
+    ngram_min: int = 1
+    draft_vocab_size: int | None = None
+    init_from: str | None = None
 
 
 @dataclass
@@ -210,6 +215,7 @@ class EvaluationConfig:
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     seeds: list[int] = field(default_factory=lambda: [0])
     baseline_prompts: int = 8
+    ngram: bool = True
     enabled: bool = True
 
 
@@ -217,7 +223,7 @@ class EvaluationConfig:
 class ExportConfig:
     """Files for serving engines."""
 
-    format: str = "flat"
+    format: str = "flat"  # flat | speculators | deepseek_v4
     profile: str = "serving"  # serving | full
 
 

@@ -12,8 +12,9 @@ from deepspec.errors import ConfigError
 
 CHOICES: dict[str, Sequence[str]] = {
     "target.dtype": ("auto", "float32", "bfloat16"),
+    "target.rollback": ("auto", "rows", "snapshot"),
     "target.parallel": ("replicated", "tensor", "zero3", "device_map"),
-    "drafter.kind": ("dspark", "dflash"),
+    "drafter.kind": ("dspark", "dflash", "dspark_v4", "eagle3", "mtp", "ngram"),
     "drafter.markov_head": ("vanilla", "gated", "rnn"),
     "objective.implementation": ("fused", "eager"),
     "features.source": ("online", "stored", "hybrid", "remote"),
@@ -26,9 +27,10 @@ CHOICES: dict[str, Sequence[str]] = {
     "decoding.scheduler": ("none", "fixed", "threshold", "algorithm1", "async"),
     "decoding.calibration": ("auto", "none"),
     "tracking.wandb_mode": ("offline", "online", "disabled"),
-    "export.format": ("flat",),
+    "export.format": ("flat", "speculators", "deepseek_v4"),
     "export.profile": ("serving", "full"),
 }
+REDUCIBLE = ("dspark", "dflash")  # kinds that can draft a part of the vocabulary
 AT_LEAST_ONE = (
     "target.num_layer_ids",
     "data.max_length",
@@ -42,6 +44,9 @@ AT_LEAST_ONE = (
     "drafter.num_attention_heads",
     "drafter.num_key_value_heads",
     "drafter.head_dim",
+    "drafter.ngram_max",
+    "drafter.ngram_min",
+    "drafter.draft_vocab_size",
     "objective.chunk_size",
     "extract.batch_tokens",
     "serve.queue",
@@ -155,6 +160,11 @@ def _cross(config: RunConfig) -> None:
         raise ConfigError(
             f"drafter.head_dim={config.drafter.head_dim} must be even: rotary positions turn pairs"
         )
+    if config.drafter.ngram_min > config.drafter.ngram_max:
+        raise ConfigError(
+            f"drafter.ngram_min={config.drafter.ngram_min} exceeds "
+            f"drafter.ngram_max={config.drafter.ngram_max}; lower it"
+        )
     if config.engine.offload != "none" and config.engine.kind in ("single", "zero0"):
         raise ConfigError(
             f"engine.offload={config.engine.offload} needs DeepSpeed; set engine=zero1, zero2 or "
@@ -208,6 +218,11 @@ def _cross(config: RunConfig) -> None:
         raise ConfigError(
             f"decoding.scheduler={config.decoding.scheduler} needs decoding.throughput=FILE, the "
             "steps a second by tokens verified: a table of deepspec profile, or your own as .csv"
+        )
+    if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
+        raise ConfigError(
+            f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
+            f"{' and '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
         )
     if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
         raise ConfigError(

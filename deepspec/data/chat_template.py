@@ -1,8 +1,10 @@
 """Tokens and loss mask through the tokenizer's own chat template.
 
-Two ways to the mask: `{% generation %}` markers where the template has them, else the difference
-between rendered prefixes, checked to be consistent. Nothing is guessed: a mask that would be empty
-or all ones is an error that names the sample and the template.
+Two ways to the mask: `{% generation %}` markers where the template has them, else what the target
+is given and what it writes: the rendered prompt, and the rest of the rendered answer. Where the
+template takes thoughts away from answers, or renders the prompt otherwise once it is answered
+(Gemma 4 does both), the answer itself is put behind the prompt. Nothing is guessed: a mask that
+would be empty or all ones is an error that names the sample and the template.
 """
 
 from __future__ import annotations
@@ -49,14 +51,14 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> list[Sample]:
         """Token ids and loss masks; nothing where `max_length` cuts every answer away.
 
-        One sample, unless the template renders an answer differently once more turns follow (Qwen3
-        takes its thoughts away): then one sample an answer, each as the target wrote it. An answer
-        that was cut by a length limit is not supervised at the end of turn that the template adds:
-        the target did not write it.
+        One sample, unless the template renders an answer differently from how it was written
+        (Gemma 4 takes its thoughts away), or once more turns follow (Qwen3 does so then): then one
+        sample an answer, each as the target wrote it. An answer that was cut by a length limit is
+        not supervised at the end of turn that the template adds: the target did not write it.
         """
         messages = self._with_system(conversation.messages)
         try:
-            rendered = self._marked(messages) if self.has_markers else self._by_prefix(messages)
+            rendered = self._rendered(messages)
         except TemplateError as error:
             raise type(error)(f"sample {conversation.id}: {error}") from None
         samples = []
@@ -77,6 +79,10 @@ class ChatEncoder:
                 tokens, supervised = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
                 samples.append(Sample(tokens, supervised, name))
         return samples
+
+    def answered(self, messages: Iterable[Message]) -> list[int]:
+        """Token ids of `messages`, which end with an answer, as training will see that answer."""
+        return self._rendered(self._with_system(messages))[-1][0]
 
     def prompt(self, messages: Iterable[Message]) -> list[int]:
         """Token ids of `messages` with the generation prompt, ready for the target to answer."""
@@ -103,28 +109,54 @@ class ChatEncoder:
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
         return list(self._apply(messages, add_generation_prompt=add_generation_prompt)["input_ids"])
 
+    def _rendered(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
+        """(ids, mask) of each sample."""
+        return self._marked(messages) if self.has_markers else self._by_prefix(messages)
+
     def _marked(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
         out = self._apply(messages, return_assistant_tokens_mask=True)
         return [(list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]])]
 
     def _by_prefix(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
         """Before each answer the prompt, after it the prompt plus answer: the difference is it."""
-        answers = []  # a (rendering that ends with it, where it begins, where it ends) each
+        answers = []  # a (text that ends with it, where it begins, where it ends) each
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self._render(messages[:index], add_generation_prompt=True)
-                after = self._render(messages[: index + 1])
-                if after[: len(before)] != before:
-                    raise TemplateError(
-                        f"the {self._template} renders the prompt of turn {index} differently "
-                        "once it is answered, so the answer's place does not show; add "
-                        "{% generation %} markers to the template"
-                    )
-                answers.append((after, len(before), self._end_of_turn(after, len(before))))
-        whole = self._render(messages)
+                after, end = self._answered(messages[: index + 1], before)
+                answers.append((after, len(before), end))
+        # the last answer's text is the whole one unless more was said
+        spoken_last = messages[-1]["role"] == "assistant"
+        whole = answers[-1][0] if spoken_last else self._render(messages)
         if all(whole[: len(after)] == after for after, _, _ in answers):
             return [(whole, _mask(len(whole), [(start, end) for _, start, end in answers]))]
         return [(after, _mask(len(after), [(start, end)])) for after, start, end in answers]
+
+    def _answered(self, messages: list[Message], before: list[int]) -> tuple[list[int], int]:
+        """The prompt `before` with the last of `messages`, and where its end of turn ends.
+
+        As the template renders it, if that is what the target was given and what it wrote. Some
+        take thoughts away or refuse them.
+        """
+        answer, start = self._tokens(messages[-1]["content"]), len(before)
+        try:
+            rendered = self._render(messages)
+        except TemplateRefusal:
+            return [*before, *answer, self.tokenizer.eos_token_id], start + len(answer) + 1
+        as_given = rendered[:start] == before
+        end = self._end_of_turn(rendered, start if as_given else 0)
+        if as_given and self._said(rendered[start:end]) == self._said(answer):
+            return rendered, end
+        closing = rendered[end - 1 : end] if not self._said(rendered[end:]) else []
+        written = before + answer + closing
+        return written, len(written)
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _said(self, tokens: list[int]) -> str:
+        """Without spaces and special tokens, which templates add and take away at will."""
+        return "".join(self.tokenizer.decode(tokens, skip_special_tokens=True).split())
 
     def _end_of_turn(self, ids: list[int], start: int) -> int:
         """Templates write a line break behind the end of turn; the model never does."""

@@ -4,5 +4,13 @@ from deepspec.decoding.decoder import Decoder
 from deepspec.decoding.plain import plain_decode
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.sampling import Sampling
+from deepspec.decoding.state import require_rollback
 
-__all__ = ["Completion", "DecodeResult", "Decoder", "Sampling", "plain_decode"]
+__all__ = [
+    "Completion",
+    "DecodeResult",
+    "Decoder",
+    "Sampling",
+    "plain_decode",
+    "require_rollback",
+]

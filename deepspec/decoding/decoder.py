@@ -18,10 +18,11 @@ from deepspec.decoding.packing import packed
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
+from deepspec.decoding.state import require_rollback
 from deepspec.decoding.verification import verify
 from deepspec.drafters.base import Draw, Observation, Proposer
-from deepspec.records import DecodeTrace, Proposal
-from deepspec.targets import Target, TargetOutput, require_croppable
+from deepspec.records import DecodeTrace, Proposal, Verification
+from deepspec.targets import Target, TargetOutput
 
 Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
 """How many drafts of each row to verify, by the proposal's confidences and the most that each row
@@ -40,7 +41,7 @@ class Decoder:
         stop_token_ids: Sequence[int] | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        require_croppable(target.model, target.family)
+        require_rollback(target)
         self.target = target
         self.proposer = proposer
         self.batch_size = batch_size
@@ -117,8 +118,11 @@ class Decoder:
         proposal = self.proposer.propose(
             anchors, positions, max(starts) + 1, _draw_by(sampling, uniforms)
         )
+        proposed = (size,) * len(rows) if proposal.lengths is None else proposal.lengths
         # a round emits at most scheduled + 1 tokens: nothing behind the limit is verified
-        scheduled = [min(size, left - 1) for left in rows.remaining()]
+        scheduled = [
+            min(made, left - 1) for made, left in zip(proposed, rows.remaining(), strict=True)
+        ]
         if self._schedule is not None:
             wished = self._schedule(proposal, scheduled)
             scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
@@ -127,14 +131,7 @@ class Decoder:
         block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
         lengths = [count + 1 for count in scheduled]
         output = rows.forward(block, positions, max(starts) + width + 1, True, lengths)
-        verdict = verify(
-            proposal.tokens[:, :width],
-            None if proposal.probabilities is None else proposal.probabilities[:, :width],
-            self.target.head(packed(output.final, lengths)),
-            torch.tensor(scheduled, device=device),
-            sampling,
-            None if uniforms is None else uniforms[:, size:],
-        )
+        verdict = self._judge(proposal, output, scheduled, sampling, uniforms)
         # the round's only synchronisation: what was accepted, and the tokens
         confidence = proposal.confidence
         accepted = verdict.accepted.tolist()
@@ -145,22 +142,43 @@ class Decoder:
             rows.emit(row, chosen[row][:count] + chosen[row][-1:])
             for row, count in enumerate(accepted)
         ]
-        self._observe(block, output, [count + 1 for count in accepted], starts)
+        kept = [count + 1 for count in accepted]
+        rows.keep(kept)
+        self._observe(block, output, kept, starts)
         seconds = (time.perf_counter() - begun) / len(rows)
         return [
             DecodeTrace(
                 request=rows.requests[row],
                 round=number,
                 position=starts[row],
-                proposed=size,
+                proposed=proposed[row],
                 scheduled=scheduled[row],
                 accepted=accepted[row],
                 emitted=emitted[row],
-                confidences=tuple(confidences[row]),
+                confidences=tuple(confidences[row][: proposed[row]]),
                 seconds=seconds,
             )
             for row in range(len(rows))
         ]
+
+    def _judge(
+        self,
+        proposal: Proposal,
+        output: TargetOutput,
+        scheduled: Sequence[int],
+        sampling: Sampling,
+        uniforms: Tensor | None,
+    ) -> Verification:
+        """What of the scheduled drafts the target accepts; see `verify`."""
+        width = max(scheduled)
+        return verify(
+            proposal.tokens[:, :width],
+            None if proposal.probabilities is None else proposal.probabilities[:, :width],
+            self.target.head(packed(output.final, [count + 1 for count in scheduled])),
+            torch.tensor(scheduled, device=self.target.device),
+            sampling,
+            None if uniforms is None else uniforms[:, self.proposer.block_size :],
+        )
 
     def _observe(
         self, tokens: Tensor, output: TargetOutput, counts: Sequence[int], starts: Sequence[int]

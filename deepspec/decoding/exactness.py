@@ -2,7 +2,8 @@
 
 In fp32 they are equal. In bf16 a block forward rounds differently from one-token forwards, so
 where the target's two best tokens nearly tie, either may win. A difference counts as an error only
-where the gap between them exceeds the noise between the two ways of computing the same logits.
+where the gap between them exceeds the noise: between two ways of computing the same logits, and
+from one number of their dtype to the next, which a third way (another batch) may make of them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from deepspec.targets import Target
 class Difference:
     """The first token at which two outputs part.
 
-    `gap` between the two logits in question, `noise` between block and one-token computation of
-    them (both in logit units); `explained` when the gap is within the noise.
+    `gap` between the two logits in question, `noise` of them (both in logit units); `explained`
+    when the gap is within the noise.
     """
 
     request: str
@@ -57,8 +58,9 @@ def first_difference(
     pair = [expected[shared], found[shared]]
     block = _logits(target, prefix, len(prefix))[pair]
     single = _logits(target, prefix, 1)[pair]
-    gap = float((block[0] - block[1]).abs())
-    return Difference(request, shared, gap, float(2 * (block - single).abs().max()))
+    spacing = torch.finfo(block.dtype).eps * block.abs().max()
+    noise = 2 * ((block - single).abs().max() + spacing)  # either logit may move by it
+    return Difference(request, shared, float((block[0] - block[1]).abs()), float(noise))
 
 
 def _logits(target: Target, tokens: Sequence[int], step: int) -> torch.Tensor:
@@ -70,4 +72,4 @@ def _logits(target: Target, tokens: Sequence[int], step: int) -> torch.Tensor:
         last = torch.tensor([[tokens[-1]]], device=target.device)
         start = torch.tensor([head], device=target.device)
         output = rows.forward(last, start, head + 1, with_context=False)
-    return target.head(output.final[0, -1]).float()
+    return target.head(output.final[0, -1])

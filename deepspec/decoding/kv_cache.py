@@ -1,20 +1,71 @@
 """The target's cache with a length a row, behind the interface of transformers' `Cache`.
 
 An unmodified Hugging Face model runs on it: before each forward `begin` says where each row's new
-tokens go, and the mask built here says which keys they see. Rolling a row back is forgetting: the
-next forward begins earlier and overwrites.
+tokens go, and the masks built here say which keys they see. Rolling a row back is forgetting: the
+next forward begins earlier and overwrites. Legend: B rows, Q new tokens, C keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from deepspec.decoding.packing import Packing
+from deepspec.decoding.packing import Packing, can_pack, packed_attention
 from deepspec.drafters.cache import RowKV
+from deepspec.targets import Target, TargetOutput, attention_kinds
+
+
+class RowState:
+    """A `TargetState` (see `state`) of keys and values with a length a row, all rows in one
+    forward."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._cache = RowCache(target.num_layers)
+        self._masks = AttentionMasks(target.config, target.dtype)
+        self._can_pack = can_pack(target.model)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        end: int,
+        with_context: bool,
+        lengths: Sequence[int] | None = None,
+    ) -> TargetOutput:
+        """See `TargetState.forward`. Padding is not computed where the target's attention can do
+        without; elsewhere no real token sees it."""
+        width = tokens.shape[1]
+        positions = starts[:, None] + torch.arange(width, device=tokens.device)
+        masks = self._masks(positions, end)
+        if lengths is None or min(lengths) == width or not self._can_pack:
+            self._cache.begin(starts, end)
+            return self._target.forward(
+                tokens, positions, self._cache, masks, with_context=with_context
+            )
+        packing = Packing.of(lengths, width, tokens.device)
+        self._cache.begin(starts, end, packing)
+        with packed_attention(self._target.config, packing):
+            output = self._target.forward(
+                packing.pack(tokens)[None],
+                packing.pack(positions)[None],
+                self._cache,
+                masks,
+                with_context=with_context,
+            )
+        context = None if output.context is None else packing.unpack(output.context[0])
+        return TargetOutput(packing.unpack(output.final[0]), context)
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Nothing to do: the next forward begins behind what was kept."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """See `TargetState.select`."""
+        self._cache.select(torch.tensor(rows, device=self._target.device))
 
 
 class _RowLayer(CacheLayerMixin):
@@ -94,19 +145,34 @@ class RowCache(Cache):
             layer.rows.select(rows)
 
 
-def attention_masks(config: Any, positions: Tensor, end: int) -> Any:
-    """Bool masks [B, 1, Q, end] for queries at `positions` [B, Q], as `config`'s model takes them.
+class AttentionMasks:
+    """Masks for queries at given positions, as the model of `config` takes them.
 
-    A key at index k is position k. One mask where all layers attend fully; else a dict by layer
-    type, with the window of sliding layers.
+    A key at index k is position k. Where all layers attend alike one mask, else a dict by layer
+    type. [B, 1, Q, C]: bool for sdpa; for eager attention, which adds it to the scores in `dtype`,
+    0 or the lowest number.
     """
-    keys = torch.arange(end, device=positions.device)
-    place = positions[:, None, :, None]
-    full = keys <= place
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" not in kinds:
-        return full
-    return {
-        "full_attention": full,
-        "sliding_attention": full & (keys > place - config.sliding_window),
-    }
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        kinds = attention_kinds(config)
+        self._window = config.sliding_window if "sliding_attention" in kinds else None
+        self._by_type = bool(getattr(config, "layer_types", None))
+        self._dtype = dtype if config._attn_implementation == "eager" else None
+
+    def __call__(self, positions: Tensor, end: int) -> Any:
+        """Of queries at `positions` [B, Q] and keys 0 to `end` - 1."""
+        keys = torch.arange(end, device=positions.device)
+        place = positions[:, None, :, None]
+        full = keys <= place
+        if self._window is None:
+            return self._as_taken(full)
+        sliding = self._as_taken(full & (keys > place - self._window))
+        if not self._by_type:
+            return sliding
+        return {"full_attention": self._as_taken(full), "sliding_attention": sliding}
+
+    def _as_taken(self, seen: Tensor) -> Tensor:
+        if self._dtype is None:
+            return seen
+        scores = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device)
+        return scores.masked_fill_(~seen, torch.finfo(self._dtype).min)

@@ -10,7 +10,7 @@ import torch
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
-from deepspec.targets import Target, require_croppable
+from deepspec.targets import Target
 
 
 @torch.inference_mode()
@@ -25,7 +25,6 @@ def plain_decode(
     stop_token_ids: Sequence[int] | None = None,
 ) -> DecodeResult:
     """Continue each prompt without a drafter; arguments as `Decoder.generate`. No traces."""
-    require_croppable(target.model, target.family)
     names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
     stop = target.stop_token_ids if stop_token_ids is None else stop_token_ids
     begun = time.perf_counter()

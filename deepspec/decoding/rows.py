@@ -10,14 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepspec.decoding.kv_cache import RowCache, attention_masks
-from deepspec.decoding.packing import Packing, can_pack, packed_attention
 from deepspec.decoding.results import Completion
+from deepspec.decoding.state import open_state
 from deepspec.targets import Target, TargetOutput
 
 
 class Rows:
-    """Prompts being continued: tokens and lengths on the host, keys and values on the device."""
+    """Prompts being continued: tokens and lengths on the host, the target's state on the device."""
 
     def __init__(
         self,
@@ -34,8 +33,7 @@ class Rows:
         self._stop = set(stop_token_ids)
         self._limit = max_new_tokens
         self._prompts = [list(prompt) for prompt in prompts]
-        self._cache = RowCache(target.num_layers)
-        self._can_pack = can_pack(target.model)
+        self._state = open_state(target, len(prompts))
         self._finished: list[Completion] = []
 
     def __len__(self) -> int:
@@ -57,32 +55,12 @@ class Rows:
         with_context: bool,
         lengths: Sequence[int] | None = None,
     ) -> TargetOutput:
-        """One target forward of `tokens` [B, Q] from positions `starts` [B].
+        """See `TargetState.forward`."""
+        return self._state.forward(tokens, starts, end, with_context, lengths)
 
-        Row b has `lengths[b]` tokens (None: Q). What is behind them is not computed, where the
-        target's attention allows it; no real token sees it, and the output there means nothing.
-        """
-        width = tokens.shape[1]
-        positions = starts[:, None] + torch.arange(width, device=tokens.device)
-        masks = attention_masks(self.target.config, positions, end)
-        uneven = lengths is not None and min(lengths) < width
-        if lengths is None or not (uneven and self._can_pack):
-            self._cache.begin(starts, end)
-            return self.target.forward(
-                tokens, positions, self._cache, masks, with_context=with_context
-            )
-        packing = Packing.of(lengths, width, tokens.device)
-        self._cache.begin(starts, end, packing)
-        with packed_attention(self.target.config, packing):
-            output = self.target.forward(
-                packing.pack(tokens)[None],
-                packing.pack(positions)[None],
-                self._cache,
-                masks,
-                with_context=with_context,
-            )
-        context = None if output.context is None else packing.unpack(output.context[0])
-        return TargetOutput(packing.unpack(output.final[0]), context)
+    def keep(self, counts: Sequence[int]) -> None:
+        """See `TargetState.keep`."""
+        self._state.keep(counts)
 
     def last_logits(self, output: TargetOutput) -> Tensor:
         """[B, V] at the end of each prompt, after `prefill`."""
@@ -125,7 +103,7 @@ class Rows:
         self.prompt_lengths = [self.prompt_lengths[row] for row in stay]
         self.emitted = [self.emitted[row] for row in stay]
         if stay:
-            self._cache.select(torch.tensor(stay, device=self.target.device))
+            self._state.select(stay)
         return stay
 
     @property

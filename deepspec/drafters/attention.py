@@ -1,9 +1,10 @@
 """Block attention: every block sees its sample's context before the anchor, and itself.
 
 One function, two implementations of the same mask. SDPA goes sample by sample, so the mask it
-builds is [n*K, T_sample + n*K]; FlexAttention takes the whole pack and skips empty tiles (CUDA:
+builds is [n*Q, T_sample + n*P]; FlexAttention takes the whole pack and skips empty tiles (CUDA:
 it has no backward on CPU). Legend: N blocks, K block size, T context tokens, H heads,
-G key/value heads, E head dimension.
+G key/value heads, E head dimension; Q queries and P keys of a block: K and K where its slots go at
+once, one query and the keys of all slots so far where they go one after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Segment:
 
     context: slice
     blocks: slice
-    mask: Tensor  # [n*K, T_sample + n*K] bool
+    mask: Tensor  # [n*Q, T_sample + n*P] bool
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,26 @@ class Visibility:
     block_mask: Any | None
 
 
-def build_visibility(batch: BlockBatch, implementation: str | None = None) -> Visibility:
+def build_visibility(
+    batch: BlockBatch,
+    implementation: str | None = None,
+    *,
+    limits: Tensor | None = None,
+    queries: int | None = None,
+    keys: int | None = None,
+) -> Visibility:
     """The mask of dspark.md ("Backbone"): context < anchor of the same sample, and own block.
 
-    `implementation`: "sdpa" or "flex"; None chooses flex on CUDA, sdpa elsewhere.
+    `implementation`: "sdpa" or "flex"; None chooses flex on CUDA, sdpa elsewhere. `limits` [N]:
+    the position below which a block sees context, its anchor where not given. `queries` and `keys`
+    of a block are its size where not given.
     """
+    limits = batch.anchors if limits is None else limits
+    queries, keys = queries or batch.block_size, keys or batch.block_size
     implementation = implementation or ("flex" if batch.rows.is_cuda else "sdpa")
     if implementation == "flex":
-        return Visibility(None, _flex_mask(batch))
-    return Visibility(tuple(_segments(batch)), None)
+        return Visibility(None, _flex_mask(batch, limits, queries, keys))
+    return Visibility(tuple(_segments(batch, limits, queries, keys)), None)
 
 
 def block_attention(
@@ -57,7 +69,7 @@ def block_attention(
 ) -> Tensor:
     """Attention of blocks over context and themselves.
 
-    `queries` [N, K, H, E]; `context_*` [T, G, E]; `block_*` [N, K, G, E] -> [N, K, H, E].
+    `queries` [N, Q, H, E]; `context_*` [T, G, E]; `block_*` [N, P, G, E] -> [N, Q, H, E].
     """
     if visibility.segments is None:
         return _flex(
@@ -81,51 +93,47 @@ def block_attention(
     return torch.cat(outputs)
 
 
-def _segments(batch: BlockBatch) -> list[Segment]:
+def _segments(batch: BlockBatch, limits: Tensor, queries: int, keys: int) -> list[Segment]:
     samples = len(batch.sample_ids)
     context_counts = torch.bincount(batch.document_ids, minlength=samples).tolist()
     block_counts = torch.bincount(batch.block_documents, minlength=samples).tolist()
-    block_size = batch.block_size
     segments, row, block = [], 0, 0
     for context_count, count in zip(context_counts, block_counts, strict=True):
         if count:
-            anchors = batch.anchors[block : block + count]
-            device = anchors.device
-            sees_context = torch.arange(context_count, device=device) < anchors[:, None]
-            own_block = torch.eye(count, dtype=torch.bool, device=device)
-            mask = torch.cat((sees_context, own_block.repeat_interleave(block_size, 1)), dim=1)
+            own = limits[block : block + count]
+            sees_context = torch.arange(context_count, device=own.device) < own[:, None]
+            own_block = torch.eye(count, dtype=torch.bool, device=own.device)
+            mask = torch.cat((sees_context, own_block.repeat_interleave(keys, 1)), dim=1)
             segments.append(
                 Segment(
                     slice(row, row + context_count),
                     slice(block, block + count),
-                    mask.repeat_interleave(block_size, 0),
+                    mask.repeat_interleave(queries, 0),
                 )
             )
         row, block = row + context_count, block + count
     return segments
 
 
-def _flex_mask(batch: BlockBatch) -> Any:
+def _flex_mask(batch: BlockBatch, limits: Tensor, queries: int, keys: int) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    block_size = batch.block_size
-    context = batch.document_ids.shape[0]
-    queries = batch.anchors.shape[0] * block_size
+    context, blocks = batch.document_ids.shape[0], batch.anchors.shape[0]
     document_ids, positions = batch.document_ids, batch.positions
-    block_documents, anchors = batch.block_documents, batch.anchors
+    block_documents = batch.block_documents
 
     def visible(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
+        block = query // queries
         token = key.clamp(max=context - 1)
         in_context = (
             (key < context)
             & (document_ids[token] == block_documents[block])
-            & (positions[token] < anchors[block])
+            & (positions[token] < limits[block])
         )
-        return in_context | ((key >= context) & ((key - context) // block_size == block))
+        return in_context | ((key >= context) & ((key - context) // keys == block))
 
     return create_block_mask(
-        visible, None, None, queries, context + queries, device=str(batch.anchors.device)
+        visible, None, None, blocks * queries, context + blocks * keys, device=str(limits.device)
     )
 
 

@@ -1,7 +1,7 @@
 """What every drafter offers: a training forward, and a proposer face for the decoder.
 
 Legend: B rows, T context tokens, N blocks, K block size, D hidden, L captured layers,
-V vocabulary, R Markov rank.
+V vocabulary, V_draft tokens that can be drafted where these are fewer, R Markov rank.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from deepspec.records import Proposal
@@ -32,13 +33,36 @@ class DraftOutput:
 class Drafter(nn.Module):
     """A trainable drafter. `config` is its resolved shape (`block_size`, `target_layer_ids`,
     `to_dict`); forward(features, batch, embedding) gives a DraftOutput: `features` of the pack as
-    the target computed them, `embedding` [V, D] the target's, frozen."""
+    the target computed them, `embedding` [V, D] the target's, frozen.
+
+    With a `draft_vocab_size` it drafts so many of the target's tokens and no others: the first ones
+    until `restrict` chooses them. `d2t` [V_draft] goes with the weights in the form that serving
+    engines read: draft id i is the target's i + d2t[i].
+    """
 
     config: Any
+    d2t: Tensor | None
+
+    def __init__(self, draft_vocab_size: int | None = None) -> None:
+        super().__init__()
+        offsets = None if draft_vocab_size is None else torch.zeros(draft_vocab_size).long()
+        self.register_buffer("d2t", offsets)
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """[V_draft] the target's ids that can be drafted, ascending; None where all can."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def restrict(self, ids: Tensor) -> None:
+        """Draft the target's tokens `ids` [V_draft], ascending, and no others."""
+        assert self.d2t is not None
+        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
 
     @property
     def bias_weight(self) -> Tensor | None:
-        """[V, R], turns a latent into a bias on the logits; None without a sequential head."""
+        """[V or V_draft, R], turns a latent into a bias on the logits; None without such a head."""
         return None
 
 
@@ -62,6 +86,25 @@ class Observation:
 Draw = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """The decoder's sampling rule: logits [B, V] -> (tokens [B], probabilities [B, V]); the
 probabilities are None at temperature 0, where a draft is a point mass."""
+
+
+def within(draw: Draw, vocabulary: Tensor | None, size: int) -> Draw:
+    """`draw` for logits [B, V_draft] of the target's tokens `vocabulary`; None: of all `size`.
+
+    It draws among those and answers in the target's ids [B] and probabilities [B, V], 0 outside:
+    so verification stays what it is, and exact.
+    """
+    if vocabulary is None:
+        return draw
+
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens, probabilities = draw(logits)
+        if probabilities is not None:
+            everywhere = probabilities.new_zeros(len(probabilities), size)
+            probabilities = everywhere.index_copy_(1, vocabulary, probabilities)
+        return vocabulary[tokens], probabilities
+
+    return choose
 
 
 class Proposer(Protocol):

@@ -7,23 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspec.config.schema import DrafterConfig
-from deepspec.drafters import dspark
+from deepspec.drafters import causal, dspark, dspark_v4, eagle3, mtp, ngram
 from deepspec.drafters.base import Drafter, Proposer
+from deepspec.drafters.shape import DrafterShape
 from deepspec.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class DrafterKind:
-    """The three ways into a drafter.
+    """The ways into a drafter.
 
     `resolve(DrafterConfig, target)` gives the full shape, `load(dict)` reads it back from a
     checkpoint, `build(shape)` makes the module, `proposer(module, target)` puts it in the decoder.
+    `trained`: whether there is anything to train.
     """
 
     resolve: Callable[[DrafterConfig, Any], Any]
     load: Callable[[dict[str, Any]], Any]
     build: Callable[[Any], Drafter]
     proposer: Callable[[Any, Any], Proposer]
+    trained: bool = True
+
+
+def _causal(build: Callable[[DrafterShape], causal.CausalDrafter]) -> DrafterKind:
+    return DrafterKind(
+        resolve=causal.resolve_config,
+        load=DrafterShape.from_dict,
+        build=build,
+        proposer=lambda drafter, target: causal.CausalProposer(
+            drafter, target.embedding, target.head
+        ),
+    )
 
 
 _DSPARK = DrafterKind(
@@ -32,8 +46,30 @@ _DSPARK = DrafterKind(
     build=dspark.DSparkDrafter,
     proposer=lambda drafter, target: dspark.DSparkProposer(drafter, target.embedding, target.head),
 )
+_DSPARK_V4 = DrafterKind(
+    resolve=dspark_v4.resolve_config,
+    load=dspark_v4.DSparkV4Config.from_dict,
+    build=dspark_v4.DSparkV4Drafter,
+    proposer=lambda drafter, target: dspark_v4.DSparkV4Proposer(
+        drafter, target.embedding, target.head
+    ),
+)
+_NGRAM = DrafterKind(
+    resolve=ngram.resolve_config,
+    load=ngram.NgramConfig.from_dict,
+    build=ngram.NgramDrafter,
+    proposer=lambda drafter, target: ngram.NgramProposer(drafter.config),
+    trained=False,
+)
 
-DRAFTERS: dict[str, DrafterKind] = {"dspark": _DSPARK, "dflash": _DSPARK}
+DRAFTERS: dict[str, DrafterKind] = {
+    "dspark": _DSPARK,
+    "dflash": _DSPARK,
+    "dspark_v4": _DSPARK_V4,
+    "eagle3": _causal(eagle3.Eagle3Drafter),
+    "mtp": _causal(mtp.MtpDrafter),
+    "ngram": _NGRAM,
+}
 
 
 def drafter_kind(name: str) -> DrafterKind:

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-rotation (NeoX) convention, angles always in fp32.
+"""Rotary position embedding, angles always in fp32. Two conventions: which dimensions make a pair.
 
 Computed from the config on first use and never a module buffer: a buffer would follow
 `.to(bfloat16)`, and bf16 frequencies silently ruin long positions.
@@ -54,7 +54,23 @@ def _frequencies(
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate `states` [..., H, head_dim] by `rotation` [..., head_dim] (no head axis)."""
+    """Rotate `states` [..., H, head_dim] by `rotation` [..., head_dim] (no head axis).
+
+    Half rotation (NeoX): a pair is dimensions i and i + head_dim / 2.
+    """
     cos, sin = rotation[0].unsqueeze(-2), rotation[1].unsqueeze(-2)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate_pairs(states: Tensor, rotation: Rotation, *, inverse: bool = False) -> Tensor:
+    """Rotate the last R dimensions of `states` [..., H, head_dim] by `rotation` [..., R], or back.
+
+    Interleaved (GPT-J): a pair is dimensions 2i and 2i + 1.
+    """
+    cos, sin = (table.unsqueeze(-2).chunk(2, dim=-1)[0] for table in rotation)
+    sin = -sin if inverse else sin
+    plain, turned = states.split((states.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((plain.to(turned.dtype), turned), dim=-1)

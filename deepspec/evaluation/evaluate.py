@@ -1,7 +1,7 @@
-"""Decode benchmarks with a drafter and with plain decoding; give numbers and traces.
+"""Decode benchmarks with a drafter, plainly and by prompt lookup; give numbers and traces.
 
-Both decoders run in the same process on the same prompts, so tokens a second are compared fairly
-and outputs token by token.
+All decoders run in the same process on the same prompts, so tokens a second are compared fairly and
+outputs token by token.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -19,10 +20,17 @@ from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
 from deepspec.decoding.decoder import Schedule
 from deepspec.decoding.exactness import first_difference
 from deepspec.drafters.base import Proposer
+from deepspec.drafters.ngram import NgramConfig, NgramProposer
 from deepspec.errors import DataError, TemplateRefusal
 from deepspec.evaluation import metrics
 from deepspec.evaluation.benchmarks import load_prompts
-from deepspec.evaluation.results import Average, Baseline, BenchmarkResult, mean_over_seeds
+from deepspec.evaluation.results import (
+    Average,
+    Baseline,
+    BenchmarkResult,
+    Lookup,
+    mean_over_seeds,
+)
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace
 from deepspec.scheduling.calibration_file import Calibration
@@ -152,7 +160,7 @@ def average(results: Sequence[BenchmarkResult]) -> list[Average]:
 
 
 class _Run:
-    """Both decoders at one temperature and seed."""
+    """All decoders at one temperature and seed."""
 
     def __init__(
         self,
@@ -172,19 +180,26 @@ class _Run:
         if temperature:
             self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
         self.decoder = Decoder(target, proposer, self.batch_size, self.stop, schedule)
+        self.lookup: Decoder | None = None
+        if config.evaluation.ngram and not isinstance(proposer, NgramProposer):
+            longest, shortest = config.drafter.ngram_max, config.drafter.ngram_min
+            wanted = NgramConfig(self.block_size, longest, shortest)
+            self.lookup = Decoder(target, NgramProposer(wanted), self.batch_size, self.stop)
 
     def benchmark(
         self, name: str, prompts: list[Prompt], compared: int
     ) -> tuple[BenchmarkResult, list[DecodeTrace]]:
-        """Draft for all `prompts`; decode the first `compared` of them plainly too."""
-        self._draft(prompts[: self.batch_size], WARM_UP_TOKENS)
-        first = self._decode(self._draft, prompts[:compared], self.progress)
-        baseline = None
+        """Draft for all `prompts`; decode the first `compared` plainly and by lookup too."""
+        draft = partial(self._draft, self.decoder)
+        draft(prompts[: self.batch_size], WARM_UP_TOKENS)
+        first = self._decode(draft, prompts[:compared], self.progress)
+        baseline = lookup = None
         if compared:
             self._plain(prompts[: self.batch_size], WARM_UP_TOKENS)
             plain = self._decode(self._plain, prompts[:compared], None)
             baseline = self._compare(prompts[:compared], plain, first)
-        rest = self._decode(self._draft, prompts[compared:], self.progress)
+            lookup = self._look_up(prompts[:compared], first)
+        rest = self._decode(draft, prompts[compared:], self.progress)
 
         traces = first.traces + rest.traces
         tokens, seconds = first.tokens + rest.tokens, first.seconds + rest.seconds
@@ -207,13 +222,14 @@ class _Run:
             conditional_acceptance=[metrics.divide(pair) for pair in conditional],
             prefix_survival=[metrics.divide(pair) for pair in survival],
             baseline=baseline,
+            lookup=lookup,
         )
         return result, traces
 
-    def _draft(self, prompts: Sequence[Prompt], limit: int) -> DecodeResult:
+    def _draft(self, decoder: Decoder, prompts: Sequence[Prompt], limit: int) -> DecodeResult:
         names = [prompt.request for prompt in prompts]
         tokens = [prompt.tokens for prompt in prompts]
-        return self.decoder.generate(tokens, self.sampling, limit, self.seed, names)
+        return decoder.generate(tokens, self.sampling, limit, self.seed, names)
 
     def _plain(self, prompts: Sequence[Prompt], limit: int) -> DecodeResult:
         names = [prompt.request for prompt in prompts]
@@ -243,6 +259,21 @@ class _Run:
                 progress.advance(len(group))
         found = {completion.request: completion for completion in whole.completions}
         return DecodeResult([found[p.request] for p in prompts], whole.traces, whole.seconds)
+
+    def _look_up(self, prompts: Sequence[Prompt], drafted: DecodeResult) -> Lookup | None:
+        """What drafting gives that costs no training."""
+        if self.lookup is None:
+            return None
+        decode = partial(self._draft, self.lookup)
+        decode(prompts[: self.batch_size], WARM_UP_TOKENS)
+        found = self._decode(decode, prompts, None)
+        lengths = [metrics.accepted_length(result.traces) for result in (found, drafted)]
+        return Lookup(
+            prompts=len(prompts),
+            accepted_length=metrics.divide(lengths[0]) or 0.0,
+            tokens_per_second=found.tokens / found.seconds,
+            drafter_accepted_length=metrics.divide(lengths[1]) or 0.0,
+        )
 
     def _compare(
         self, prompts: Sequence[Prompt], plain: DecodeResult, drafted: DecodeResult

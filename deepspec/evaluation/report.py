@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import yaml
@@ -33,6 +34,14 @@ COLUMNS = {
     "speedup": "tokens/s over plain tokens/s, on the prompts that both ran",
     "identical": "outputs that equal plain decoding's, token by token; checked at T 0",
 }
+
+LOOKUP = (
+    "accepted length",
+    "n-gram accepted length",
+    "tokens/s",
+    "n-gram tokens/s",
+    "plain tokens/s",
+)
 
 HIDDEN = ("acceptance rate", "verify rate", "plain tokens/s")  # on a terminal, for want of width
 
@@ -65,8 +74,7 @@ def outcome(report: Report) -> str:
     if not ordered:
         return "No benchmark was measured."
     lengths = [f"{row.accepted_length:.2f} at temperature {row.temperature:g}" for row in ordered]
-    listed = " and ".join(filter(None, [", ".join(lengths[:-1]), lengths[-1]]))
-    text = f"The accepted length (tokens a round, bonus token counted) is {listed}."
+    text = f"The accepted length (tokens a round, bonus token counted) is {_listed(lengths)}."
     speedup = ordered[0].speedup if ordered[0].temperature == 0 else None
     if speedup is not None:
         text += f" Greedy decoding runs at {speedup:.2f} times its speed without the drafter."
@@ -145,6 +153,41 @@ def averages(report: Report) -> Table:
     return Table(["temperature", "accepted length", "tokens/s", "speedup"], rows)
 
 
+def lookups(report: Report) -> Table:
+    """Drafter, prompt lookup and plain decoding on the same prompts; means at the foot.
+
+    No rows where lookup was not run.
+    """
+    rows: list[list[str]] = []
+    measured: dict[float, list[list[float]]] = {}
+    for row in mean_over_seeds(report.results):
+        lookup, base = row.lookup, row.baseline
+        if lookup is None or base is None:
+            continue
+        lengths = [lookup.drafter_accepted_length, lookup.accepted_length]
+        speeds = [base.speedup * base.tokens_per_second, lookup.tokens_per_second]
+        numbers = [*lengths, *speeds, base.tokens_per_second]
+        measured.setdefault(row.temperature, []).append(numbers)
+        place = [row.benchmark, f"{row.temperature:g}", f"{lookup.prompts:,}"]
+        rows.append([*place, *_lookup_cells(numbers)])
+    foot = [
+        ["average", f"{temperature:g}", "", *_lookup_cells(map(fmean, zip(*same, strict=True)))]
+        for temperature, same in sorted(measured.items())
+    ]
+    return Table(["benchmark", "T", "prompts", *LOOKUP], rows, foot)
+
+
+def lookup_text(report: Report) -> str:
+    """What prompt lookup reaches on average; empty where it was not run."""
+    found = [
+        f"{cells[4]} at temperature {cells[1]} (the drafter {cells[3]})"
+        for cells in lookups(report).foot
+    ]
+    if not found:
+        return ""
+    return f"Prompt lookup (n-gram) reaches {_listed(found)} without training, on the same prompts."
+
+
 def positions(report: Report) -> Table:
     """Conditional acceptance at each position of the block: the figure's numbers."""
     merged = mean_over_seeds(report.results)
@@ -201,11 +244,14 @@ def results_table(report: Report) -> RichTable:
     shown = [i for i, name in enumerate(table.header) if name not in HIDDEN]
     verdict = exactness(report)
     style = "bold red" if verdict.verdict == "broken" else "dim"
+    caption = Text(f"{verdict.headline} {verdict.text}", style=style)
+    if said := lookup_text(report):
+        caption.append(f" {said}", style="dim")
     drawn = RichTable(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption=Text(f"{verdict.headline} {verdict.text}", style=style),
+        caption=caption,
         caption_justify="left",
     )
     for index in shown:
@@ -240,6 +286,8 @@ def _context(report: Report) -> dict[str, Any]:
         "exactness": exactness(report),
         "acceptance": acceptance(report),
         "averages": averages(report),
+        "lookups": lookups(report),
+        "lookup_text": lookup_text(report),
         "positions": positions(report),
         "skipped": skipped(report),
         "definitions": COLUMNS,
@@ -303,6 +351,17 @@ def _fact(value: Any) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _lookup_cells(numbers: Iterable[float]) -> list[str]:
+    """Of the columns LOOKUP."""
+    digits = (2, 2, 1, 1, 1)
+    return [_number(number, count) for number, count in zip(numbers, digits, strict=True)]
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _percent(value: float | None) -> str:

@@ -38,6 +38,20 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """Prompt lookup (drafter.kind=ngram) on the baseline's prompts, in the same run.
+
+    `accepted_length` and `tokens_per_second` of it, with as many drafts a round as the drafter;
+    `drafter_accepted_length` of the drafter on the same prompts.
+    """
+
+    prompts: int
+    accepted_length: float
+    tokens_per_second: float
+    drafter_accepted_length: float
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     """One benchmark at one temperature and seed.
 
@@ -62,6 +76,7 @@ class BenchmarkResult:
     conditional_acceptance: list[float | None]
     prefix_survival: list[float | None]
     baseline: Baseline | None = None
+    lookup: Lookup | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,13 @@ def read_report(path: Path) -> Report:
         if raw.pop("format") != REPORT_FORMAT:
             raise CheckpointError(f"{path} was written by another version; evaluate again")
         raw["results"] = [
-            BenchmarkResult(**{**row, "baseline": row["baseline"] and Baseline(**row["baseline"])})
+            BenchmarkResult(
+                **{
+                    **row,
+                    "baseline": row["baseline"] and Baseline(**row["baseline"]),
+                    "lookup": row.get("lookup") and Lookup(**row["lookup"]),
+                }
+            )
             for row in raw["results"]
         ]
         raw["averages"] = [Average(**row) for row in raw["averages"]]
@@ -143,6 +164,8 @@ def _merge(seeds: list[BenchmarkResult]) -> BenchmarkResult:
         merged[name] = [fmean(rates) if rates else None for rates in known]
     baselines = [run.baseline for run in seeds if run.baseline is not None]
     merged["baseline"] = _merge_baselines(baselines) if baselines else None
+    lookups = [run.lookup for run in seeds if run.lookup is not None]
+    merged["lookup"] = _merge_lookups(lookups) if lookups else None
     return replace(seeds[0], **merged)
 
 
@@ -158,4 +181,13 @@ def _merge_baselines(baselines: list[Baseline]) -> Baseline:
         speedup=fmean(base.speedup for base in baselines),
         largest_gap=max(gaps, default=None),
         **counts,
+    )
+
+
+def _merge_lookups(lookups: list[Lookup]) -> Lookup:
+    return Lookup(
+        prompts=sum(lookup.prompts for lookup in lookups),
+        accepted_length=fmean(lookup.accepted_length for lookup in lookups),
+        tokens_per_second=fmean(lookup.tokens_per_second for lookup in lookups),
+        drafter_accepted_length=fmean(lookup.drafter_accepted_length for lookup in lookups),
     )

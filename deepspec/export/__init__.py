@@ -1,24 +1,27 @@
-"""Files for serving engines: one file a layout, and the model card that goes with it."""
+"""Files for serving engines: layouts, the engines that load them, and the model card."""
 
 from deepspec.export.card import model_card
-from deepspec.export.engines import Support, loads_in
-from deepspec.export.flat import (
-    PROFILES,
-    export_flat,
-    flat_config,
-    flat_shape,
-    is_flat_export,
-    load_flat,
+from deepspec.export.engines import Support, Traits, loads_in
+from deepspec.export.layouts import (
+    LAYOUTS,
+    Export,
+    is_export,
+    layouts_for,
+    open_export,
+    require_layout,
+    write_export,
 )
 
 __all__ = [
-    "PROFILES",
+    "LAYOUTS",
+    "Export",
     "Support",
-    "export_flat",
-    "flat_config",
-    "flat_shape",
-    "is_flat_export",
-    "load_flat",
+    "Traits",
+    "is_export",
+    "layouts_for",
     "loads_in",
     "model_card",
+    "open_export",
+    "require_layout",
+    "write_export",
 ]

@@ -6,23 +6,27 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deepspec.export.engines import loads_in
+from deepspec.drafters.dspark.config import DSparkConfig
+from deepspec.export.engines import Traits, loads_in
 from deepspec.export.names import public_name
 
 
 def model_card(
     name: str,
+    shape: DSparkConfig,
     config: dict[str, Any],
+    traits: Traits,
     run: dict[str, Any],
     step: int,
     acceptance: str | None,
 ) -> str:
     """A Hugging Face model card as text.
 
-    `name` of the export (its folder, or where it will be on the hub), `config` its config.json
-    (`flat_config`), `run` the resolved RunConfig of the training as plain containers, `step` the
-    optimizer step exported, `acceptance` the measured table as Markdown, None before an evaluation.
-    The licence is left to the user: a drafter follows its target's and its data's.
+    `name` of the export (its folder, or where it will be on the hub), `shape` of the drafter,
+    `config` its config.json and `traits` what engines go by, `run` the resolved RunConfig of the
+    training as plain containers, `step` the optimizer step exported, `acceptance` the measured
+    table as Markdown, None before an evaluation. The licence is left to the user: a drafter follows
+    its target's and its data's.
     """
     environment = Environment(
         loader=PackageLoader("deepspec.export"),
@@ -31,11 +35,13 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    support = loads_in(config)
+    support = loads_in(traits)
     target = config["deepspec"]["target"]
     return environment.get_template("model_card.md.j2").render(
         name=name,
+        shape=shape,
         config=config,
+        traits=traits,
         run=run,
         step=step,
         acceptance=acceptance,

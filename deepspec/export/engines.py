@@ -1,12 +1,37 @@
-"""Which engines load a flat export (checkpoint-formats.md, the table of exports).
+"""Which engines load an export (checkpoint-formats.md, the table of exports).
 
 An engine that refuses says so at start; one that loads the wrong profile or head drafts rubbish
-without an error, so the answer belongs beside the files.
+without an error, so the answer belongs beside the files. The model card of our own exports and
+`deepspec check export=DIR` both ask here. As of vLLM 0.33.0, SGLang 0.5.23, llama.cpp 0c1e57098 and
+DeepSpec afdfa7c.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SERVING = ("vLLM", "SGLang", "llama.cpp")
+UNTIED = {
+    False: "the target's LM head is untied: use serving",
+    None: "nothing tells whether the target's LM head is tied: use serving, or give target.path",
+}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the answer depends on. `reduced`: a draft vocabulary smaller than the target's.
+    `embedding`, `lm_head`: whether these are inside. `tied`: whether the target's LM head is its
+    embedding, None where nothing tells."""
+
+    layout: str
+    markov_head: str
+    markov_rank: int
+    reduced: bool
+    embedding: bool
+    lm_head: bool
+    tied: bool | None
 
 
 class Support(NamedTuple):
@@ -17,32 +42,44 @@ class Support(NamedTuple):
     why: str
 
 
-def loads_in(config: dict[str, Any]) -> list[Support]:
-    """The answer of every engine for an export with this `config.json` (`flat_config`)."""
-    return [
-        *(Support(engine, *_serving(engine, config)) for engine in ("vLLM", "SGLang", "llama.cpp")),
-        Support("deepseek-ai/DeepSpec", *_reference(config)),
-        Support("this library", True, "reads every flat export beside its target"),
-    ]
+def loads_in(traits: Traits, faults: Sequence[str] = ()) -> list[Support]:
+    """The answer of every engine; an export with `faults` is for none of them."""
+    answers = {
+        **{engine: _serving(engine, traits) for engine in SERVING},
+        "deepseek-ai/DeepSpec": _reference(traits),
+        "this library": (True, "reads it beside its target"),
+    }
+    if faults:
+        answers = dict.fromkeys(answers, (False, "the export is broken"))
+    return [Support(engine, *answer) for engine, answer in answers.items()]
 
 
-def _serving(engine: str, config: dict[str, Any]) -> tuple[bool, str]:
-    head, full = config["markov_head_type"], config["deepspec"]["profile"] == "full"
-    if config["markov_rank"] == 0:
+def _serving(engine: str, traits: Traits) -> tuple[bool, str]:
+    head = traits.markov_head
+    if traits.layout == "deepseek_v4":
+        return True, "reads mtp.* tensors; embedding and LM head are the target's"
+    if traits.layout == "speculators" and engine == "SGLang":
+        return False, "does not read the speculators layout: use flat"
+    if traits.markov_rank == 0:
         return False, "knows no drafter of this kind without a Markov head (rank 0)"
     if head != "vanilla" and engine != "SGLang":
         return False, f"reads vanilla Markov heads only, not {head} ones"
-    if engine == "llama.cpp" and full and not config["deepspec"]["target_tied"]:
-        return (
-            False,
-            "goes wrong with embed_tokens when the target's LM head is untied: use serving",
-        )
-    if full:
-        return True, "carries an embedding and LM head of its own"
-    return True, "takes embedding and LM head from the target"
+    if traits.reduced and traits.layout != "speculators":
+        return False, "reads a reduced draft vocabulary in the speculators layout only"
+    if engine == "llama.cpp" and traits.embedding and not traits.tied:
+        return False, f"goes wrong with embed_tokens inside where {UNTIED[traits.tied]}"
+    parts = {"embedding": traits.embedding, "LM head": traits.lm_head}
+    inside = [name for name, there in parts.items() if there]
+    if not inside:
+        return True, "takes embedding and LM head from the target"
+    return True, f"carries {' and '.join(inside)} of its own"
 
 
-def _reference(config: dict[str, Any]) -> tuple[bool, str]:
-    if config["deepspec"]["profile"] == "full":
+def _reference(traits: Traits) -> tuple[bool, str]:
+    if traits.layout != "flat":
+        return False, "reads the flat layout only"
+    if traits.reduced:
+        return False, "knows no reduced draft vocabulary"
+    if traits.embedding and traits.lm_head:
         return True, "evaluates it with the embedding and LM head inside"
     return False, "needs embed_tokens and lm_head inside: use the full profile"

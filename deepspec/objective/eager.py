@@ -2,6 +2,10 @@
 
 L = 0.1 CE(draft, token) + 0.9 ||p_draft - p_target||_1 + 1.0 BCE(c, c*), each a weighted mean over
 the whole optimizer step (dspark.md, "Objective"). Holds several [S, V] tensors.
+
+Of a drafter with a vocabulary of its own, p_draft is 0 outside of it, so what the target puts there
+counts in L1 and lowers c*. A label outside has no finite CE: the slot's CE counts 0 (and still in
+the mean, so that the terms keep their ratio), its L1 and BCE as ever.
 """
 
 from __future__ import annotations
@@ -30,9 +34,15 @@ def eager_loss(
     with torch.no_grad():
         target = target_head(inputs.target_final).to(precise).softmax(-1)
     log_draft = draft_logits.log_softmax(-1)
+    if inputs.vocabulary is not None:
+        nowhere = torch.full_like(target, -torch.inf)
+        log_draft = nowhere.index_copy(1, inputs.vocabulary, log_draft)
     weights = inputs.weights.to(precise)
 
     cross_entropy = F.nll_loss(log_draft, inputs.labels, reduction="none")
+    if inputs.vocabulary is not None:
+        inside = torch.isin(inputs.labels, inputs.vocabulary)
+        cross_entropy = torch.where(inside, cross_entropy, 0)
     distance = (log_draft.exp() - target).abs().sum(-1)
     acceptance = (1 - 0.5 * distance).detach()
     confidence = torch.zeros_like(weights)

@@ -8,12 +8,15 @@ With z the draft logits, p = softmax(z), q the target's distribution, y the labe
 so one pass over a chunk's logits gives loss and gradient, and dz is pushed through the frozen head
 at once. The backward only scales what the forward left. Slots of weight zero are never touched.
 Chunk buffers are allocated once a call and reused: shapes that change fragment the heap.
-Legend: S slots, C chunk, D draft hidden, R rank, V vocabulary.
+Of a drafter with a vocabulary of its own, z and p are over that, and the mass that q has outside of
+it is added to the L1 distance: a constant.
+Legend: S slots, C chunk, D draft hidden, R rank, V vocabulary, V_draft tokens that can be drafted
+(V or fewer).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +40,27 @@ def fused_loss(
     def pick(values: Tensor) -> Tensor:
         return values.index_select(0, active)
 
-    weights = pick(inputs.weights)
+    weights, labels = pick(inputs.weights), pick(inputs.labels)
+    taught = weights  # by cross-entropy: not where the label cannot be drafted
+    if inputs.vocabulary is not None:
+        tokens, vocabulary = labels, inputs.vocabulary
+        labels = torch.searchsorted(vocabulary, tokens).clamp_(max=len(vocabulary) - 1)
+        taught = torch.where(vocabulary[labels] == tokens, weights, 0)
+    fixed = _Fixed(
+        pick(inputs.target_final),
+        labels,
+        weights,
+        taught,
+        inputs.vocabulary,
+        draft_head,
+        target_head,
+        config,
+    )
     loss, ce_sum, l1_sum, acceptance = _Distillation.apply(
         pick(inputs.hidden),
         None if inputs.latent is None else pick(inputs.latent),
         inputs.bias_weight,
-        pick(inputs.target_final),
-        pick(inputs.labels),
-        weights,
-        draft_head,
-        target_head,
-        config,
+        fixed,
     )
     confidence_sum = torch.zeros_like(ce_sum)
     if inputs.confidence_logits is not None:
@@ -66,6 +79,20 @@ def fused_loss(
     )
 
 
+class _Fixed(NamedTuple):
+    """What no gradient flows to. `labels` [S] are rows of the draft head, `weights` [S] those of
+    L1, `taught` [S] those of CE."""
+
+    target_final: Tensor
+    labels: Tensor
+    weights: Tensor
+    taught: Tensor
+    vocabulary: Tensor | None
+    draft_head: FrozenHead
+    target_head: FrozenHead
+    config: ObjectiveConfig
+
+
 class _Distillation(torch.autograd.Function):
     """ce_weight * sum w CE + l1_weight * sum w L1, and their gradients."""
 
@@ -75,19 +102,13 @@ class _Distillation(torch.autograd.Function):
         hidden: Tensor,
         latent: Tensor | None,
         bias_weight: Tensor | None,
-        target_final: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        draft_head: FrozenHead,
-        target_head: FrozenHead,
-        config: ObjectiveConfig,
+        fixed: _Fixed,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        slots, vocabulary = hidden.shape[0], draft_head.weight.shape[0]
-        compute = hidden.dtype
+        config, slots, compute = fixed.config, hidden.shape[0], hidden.dtype
         precise = torch.promote_types(compute, torch.float32)
-        head = draft_head.weight.to(compute)
+        head, soft_cap = fixed.draft_head.weight.to(compute), fixed.draft_head.soft_cap
         w2 = None if bias_weight is None else bias_weight.detach().to(compute)
-        weights = weights.to(precise)
+        weights, taught = fixed.weights.to(precise), fixed.taught.to(precise)
         wanted = any(ctx.needs_input_grad[:3])
 
         grad_hidden = torch.empty_like(hidden) if wanted else None
@@ -96,22 +117,26 @@ class _Distillation(torch.autograd.Function):
         ce, l1 = hidden.new_empty(slots, dtype=precise), hidden.new_empty(slots, dtype=precise)
 
         size = max(1, min(config.chunk_size, slots))
-        buffers = hidden.new_empty(3, size, vocabulary, dtype=precise)
+        buffers = hidden.new_empty(3, size, len(head), dtype=precise)
+        whole = buffers[1]
+        if fixed.vocabulary is not None:
+            whole = hidden.new_empty(size, len(fixed.target_head.weight), dtype=precise)
         for first in range(0, slots, size):
             part = slice(first, min(first + size, slots))
             rows = part.stop - first
             p, q, scratch = buffers[:, :rows]
             h, m = hidden[part], None if latent is None else latent[part]
-            cap_slope = _logits_into(p, h, head, draft_head.soft_cap, m, w2, wanted)
-            _logits_into(q, target_final[part], target_head.weight, target_head.soft_cap)
-            _softmax_(q)
-            label = labels[part, None]
+            cap_slope = _logits_into(p, h, head, soft_cap, m, w2, wanted)
+            label = fixed.labels[part, None]
             ce[part] = _softmax_(p, label)
+            outside = _target_into(q, whole[:rows], fixed.target_final[part], fixed)
             sign = q.sub_(p)  # q - p, whose sign is -s
-            torch.sum(torch.abs(sign, out=scratch), dim=1, out=l1[part])
+            l1[part] = torch.abs(sign, out=scratch).sum(dim=1) + outside
             if not wanted:
                 continue
-            grad = _slot_gradient(p, sign, scratch, label, weights[part, None], config).to(compute)
+            distance = config.l1_weight * weights[part, None]
+            teaching = config.ce_weight * taught[part, None]
+            grad = _slot_gradient(p, sign, scratch, label, distance, teaching).to(compute)
             if grad_latent is not None and grad_w2 is not None and m is not None and w2 is not None:
                 torch.mm(grad, w2, out=grad_latent[part])
                 _add_product(grad_w2, grad.T, m)
@@ -124,7 +149,7 @@ class _Distillation(torch.autograd.Function):
             grad_latent,
             None if grad_w2 is None else grad_w2.to(bias_weight.dtype),  # type: ignore[union-attr]
         )
-        ce_sum, l1_sum = weights @ ce, weights @ l1
+        ce_sum, l1_sum = taught @ ce, weights @ l1
         acceptance = 1 - 0.5 * l1
         ctx.mark_non_differentiable(ce_sum, l1_sum, acceptance)
         return config.ce_weight * ce_sum + config.l1_weight * l1_sum, ce_sum, l1_sum, acceptance
@@ -134,7 +159,18 @@ class _Distillation(torch.autograd.Function):
         def scaled(gradient: Tensor | None) -> Tensor | None:
             return None if gradient is None else gradient * grad_loss.to(gradient.dtype)
 
-        return (*(scaled(gradient) for gradient in ctx.saved_tensors), *[None] * 6)
+        return (*(scaled(gradient) for gradient in ctx.saved_tensors), None)
+
+
+def _target_into(q: Tensor, whole: Tensor, final: Tensor, fixed: _Fixed) -> Tensor | float:
+    """The target's distribution into `whole` [C, V], and what of it can be drafted into `q`, which
+    is `whole` where all can. Gives the mass outside [C]."""
+    _logits_into(whole, final, fixed.target_head.weight, fixed.target_head.soft_cap)
+    _softmax_(whole)
+    if fixed.vocabulary is None:
+        return 0.0
+    torch.index_select(whole, 1, fixed.vocabulary, out=q)
+    return (1 - q.sum(dim=1)).clamp_(min=0)
 
 
 def _logits_into(
@@ -184,12 +220,12 @@ def _slot_gradient(
     minus_sign: Tensor,
     scratch: Tensor,
     label: Tensor,
-    weight: Tensor,
-    config: ObjectiveConfig,
+    l1: Tensor,
+    ce: Tensor,
 ) -> Tensor:
-    """d(weight * (ce CE + l1 L1)) / dz, overwriting the buffers [C, V]."""
+    """d(l1 * L1 + ce * CE) / dz, overwriting the buffers [C, V_draft]; `l1`, `ce` [C, 1]."""
     sign = minus_sign.sign_().neg_()
-    # p * (l1 * (s - <s, p>) + ce) - ce * onehot(y), times the weight
+    # p * (l1 * (s - <s, p>) + ce) - ce * onehot(y)
     mean = torch.mul(sign, p, out=scratch).sum(dim=1, keepdim=True)
-    gradient = sign.sub_(mean).mul_(config.l1_weight).add_(config.ce_weight).mul_(p).mul_(weight)
-    return gradient.scatter_add_(1, label, -config.ce_weight * weight)
+    gradient = sign.sub_(mean).mul_(l1).add_(ce).mul_(p)
+    return gradient.scatter_add_(1, label, -ce)

@@ -1,5 +1,5 @@
 """What the objective takes and gives. Legend: S slots (N*K flattened), D hidden size of the draft,
-E hidden size of the target, R Markov rank, V vocabulary."""
+E hidden size of the target, R Markov rank, V vocabulary, V_draft tokens that can be drafted."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from deepspec.records import BlockBatch, TargetFeatures
 class LossInputs:
     """One micro-batch's slots.
 
-    `hidden` [S, D]; `latent` [S, R] and `bias_weight` [V, R] or both None (rank 0);
+    `hidden` [S, D]; `latent` [S, R] and `bias_weight` [V_draft, R] or both None (rank 0);
     `confidence_logits` [S] or None; `target_final` [S, E]; `labels` [S]; `weights` [S], 0 where a
-    slot does not count. Gradients flow to the first four.
+    slot does not count. `vocabulary` [V_draft]: the target's ids that the draft head's rows stand
+    for, ascending; None: all V, in order. Gradients flow to the first four.
     """
 
     hidden: Tensor
@@ -27,6 +28,7 @@ class LossInputs:
     target_final: Tensor
     labels: Tensor
     weights: Tensor
+    vocabulary: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,13 @@ class LossOutput:
 
 
 def slots_of(
-    output: DraftOutput, bias_weight: Tensor | None, batch: BlockBatch, features: TargetFeatures
+    output: DraftOutput,
+    bias_weight: Tensor | None,
+    batch: BlockBatch,
+    features: TargetFeatures,
+    vocabulary: Tensor | None = None,
 ) -> LossInputs:
-    """A drafter's output and the target's features, slot by slot."""
+    """A drafter's output and the target's features, slot by slot; see `LossInputs`."""
     return LossInputs(
         hidden=output.hidden.flatten(0, 1),
         latent=None if output.latent is None else output.latent.flatten(0, 1),
@@ -55,4 +61,5 @@ def slots_of(
         target_final=features.final[batch.slot_rows.flatten()],
         labels=batch.labels.flatten(),
         weights=batch.weights.flatten(),
+        vocabulary=vocabulary,
     )

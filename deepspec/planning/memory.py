@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from accelerate.utils import convert_file_size_to_int
 
-from deepspec.planning.forward import (
-    drafter_activations,
-    features_bytes,
-    objective_bytes,
-    target_bytes,
-)
+from deepspec.drafters.dspark_v4 import DSparkV4Config
+from deepspec.planning.activations import Activations, drafter_activations
+from deepspec.planning.dspark_v4 import v4_activations
+from deepspec.planning.forward import features_bytes, objective_bytes, target_bytes
 from deepspec.planning.shapes import FP32, Job, MicroBatch
 from deepspec.planning.states import engine_states
 from deepspec.targets.parallel import COLLECTIVE
@@ -46,30 +44,46 @@ def target_weights(job: Job) -> int:
     the objective: they are there whole, beside a target that is split or elsewhere."""
     config, shapes = job.config, job.shapes
     whole, ends = shapes.target_parameters * job.value, shapes.ends * job.value
+    scaled = shapes.scaled_ends * job.value
     if config.features.source in ELSEWHERE:
-        return ends
+        return ends + scaled
     if config.target.parallel in COLLECTIVE:
-        return -(-whole // job.world) + ends
+        return -(-whole // job.world) + ends + scaled
     if config.target.parallel == "device_map" and config.target.max_memory is not None:
-        return min(whole, convert_file_size_to_int(config.target.max_memory)) + ends
-    return whole
+        return min(whole, convert_file_size_to_int(config.target.max_memory)) + ends + scaled
+    return whole + scaled
+
+
+def activations(job: Job, batch: MicroBatch) -> Activations:
+    """What the drafter's forward keeps, by its kind."""
+    if isinstance(job.shapes.drafter, DSparkV4Config):
+        return v4_activations(job, job.shapes.drafter, batch)
+    return drafter_activations(job, batch)
+
+
+def draft_head(job: Job) -> int:
+    """Bytes of the LM head's rows for a draft vocabulary: a copy, beside the whole head."""
+    shape, drafted = job.shapes.drafter, job.shapes.drafted
+    return 0 if drafted == shape.vocab_size else drafted * shape.hidden_size * job.value
 
 
 def memory_of(job: Job, batch: MicroBatch) -> Memory:
     """Memory a device while a micro-batch like `batch` is trained on."""
-    states, kept = engine_states(job), drafter_activations(job, batch)
+    states, kept = engine_states(job), activations(job, batch)
     loss, features = objective_bytes(job, batch), features_bytes(job, batch)
     weights, elsewhere = target_weights(job), job.config.features.source in ELSEWHERE
     target_forward = 0 if elsewhere else target_bytes(job, batch)
     runtime = CUDA_RUNTIME if job.cuda else 0
 
-    always = weights + states.weights + states.optimizer + states.staying + runtime
+    always = weights + draft_head(job) + states.weights + states.optimizer
+    always += states.staying + runtime
     forward = always + states.gathered + states.waiting + features
-    mlp = 2 * batch.slots * job.shapes.drafter.intermediate_size * job.work
     # as it begins, everything that the forward kept is there
-    first = kept.total + max(loss.backward, loss.left + mlp) + states.waiting
-    # at the first layer, the other layers' activations are gone, but all gradients are there
-    last = kept.context + kept.layer + kept.casts + mlp + max(states.gradients, states.waiting)
+    first = kept.total + max(loss.backward, loss.left + kept.mlp) + states.waiting
+    # at the first layer, the other layers' activations are gone, but all gradients are there; those
+    # of an only layer come as its activations go
+    left = kept.layers[0] if len(kept.layers) > 1 else 0
+    last = kept.context + left + kept.casts + kept.mlp + max(states.gradients, states.waiting)
     moments = {
         "target": always + states.waiting + target_forward,
         "objective": forward + kept.total + loss.forward,
@@ -78,6 +92,7 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
     }
     parts = {
         "target weights": weights,
+        "its head's rows for the drafts": draft_head(job),
         "target's forward": target_forward,
         "features": features,
         "drafter weights": states.weights + states.gathered,

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig
-from deepspec.drafters.dspark import DSparkConfig
 from deepspec.drafters.registry import drafter_kind
 from deepspec.targets import Target
 
@@ -24,21 +23,31 @@ FP32, BF16 = 4, 2  # bytes
 class Shapes:
     """A drafter and its target without their weights.
 
-    `parameters`: numbers of each trainable parameter. `casts`: numbers of the weights that autocast
-    copies to bf16. `target_parameters` counts tied weights once; `target_active`: those a token's
-    forward multiplies with, LM head apart; `ends`: those of embedding and head; `saved_value`:
-    bytes of a number under target.dtype=auto. `text`: its text config.
+    `drafted`: tokens that can be drafted, V or fewer. `parameters`: numbers of each trainable
+    parameter; `largest`: the most that one module has of its own. `casts`: numbers of the weights
+    that autocast copies to bf16, and keeps. `target_parameters` counts tied weights once;
+    `target_active`: those a token's forward multiplies with, LM head apart; `ends`: those of
+    embedding and head; `scaled_ends`: those that are held twice, as files and as the family scales
+    them; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
     """
 
-    drafter: DSparkConfig
+    drafter: Any  # the kind's own config
+    drafted: int
     parameters: tuple[int, ...]
+    largest: int
     casts: int
     target_parameters: int
     target_active: int
     ends: int
+    scaled_ends: int
     saved_value: int
     soft_cap: bool
     text: Any
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without a sequential head."""
+        return getattr(self.drafter, "markov_rank", 0)
 
     @property
     def trainable(self) -> int:
@@ -62,18 +71,27 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     linear = [module.weight for module in drafter.modules() if isinstance(module, nn.Linear)]
     tied = getattr(target.config, "tie_word_embeddings", False)
     ends = target.embedding.numel() + (0 if tied else target.head.weight.numel())
+    scaled = target.embedding.numel() * (target.embedding_scale != 1)
+    scaled += target.head.weight.numel() * (target.logit_scale != 1)
     return Shapes(
         drafter=shape,
+        drafted=shape.vocab_size if drafter.d2t is None else len(drafter.d2t),
         parameters=tuple(parameter.numel() for parameter in drafter.parameters()),
+        largest=max(_own(module) for module in drafter.modules()),
         # W2 is read by the objective, which computes in fp32
         casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
         target_parameters=sum(parameter.numel() for parameter in target.model.parameters()),
         target_active=_active(target) - ends,
         ends=ends,
+        scaled_ends=scaled,
         saved_value=target.dtype.itemsize,
         soft_cap=target.head.soft_cap is not None,
         text=target.config,
     )
+
+
+def _own(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _active(target: Target) -> int:
@@ -113,11 +131,13 @@ class MicroBatch:
         """S."""
         return sum(self.blocks) * self.block_size
 
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(slots, keys that they meet) of each sample: its context and its blocks."""
+    def pairs(self, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+        """(queries, keys that they meet) of each sample: its context and its blocks.
+
+        Of a block there are so many `queries` and `keys`.
+        """
         return tuple(
-            (blocks * self.block_size, context + blocks * self.block_size)
+            (blocks * queries, context + blocks * keys)
             for context, blocks in zip(self.contexts, self.blocks, strict=True)
         )
 

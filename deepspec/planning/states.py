@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from deepspec.planning.shapes import FP32, Job
 
@@ -39,7 +40,8 @@ def engine_states(job: Job) -> States:
         return _offloaded(states) if job.config.engine.offload == "cpu" else states
     # CUDA updates all parameters at once, with a temporary as large; a processor one by one, with
     # two, while the one before still holds its own
-    update = whole if job.cuda else min(3 * largest, 2 * whole)
+    one_by_one = max(before + 2 * own for before, own in pairwise((0, *shapes.parameters)))
+    update = whole if job.cuda else one_by_one * FP32
     return States(whole, 2 * whole, whole, update, waiting=whole if several else 0)
 
 
@@ -59,7 +61,8 @@ def _sharded(job: Job, whole: int, largest: int, several: bool) -> States:
         bucket *= 2 if config.overlap_comm else 1  # one is reduced while the other fills
         return States(whole, optimizer, max(share, kept), update, kept, 0, bucket)
     small = FP32 * sum(n for n in job.shapes.parameters if n < config.persistence_threshold)
-    gathered = min(whole - small, LIVE_PARAMETERS * FP32)  # and not let go before the step ends
+    # a module at least, and not let go before the step ends
+    gathered = min(whole - small, max(LIVE_PARAMETERS, job.shapes.largest) * FP32)
     return States(share + small, optimizer, share, update, share, gathered, 0, bucket)
 
 

@@ -7,6 +7,8 @@ plan divides by is what a device reaches, not its peak. Legend: see `shapes`.
 
 from __future__ import annotations
 
+from deepspec.drafters.dspark_v4 import DSparkV4Config
+from deepspec.planning.dspark_v4 import v4_flops
 from deepspec.planning.memory import ELSEWHERE
 from deepspec.planning.shapes import Job, MicroBatch
 from deepspec.targets.attributes import common
@@ -29,12 +31,17 @@ def target_flops(job: Job, batch: MicroBatch) -> int:
 
 def drafter_flops(job: Job, batch: MicroBatch) -> int:
     """Forward and backward of the drafter's backbone; a block sees half of its context."""
-    shape = job.shapes.drafter
+    shape, kind = job.shapes.drafter, job.config.drafter.kind
+    if isinstance(shape, DSparkV4Config):
+        return v4_flops(shape, batch)
     hidden, layers = shape.hidden_size, shape.num_layers
     width = shape.num_attention_heads * shape.head_dim
-    shared = 2 * hidden * shape.num_key_value_heads * shape.head_dim
-    fused = len(shape.target_layer_ids) * hidden * hidden
-    layer = 2 * hidden * width + shared + 3 * hidden * shape.intermediate_size
+    wide = 2 * hidden if kind == "eagle3" else hidden  # what q, k and v take
+    shared = 2 * wide * shape.num_key_value_heads * shape.head_dim
+    # MTP mixes token and feature of every pair, the others project the captured layers
+    mixed = 2 * hidden * hidden if kind == "mtp" else 0
+    fused = mixed or len(shape.target_layer_ids) * hidden * hidden
+    layer = wide * width + shared + width * hidden + 3 * hidden * shape.intermediate_size
     seen = sum(
         blocks * shape.block_size * (context // 2 + shape.block_size)
         for context, blocks in zip(batch.contexts, batch.blocks, strict=True)
@@ -42,7 +49,7 @@ def drafter_flops(job: Job, batch: MicroBatch) -> int:
     return (
         4 * batch.tokens * fused  # nothing behind it learns: no gradient of its input
         + 6 * batch.tokens * layers * shared
-        + 6 * batch.slots * layers * layer
+        + 6 * batch.slots * (layers * layer + mixed)
         + 12 * seen * width * layers
     )
 
@@ -50,7 +57,9 @@ def drafter_flops(job: Job, batch: MicroBatch) -> int:
 def objective_flops(job: Job, batch: MicroBatch) -> int:
     """Logits of target and draft, and the gradients of hidden states, latents and W2."""
     shape = job.shapes.drafter
-    return 6 * batch.slots * shape.vocab_size * (shape.hidden_size + shape.markov_rank)
+    target = 2 * shape.vocab_size * shape.hidden_size
+    draft = job.shapes.drafted * (4 * shape.hidden_size + 6 * job.shapes.rank)
+    return batch.slots * (target + draft)
 
 
 def batch_flops(job: Job, batch: MicroBatch) -> int:

@@ -110,7 +110,7 @@ class TargetAnswerer:
             sampled.pop()
             text = self._decode(sampled)
         history = [*dialogue.messages, {"role": "assistant", "content": text}]
-        encoded = self._encoder.prompt(history)[: len(prompt) + len(sampled)]
+        encoded = self._encoder.answered(history)[: len(prompt) + len(sampled)]
         dialogue.answer(
             text,
             len(completion.tokens),

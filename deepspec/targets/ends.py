@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
-from deepspec.targets.families import Parts, find_parts
+from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.head import FrozenHead
@@ -29,25 +30,38 @@ DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": 
 class TargetEnds:
     """Tokenizer, dimensions, embedding [V, D] and head of a target, without its decoder layers.
 
-    `identity` is that of the ends until the source of the features tells the whole target's.
+    `embedding` is what the first layer sees and `head` gives the target's logits: the weights of
+    the files times `embedding_scale` and `logit_scale`. `identity` is that of the ends until the
+    source of the features tells the whole target's. `rollback`: how decoding takes tokens back;
+    None where no way is proven.
     """
 
     def __init__(
-        self, parts: Parts, tokenizer: Any, layer_ids: Sequence[int] | int, name: str
+        self,
+        parts: Parts,
+        tokenizer: Any,
+        layer_ids: Sequence[int] | int,
+        name: str,
+        rollback: str | None,
     ) -> None:
+        rules, config = parts.rules, parts.text_config
         self.tokenizer = tokenizer
         self.name = name
+        self.rollback = rollback
         self.family = parts.family
-        self.config = parts.text_config
-        self.embedding = parts.embedding
-        self.head = parts.head
+        self.config = config
+        self.embedding_scale = rules.embedding_scale(config)
+        self.logit_scale = rules.logit_scale(config)
+        self.embedding = _scaled(parts.embedding, self.embedding_scale)
+        self.head = FrozenHead(_scaled(parts.head, self.logit_scale), rules.soft_cap(config))
+        self._in_files = (parts.embedding, parts.head)
         self.hidden_size = int(self.embedding.shape[1])
         self.vocab_size = int(self.head.weight.shape[0])
         self.num_layers = len(parts.layers)
         self.layer_ids = (
             default_layer_ids(self.num_layers, layer_ids)
             if isinstance(layer_ids, int)
-            else check_layer_ids(layer_ids, self.num_layers)
+            else check_layer_ids(layer_ids, self.num_layers, rules.last_layer)
         )
         self._identity: Identity | None = None
 
@@ -59,7 +73,7 @@ class TargetEnds:
         return self._identity
 
     def _fingerprint(self) -> Identity:
-        return identity_of_ends(self.config, self.tokenizer, self.embedding, self.head.weight)
+        return identity_of_ends(self.config, self.tokenizer, *self._in_files)
 
     def adopt(self, identity: Identity, whose: str) -> None:
         """Take `identity` of the target that computed the features, which these are the ends of.
@@ -90,7 +104,8 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     model = meta_model(config)
     with explained(config):
         parts = read_ends(find_parts(model), model, config, torch.device(device))
-    return TargetEnds(parts, tokenizer, layers_of(config), config.path)
+    rollback = resolve_rollback(config.rollback, model, parts)
+    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback)
 
 
 def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.device) -> Parts:
@@ -108,14 +123,12 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
     embedding = read(model.get_input_embeddings())
     tied = getattr(parts.text_config, "tie_word_embeddings", False)
     head = embedding if tied else read(model.get_output_embeddings())
-    return Parts(
-        family=parts.family,
-        text_config=parts.text_config,
-        backbone=parts.backbone,
-        layers=parts.layers,
-        embedding=embedding,
-        head=FrozenHead(head, parts.head.soft_cap),
-    )
+    return replace(parts, embedding=embedding, head=head)
+
+
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    """A copy only where there is a scale, which is rounded to the weight's dtype as models do."""
+    return weight if scale == 1 else weight * weight.new_tensor(scale)
 
 
 def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfig) -> str:
@@ -160,7 +173,7 @@ def meta_model(config: TargetConfig) -> Any:
         return AutoModelForCausalLM.from_config(
             found,
             dtype=dtype or torch.float32,
-            attn_implementation=config.attention,
+            attn_implementation=attention_of(config),
             **options,
         )
 
@@ -185,6 +198,11 @@ def load_tokenizer(config: TargetConfig) -> Any:
 def layers_of(config: TargetConfig) -> list[int] | int:
     """The layer ids of `config`, or how many are to be spaced evenly."""
     return config.num_layer_ids if config.layer_ids is None else list(config.layer_ids)
+
+
+def attention_of(config: TargetConfig) -> str | None:
+    """What Transformers is asked for; None lets it take what the family has."""
+    return None if config.attention == "auto" else config.attention
 
 
 def checked_path(config: TargetConfig) -> str:

@@ -14,13 +14,15 @@ from deepspec.targets.families import Parts
 
 
 class FeatureCapture:
-    """Hooks on the captured layers that keep their last outputs. Id -1 is the embedding output.
+    """Hooks on the captured layers that keep their last outputs, as the family makes features of
+    them. Id -1 is the embedding output.
 
     Registered once and left in place: registering a hook a forward costs more than a tiny layer.
     """
 
     def __init__(self, parts: Parts, layer_ids: Sequence[int]) -> None:
         self.layer_ids = tuple(layer_ids)
+        self._feature = parts.rules.feature
         self._outputs: dict[int, Tensor] = {}
         self._wanted = False
         for layer_id in self.layer_ids:
@@ -46,12 +48,13 @@ class FeatureCapture:
 
     def _keep_input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._wanted:
-            self._outputs[-1] = args[0] if args else kwargs["hidden_states"]
+            self._outputs[-1] = self._feature(args[0] if args else kwargs["hidden_states"])
 
     def _keep_output(self, layer_id: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             if self._wanted:
-                self._outputs[layer_id] = output[0] if isinstance(output, tuple) else output
+                states = output[0] if isinstance(output, tuple) else output
+                self._outputs[layer_id] = self._feature(states)
 
         return hook
 
@@ -72,18 +75,21 @@ def default_layer_ids(num_layers: int, count: int) -> list[int]:
     return [round(1 + i * (last - 1) / (count - 1)) for i in range(count)]
 
 
-def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> list[int]:
+def check_layer_ids(
+    layer_ids: Sequence[int], num_layers: int, last_layer: bool = False
+) -> list[int]:
     """Raises TargetError unless ids ascend strictly within [-1, num_layers - 2].
 
-    The last layer is excluded: its output is what `final` is made of.
+    The last layer is excluded, but for families with `last_layer`: its output is what `final` is
+    made of.
     """
-    ids = list(layer_ids)
+    ids, highest = list(layer_ids), num_layers - 1 if last_layer else num_layers - 2
     if not ids or ids != sorted(set(ids)):
         raise TargetError(f"target.layer_ids={ids} must be distinct and ascending, at least one")
-    if ids[0] < -1 or ids[-1] > num_layers - 2:
+    if ids[0] < -1 or ids[-1] > highest:
         why = " (the last layer is never captured)" if ids[-1] == num_layers - 1 else ""
         raise TargetError(
-            f"target.layer_ids={ids} must lie between -1 (the embedding) and {num_layers - 2} for "
+            f"target.layer_ids={ids} must lie between -1 (the embedding) and {highest} for "
             f"a target of {num_layers} layers{why}"
         )
     return ids

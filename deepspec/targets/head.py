@@ -20,6 +20,10 @@ class FrozenHead(nn.Module):
         self.register_buffer("weight", weight.detach(), persistent=False)
         self.soft_cap = soft_cap
 
+    def rows(self, ids: Tensor) -> FrozenHead:
+        """A copy that gives the logits of the tokens `ids` [V_draft] alone."""
+        return FrozenHead(self.weight[ids.to(self.weight.device)], self.soft_cap)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits in `hidden`'s dtype."""
         logits = F.linear(hidden, self.weight.to(hidden.dtype))

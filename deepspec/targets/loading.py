@@ -9,6 +9,7 @@ import torch
 from deepspec.config.schema import TargetConfig
 from deepspec.targets.ends import (
     DTYPES,
+    attention_of,
     checked_path,
     explained,
     layers_of,
@@ -35,7 +36,8 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     """
     tokenizer, device = load_tokenizer(config), torch.device(device)
     if device.type == "meta":
-        return Target(meta_model(config), tokenizer, layers_of(config), config.path)
+        model = meta_model(config)
+        return Target(model, tokenizer, layers_of(config), config.path, rollback=config.rollback)
     shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)
@@ -51,7 +53,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
         if config.parallel == "zero3":
             zero3_backbone(parts, config, device)
     kind = TensorParallelTarget if config.parallel == "tensor" else Target
-    return kind(model, tokenizer, layers_of(config), config.path, files, parts)
+    return kind(model, tokenizer, layers_of(config), config.path, files, parts, config.rollback)
 
 
 def _from_pretrained(config: TargetConfig) -> Any:
@@ -61,7 +63,7 @@ def _from_pretrained(config: TargetConfig) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         checked_path(config),
         dtype=wanted,
-        attn_implementation=config.attention,
+        attn_implementation=attention_of(config),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         **placement(config),

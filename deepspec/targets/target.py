@@ -5,6 +5,7 @@ Legend: B rows, Q new tokens, T packed tokens, D hidden size, L captured layers,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets.ends import TargetEnds
-from deepspec.targets.families import Parts, find_parts
+from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import FeatureCapture
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.identity import Identity, fingerprint_of_model
@@ -32,7 +33,8 @@ class Target(TargetEnds):
     """A frozen Hugging Face causal LM: features for training, block forwards for decoding.
 
     `files`: the checkpoint it was loaded from, whose fingerprint is its identity. `parts`: where
-    those of `model` are not all in one place, with whole embedding and head.
+    those of `model` are not all in one place, with whole embedding and head. `rollback`:
+    target.rollback.
     """
 
     def __init__(
@@ -43,13 +45,17 @@ class Target(TargetEnds):
         name: str,
         files: WeightFiles | None = None,
         parts: Parts | None = None,
+        rollback: str = "auto",
     ) -> None:
         parts = find_parts(model) if parts is None else parts
-        super().__init__(parts, tokenizer, layer_ids, name)
+        way = resolve_rollback(rollback, model, parts)
+        super().__init__(parts, tokenizer, layer_ids, name, way)
         self.model = model.eval().requires_grad_(False)
         self._files = files
-        self._backbone = parts.backbone
+        self.backbone = parts.backbone
         self._capture = FeatureCapture(parts, self.layer_ids)
+        named = inspect.signature(parts.backbone.forward).parameters
+        self._cache = "cache" if "cache" in named else "past_key_values"  # renamed in 5.24
 
     def _fingerprint(self) -> Identity:
         known = self._files.fingerprint() if self._files else fingerprint_of_model(self.model)
@@ -57,7 +63,7 @@ class Target(TargetEnds):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """End-of-text tokens of the generation config and tokenizer."""
+        """End-of-text tokens of the generation config (one or several) and tokenizer."""
         stop = self.model.generation_config.eos_token_id
         ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         if self.tokenizer.eos_token_id is not None:
@@ -75,7 +81,7 @@ class Target(TargetEnds):
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = sample.input_ids
         with self._capture.recording():
-            output = self._backbone(ids.to(self.device), use_cache=False)
+            output = self.backbone(ids.to(self.device), use_cache=False)
             hidden = output.last_hidden_state.to(self.device)
             context = self._capture.take().to(self.device)
         return TargetFeatures(
@@ -96,18 +102,18 @@ class Target(TargetEnds):
         """New tokens `input_ids` [B, Q] at `positions` [B, Q] on top of `cache`.
 
         `attention_mask` as the model takes it (4-D bool [B, 1, Q, C], a dict of those by layer
-        type, or None where causal order says all). Logits come from `self.head(final)`.
+        type, or None where the cache and causal order say all). Logits: `self.head(final)`.
         """
         arguments = {
             "input_ids": input_ids,
             "position_ids": positions,
-            "past_key_values": cache,
+            self._cache: cache,
             "attention_mask": attention_mask,
             "use_cache": True,
         }
         if not with_context:
-            final = self._backbone(**arguments).last_hidden_state
+            final = self.backbone(**arguments).last_hidden_state
             return TargetOutput(final.to(self.device), None)
         with self._capture.recording():
-            final = self._backbone(**arguments).last_hidden_state
+            final = self.backbone(**arguments).last_hidden_state
             return TargetOutput(final.to(self.device), self._capture.take().to(self.device))

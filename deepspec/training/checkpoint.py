@@ -1,7 +1,7 @@
 """Checkpoints: atomic, versioned, self-describing, free of any world size.
 
     checkpoints/step-00000400/
-        drafter.safetensors     parameters, fp32, names of the flat layout
+        drafter.safetensors     parameters, fp32, names of the flat layout; a draft vocabulary's d2t
         optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>
         checkpoint.json         format, step, shape, target identity, config, sha256 of the files
 
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,6 +145,15 @@ def read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     Raises CheckpointError for a missing, truncated or altered file.
     """
     return load_file(_checked(checkpoint, name))
+
+
+def read_vocabulary(checkpoint: Checkpoint) -> Tensor | None:
+    """Ids [V_draft] of the tokens that its drafter drafts, None where these are all."""
+    with safe_open(_checked(checkpoint, WEIGHTS), "pt") as opened:
+        if "d2t" not in opened.keys():  # noqa: SIM118
+            return None
+        d2t: Tensor = opened.get_tensor("d2t")
+    return d2t + torch.arange(len(d2t))
 
 
 def _checked(checkpoint: Checkpoint, name: str) -> Path:

@@ -25,7 +25,11 @@ class Distillation(nn.Module):
     def __init__(self, drafter: Drafter, target: TargetEnds, config: RunConfig) -> None:
         super().__init__()
         self.drafter = drafter
-        self._frozen = (target.embedding, target.head)  # in a tuple: no submodule, no buffer
+        vocabulary, head = drafter.vocabulary, target.head
+        if vocabulary is not None:
+            vocabulary, head = vocabulary.to(target.device), target.head.rows(vocabulary)
+        # in a tuple: no submodules, no buffers
+        self._frozen = (target.embedding, head, target.head, vocabulary)
         self._config = config.objective
         self._bf16 = config.training.precision == "bf16"
 
@@ -33,10 +37,10 @@ class Distillation(nn.Module):
         self, context: Tensor, final: Tensor, batch: BlockBatch, denominator: float
     ) -> tuple[Tensor, ...]:
         """The fields of LossOutput; a plain tuple, because DeepSpeed's hooks look into no other."""
-        embedding, head = self._frozen
+        embedding, draft_head, target_head, vocabulary = self._frozen
         features = TargetFeatures(context, final)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=self._bf16):
             output = self.drafter(features, batch, embedding)
-        inputs = slots_of(output, self.drafter.bias_weight, batch, features)
-        loss = compute_loss(inputs, head, head, self._config, denominator)
+        inputs = slots_of(output, self.drafter.bias_weight, batch, features, vocabulary)
+        loss = compute_loss(inputs, draft_head, target_head, self._config, denominator)
         return loss.loss, loss.ce_sum, loss.l1_sum, loss.confidence_sum, loss.acceptance

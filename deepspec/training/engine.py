@@ -204,11 +204,21 @@ class Engine:
     # --------------------------------------------------------------------------------- state
 
     def weights(self) -> dict[str, Tensor]:
-        """Full fp32 parameters by name, on CPU. All processes call it; the main one gets them."""
-        return {
+        """Full fp32 parameters by name, and fixed tensors as they are, on CPU.
+
+        All processes call it; the main one gets them.
+        """
+        trained = {
             name: parameter.detach().float().cpu().contiguous()
             for name, parameter in self._drafter.named_parameters()
         }
+        return {**trained, **{name: tensor.cpu() for name, tensor in self._fixed().items()}}
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """What a drafter is made of besides its parameters, by name: not trained, never sharded."""
+        trained = dict(self._drafter.named_parameters())
+        state = self._drafter.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in trained}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Full moments by `<moment>/<parameter>`, as `weights`; the step count is the caller's."""

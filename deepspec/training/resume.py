@@ -23,6 +23,8 @@ NEUTRAL = {
     "target.parallel",
     "target.max_memory",
     "target.offload_folder",
+    "drafter.ngram_max",
+    "drafter.ngram_min",
     "regenerate.batch_size",
     "regenerate.concurrency",
     "regenerate.retries",

@@ -22,6 +22,7 @@ from deepspec.data.anchors import draw_anchors
 from deepspec.data.batching import epoch_batches, split_batch
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import Interrupted, TrainingError
 from deepspec.features.sources import FeatureSource
 from deepspec.objective import LossOutput
@@ -68,6 +69,8 @@ class Trainer:
         self.folder = folder
         self.engine = engine
         self.shape = drafter.config
+        # the tokens it drafts are fixed from here on
+        self._d2t = None if drafter.d2t is None else drafter.d2t.cpu()
         self.distillation: Any = engine.prepare(Distillation(drafter, target, config))
         self._loads = [self._load(sample) for sample in samples]
         self._shortest = min(samples, key=len)
@@ -249,15 +252,21 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`: same weights, moments and place in the data."""
         checkpoint.check_target(self.target.identity)
-        if checkpoint.shape != self.shape.to_dict():
-            changed = [k for k, v in self.shape.to_dict().items() if checkpoint.shape.get(k) != v]
+        shape = self.shape.to_dict()
+        its = drafter_kind(checkpoint.kind).load(checkpoint.shape).to_dict()
+        if changed := [key for key, value in shape.items() if its.get(key) != value]:
             raise TrainingError(
                 f"{checkpoint.folder} holds a drafter of another shape ({', '.join(changed)} "
                 "differ); set out= to a new folder, or training.resume=never"
             )
-        self.engine.restore(
-            read_tensors(checkpoint, WEIGHTS), read_tensors(checkpoint, OPTIMIZER), checkpoint.step
-        )
+        weights = read_tensors(checkpoint, WEIGHTS)
+        own = self._d2t
+        if own is not None and not torch.equal(weights.get("d2t", own[:0]), own):
+            raise TrainingError(
+                f"{checkpoint.folder} drafts other tokens than this run (d2t differs); set out= to "
+                "a new folder, or training.resume=never"
+            )
+        self.engine.restore(weights, read_tensors(checkpoint, OPTIMIZER), checkpoint.step)
         self.step = checkpoint.step
         self._last_validation = checkpoint.metrics
 

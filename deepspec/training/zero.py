@@ -105,9 +105,11 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
         local = self._stage == 3
-        return self._gathered(
+        trained = self._gathered(
             {"": safe_get_local_fp32_param if local else safe_get_full_fp32_param}
         )
+        fixed = {name: tensor.cpu() for name, tensor in self._fixed().items()}
+        return {**trained, **fixed} if self.is_main else {}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine.optimizer_state`."""
@@ -145,9 +147,11 @@ class ZeroEngine(Engine):
 
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
         """See `Engine.restore`."""
-        parameters = dict(self._drafter.named_parameters())
-        if set(weights) != set(parameters):
+        parameters, fixed = dict(self._drafter.named_parameters()), self._fixed()
+        if set(weights) != set(parameters) | set(fixed):
             raise CheckpointError("the checkpoint does not fit this drafter: other parameters")
+        for name, tensor in fixed.items():
+            tensor.copy_(weights[name])
         for shard in self._shards():  # empty until the first step
             state = self._zero.optimizer.state[shard]
             state["step"] = torch.tensor(float(step))

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from deepspec.cli import main
+from deepspec.targets.families import FAMILIES
 from deepspec.training.checkpoint import (
     OPTIMIZER,
     WEIGHTS,
@@ -28,6 +29,7 @@ from deepspec.training.checkpoint import (
 )
 from tests.conftest import make_model, make_tokenizer
 from tests.recipes.small import STEPS, small, words, write_prompts
+from tests.targets.tiny import CONFIGS, make_causal_lm
 
 Refused = Callable[..., str]
 
@@ -160,6 +162,17 @@ def test_tokenizer_without_a_chat_template(refused: Refused, tmp_path: Path) -> 
     message = refused("train", f"target.path={tmp_path / 'base'}")
     assert f"the tokenizer of {tmp_path / 'base'} has no chat template" in message
     assert "chat_template.jinja" in message
+
+
+def test_a_target_that_cannot_be_rolled_back_is_not_trained_for_in_vain(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FAMILIES, "qwen3_5_text")
+    make_causal_lm(CONFIGS["qwen3_5_text"]()).save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    message = refused("train", f"target.path={tmp_path / 'target'}", "target.num_layer_ids=1")
+    assert "target family 'qwen3_5_text' keeps a recurrent or compressed state" in message
+    assert "deepspec check target=PATH target.rollback=snapshot" in message
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
+from deepspec.drafters.registry import DRAFTERS
 
 CONFIGS = resource("configs")
 GROUPS = [field.name for field in fields(RunConfig) if is_dataclass(field.default_factory)]
@@ -56,10 +57,11 @@ def test_keys_and_defaults_are_those_of_the_schema(path: Path) -> None:
     assert read(path) == schema(path.parent.name)
 
 
-def test_dflash_changes_keys_of_dspark() -> None:
-    changed = read(CONFIGS / "drafter" / "dflash.yaml")
+@pytest.mark.parametrize("kind", [kind for kind in DRAFTERS if kind != "dspark"])
+def test_other_drafters_change_keys_of_dspark(kind: str) -> None:
+    changed = read(CONFIGS / "drafter" / f"{kind}.yaml")
     assert keys(changed) < keys(schema("drafter"))
-    assert changed["kind"] == "dflash"
+    assert changed["kind"] == kind
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -50,6 +50,23 @@ def test_qwen3_has_the_released_hyperparameters() -> None:
     assert objective.decay == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "rank"),
+    [
+        ("deepseek_v4", [40, 41, 42], 256),
+        ("deepseek_v4_flash", [40, 41, 42], 256),
+        ("deepseek_v4_pro", [58, 59, 60], 512),
+    ],
+)
+def test_v4_recipes_have_the_published_shape(name: str, layers: list[int], rank: int) -> None:
+    config = load_config(name)
+    drafter = config.drafter
+    assert config.target.layer_ids == layers
+    assert (drafter.kind, drafter.num_layers, drafter.block_size) == ("dspark_v4", 3, 5)
+    assert (drafter.markov_rank, drafter.mask_token_id) == (rank, 128799)
+    assert config.export.format == "deepseek_v4"
+
+
 def test_tiny_reads_what_is_embedded() -> None:
     config = load_config("tiny")
     assert config.target.path == str(resource("data/tiny_target"))
@@ -106,7 +123,7 @@ def test_resources_may_lie_in_a_folder_of_any_name(
         ("defaults: [base, _self_]\ntraining:\n\tepochs: 1\n", "line 3"),
         ("defaults: [tiny, _self_]\ntraining: {epoch: 3}\n", "did you mean training.epochs"),
         ("defaults: [tiny, override drafter: dflsh, _self_]\n", "own.yaml"),
-        ("defaults: [tiny, {override drafter: dflsh}, _self_]\n", "dflash dspark"),
+        ("defaults: [tiny, {override drafter: dflsh}, _self_]\n", "dflash dspark dspark_v4 eagle3"),
         ("defaults: [own, _self_]\n", "another file name"),
         ("- a\n", "own.yaml"),
         ("", "data.path is not set"),
@@ -244,7 +261,7 @@ def test_wrong_types(word: str, expected: str) -> None:
 
 
 def test_groups_and_their_files() -> None:
-    with pytest.raises(ConfigError, match=r"drafter=dsprk must be one of dflash, dspark"):
+    with pytest.raises(ConfigError, match=r"drafter=dsprk must be one of dflash, dspark,"):
         load_config("tiny", ["drafter=dsprk"])
     with pytest.raises(ConfigError, match=r"such as target\.path=\.\.\."):
         load_config("tiny", ["target=./my-model"])

@@ -21,7 +21,7 @@ NEGATIVE_IS_FINE = {"target.layer_ids", "drafter.mask_token_id", "decoding.stop_
 NUMBERS = [key for key, kind in KEYS.items() if kind in (int, float, list[int], list[float])]
 CHOICES = {
     "target.dtype": "auto, float32, bfloat16",
-    "drafter.kind": "dspark, dflash",
+    "drafter.kind": "dspark, dflash, dspark_v4, eagle3, mtp, ngram",
     "drafter.markov_head": "vanilla, gated, rnn",
     "objective.implementation": "fused, eager",
     "training.precision": "bf16, fp32",
@@ -29,7 +29,6 @@ CHOICES = {
     "tracking.wandb_mode": "offline, online, disabled",
     "export.profile": "serving, full",
 }
-
 
 VALID = config_from({"recipe": "r", "target": {"path": "t"}, "data": {"path": ["d"]}})
 
@@ -130,8 +129,16 @@ def test_choices_are_listed(key: str, choices: str) -> None:
             ("training.min_learning_rate=0.002", "training.learning_rate=0.001"),
         ),
         (
+            {"drafter__ngram_min": 4, "drafter__ngram_max": 3},
+            ("drafter.ngram_min=4", "drafter.ngram_max=3"),
+        ),
+        (
             {"objective__ce_weight": 0.0, "objective__l1_weight": 0.0},
             ("objective.ce_weight", "objective.l1_weight"),
+        ),
+        (
+            {"drafter__kind": "eagle3", "drafter__draft_vocab_size": 100},
+            ("drafter.draft_vocab_size=100", "eagle3"),
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Real proposers of known quality: rubbish, perfect, and a drawn one with a known distribution."""
+"""A proposer whose drafts are drawn from a known distribution."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deepspec.drafters.base import Draw, Observation
+from deepspec.drafters.base import Draw, Observation, within
 from deepspec.records import Proposal
-from deepspec.targets import Target
 
 
 class RandomProposer:
@@ -40,39 +39,15 @@ class RandomProposer:
         return Proposal(tokens, torch.stack([p for _, p in drawn], dim=1), None)
 
 
-class PerfectProposer(RandomProposer):
-    """Knows the target's greedy continuation; wrong from slot `good` on (None: never)."""
+class ReducedProposer(RandomProposer):
+    """Draws from a fixed distribution over the tokens `ids` of the target's."""
 
-    def __init__(self, target: Target, block_size: int = 4, good: int | None = None) -> None:
-        super().__init__(target.vocab_size, block_size)
-        self.target = target
-        self.good = block_size if good is None else good
-
-    def start(self, rows: int) -> None:
-        super().start(rows)
-        self.history: list[list[int]] = [[] for _ in range(rows)]
-
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        self.history = [self.history[row] for row in rows.tolist()]
-
-    def observe(self, seen: Observation) -> None:
-        super().observe(seen)
-        for row, count in enumerate(seen.counts.tolist()):
-            assert seen.starts[row] == len(self.history[row])
-            self.history[row] += seen.tokens[row, :count].tolist()
+    def __init__(self, ids: Tensor, vocabulary: int, block_size: int = 4) -> None:
+        super().__init__(len(ids), block_size)
+        self.ids, self.vocabulary = ids, vocabulary
 
     def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
-        tokens = []
-        for row, anchor in enumerate(anchors.tolist()):
-            text = [*self.history[row], anchor]
-            assert len(text) - 1 == positions[row]
-            for slot in range(self.block_size):
-                logits = self.target.model(torch.tensor([text])).logits[0, -1]
-                choice = int(logits.argmax())
-                text.append(choice if slot < self.good else (choice + 1) % logits.shape[0])
-            tokens.append(text[-self.block_size :])
-        return Proposal(torch.tensor(tokens), None, None)
+        return super().propose(anchors, positions, end, within(draw, self.ids, self.vocabulary))
 
 
 class ConfidentProposer(RandomProposer):

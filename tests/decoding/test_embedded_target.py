@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepspec.checks.proposers import Rehearsed
 from deepspec.config.resources import resource
 from deepspec.config.schema import DrafterConfig, TargetConfig
 from deepspec.decoding import Decoder, Sampling
 from deepspec.drafters.registry import drafter_kind
 from deepspec.targets import Target, load_target
-from tests.decoding.proposers import PerfectProposer
 
 DOMAINS = ("code", "chat", "math")
 
@@ -54,7 +54,8 @@ def check(target: Target, count: int | None, length: int) -> None:
     torch.manual_seed(0)
     shape = kind.resolve(DrafterConfig(num_layers=1, markov_rank=16), target)
     untrained = kind.proposer(kind.build(shape).eval(), target)
-    for proposer in (untrained, PerfectProposer(target, 7, good=4)):
+    known = {tuple(prompt): more for prompt, more in zip(prompts, expected, strict=True)}
+    for proposer in (untrained, Rehearsed(known, target.vocab_size, 7, good=4)):
         for batch_size in (1, 8):
             decoder = Decoder(target, proposer, batch_size)
             result = decoder.generate(prompts, Sampling(), length)

@@ -12,14 +12,17 @@ import itertools
 
 import pytest
 import torch
-from scipy.stats import chisquare
 
+from deepspec.checks.proposers import Rehearsed
 from deepspec.decoding import Decoder, Sampling, plain_decode, verification
 from deepspec.decoding.exactness import first_difference
 from deepspec.decoding.sampling import draw
+from deepspec.drafters.dspark import DSparkProposer
 from deepspec.targets import Target
-from tests.conftest import make_model, make_tokenizer
-from tests.decoding.proposers import PerfectProposer, RandomProposer
+from tests.decoding import proposers
+from tests.decoding.chi_square import VOCABULARY, decode_counts, exact_joint, p_value
+from tests.decoding.proposers import RandomProposer, ReducedProposer
+from tests.export.conftest import make_drafter
 
 GREEDY = Sampling()
 
@@ -44,19 +47,27 @@ def generate(target: Target, prompt: list[int], count: int, stop: list[int]) -> 
 
 
 @pytest.fixture(scope="module")
-def stop(target: Target) -> list[int]:
+def known(target: Target) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """What follows each prompt, a block further than any test emits."""
+    return {tuple(prompt): generate(target, prompt, 28, []) for prompt in prompts_of(9)}
+
+
+@pytest.fixture(scope="module")
+def stop(known: dict) -> list[int]:
     """Tokens that greedy decoding does reach, so that stopping in mid-block is exercised."""
-    reached = [generate(target, prompt, 24, []) for prompt in prompts_of(9)]
+    reached = list(known.values())
     return [reached[0][9], reached[1][5]]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
 @pytest.mark.parametrize("quality", ["rubbish", "perfect", "half"])
-def test_greedy_equals_generate(target: Target, stop: list[int], batch: int, quality: str) -> None:
+def test_greedy_equals_generate(
+    target: Target, known: dict, stop: list[int], batch: int, quality: str
+) -> None:
     proposer = {
         "rubbish": lambda: RandomProposer(target.vocab_size),
-        "perfect": lambda: PerfectProposer(target),
-        "half": lambda: PerfectProposer(target, good=2),
+        "perfect": lambda: Rehearsed(known, target.vocab_size),
+        "half": lambda: Rehearsed(known, target.vocab_size, good=2),
     }[quality]()
     prompts = prompts_of(9)
     decoder = Decoder(target, proposer, batch, stop)
@@ -69,10 +80,26 @@ def test_greedy_equals_generate(target: Target, stop: list[int], batch: int, qua
     assert accepted == {"rubbish": {0}, "perfect": {4}, "half": {2}}[quality]
 
 
-def test_traces_account_for_every_token(target: Target, stop: list[int]) -> None:
-    result = Decoder(target, PerfectProposer(target, good=3), 4, stop).generate(
-        prompts_of(9), GREEDY, 24
-    )
+@pytest.mark.parametrize("batch", [1, 4])
+def test_greedy_equals_generate_with_a_draft_vocabulary(target: Target, batch: int) -> None:
+    """A drafter that knows but the tokens that the target says here, and one that knows others."""
+    prompts = prompts_of(5)
+    expected = [generate(target, prompt, 24, []) for prompt in prompts]
+    said = torch.tensor(sorted({token for text in expected for token in text}))
+    others = torch.tensor(sorted(set(range(260)) - set(said.tolist())))[: len(said)]
+    drafter = make_drafter(target, "vanilla", draft_vocab_size=len(said))
+    for ids in (said, others):
+        drafter.restrict(ids)
+        proposer = DSparkProposer(drafter, target.embedding, target.head)
+        result = Decoder(target, proposer, batch, []).generate(prompts, GREEDY, 24)
+        assert [completion.tokens for completion in result.completions] == expected
+        accepted = sum(trace.accepted for trace in result.traces)
+        assert (accepted > 0) == (ids is said)
+
+
+def test_traces_account_for_every_token(target: Target, known: dict, stop: list[int]) -> None:
+    decoder = Decoder(target, Rehearsed(known, target.vocab_size, good=3), 4, stop)
+    result = decoder.generate(prompts_of(9), GREEDY, 24)
     for completion in result.completions:
         own = [trace for trace in result.traces if trace.request == completion.request]
         assert 1 + sum(trace.emitted for trace in own) == len(completion.tokens)
@@ -89,14 +116,15 @@ def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None
         assert [completion.tokens for completion in result.completions] == expected
 
 
-def test_variable_schedules_change_nothing(target: Target, stop: list[int]) -> None:
+def test_variable_schedules_change_nothing(target: Target, known: dict, stop: list[int]) -> None:
     lengths = itertools.cycle([0, 3, 1, 4, 2])
 
     def schedule(proposal, limits):
         return [next(lengths) for _ in range(len(proposal.tokens))]
 
     prompts = prompts_of(9)
-    decoder = Decoder(target, PerfectProposer(target, good=3), 4, stop, schedule)
+    proposer = Rehearsed(known, target.vocab_size, good=3)
+    decoder = Decoder(target, proposer, 4, stop, schedule)
     result = decoder.generate(prompts, GREEDY, 24)
     expected = [generate(target, prompt, 24, stop) for prompt in prompts]
     assert [completion.tokens for completion in result.completions] == expected
@@ -137,49 +165,6 @@ def test_sampled_output_does_not_depend_on_batch_mates(target: Target) -> None:
 
 # ------------------------------------------------------------------------------------ chi-square
 
-VOCABULARY, LENGTH, DRAWS = 7, 3, 4000
-
-
-@pytest.fixture(scope="module")
-def small() -> Target:
-    return Target(make_model(VOCABULARY, layers=5, seed=1), make_tokenizer(), 2, "small")
-
-
-def exact_joint(target: Target, prompt: list[int], sampling: Sampling) -> torch.Tensor:
-    """P(x_1..x_LENGTH) of the target, [V ** LENGTH]."""
-    joint = torch.ones(1, dtype=torch.float64)
-    texts = [prompt]
-    for _ in range(LENGTH):
-        with torch.no_grad():
-            logits = target.model(torch.tensor(texts)).logits[:, -1]
-        step = sampling.probabilities(logits).double()
-        joint = (joint[:, None] * step).flatten()
-        texts = [[*text, token] for text in texts for token in range(VOCABULARY)]
-    return joint
-
-
-def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Chi-square with cells of fewer than 5 expected pooled; impossible cells must be empty."""
-    expected = probabilities * counts.sum()
-    assert not counts[probabilities == 0].any()
-    large = expected >= 5
-    observed = [*counts[large].tolist(), counts[~large].sum().item()]
-    wanted = [*expected[large].tolist(), expected[~large].sum().item()]
-    if wanted[-1] < 1e-9:
-        observed, wanted = observed[:-1], wanted[:-1]
-    return float(chisquare(observed, wanted, sum_check=False).pvalue)
-
-
-def decode_counts(target: Target, sampling: Sampling, schedule=None) -> torch.Tensor:
-    prompt = [1, 4, 2, 5]
-    proposer = RandomProposer(VOCABULARY, block_size=2)
-    decoder = Decoder(target, proposer, 1000, [], schedule)
-    names = [f"s{i}" for i in range(DRAWS)]
-    result = decoder.generate([prompt] * DRAWS, sampling, LENGTH, requests=names)
-    tokens = torch.tensor([completion.tokens for completion in result.completions])
-    index = tokens @ torch.tensor([VOCABULARY**i for i in reversed(range(LENGTH))])
-    return torch.bincount(index, minlength=VOCABULARY**LENGTH)
-
 
 @pytest.mark.parametrize(
     "sampling",
@@ -189,6 +174,32 @@ def decode_counts(target: Target, sampling: Sampling, schedule=None) -> torch.Te
 def test_sampled_output_has_the_targets_distribution(small: Target, sampling: Sampling) -> None:
     exact = exact_joint(small, [1, 4, 2, 5], sampling)
     assert p_value(decode_counts(small, sampling), exact) > 1e-3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.3, top_k=4)], ids=["t1", "top_k"])
+def test_a_draft_vocabulary_keeps_the_distribution(small: Target, sampling: Sampling) -> None:
+    exact = exact_joint(small, [1, 4, 2, 5], sampling)
+    proposer = ReducedProposer(torch.tensor([0, 3, 4, 6]), VOCABULARY, block_size=2)
+    assert p_value(decode_counts(small, sampling, proposer=proposer), exact) > 1e-3
+
+
+def test_drafts_that_hide_their_vocabulary_are_rejected(
+    small: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the probabilities of the four tokens taken for those of the first four, drafts would
+    be judged by the wrong ones."""
+
+    def misplaced(draw, ids, size):
+        def choose(logits):
+            tokens, p = draw(logits)
+            return ids[tokens], torch.nn.functional.pad(p, (0, size - len(ids)))
+
+        return choose
+
+    monkeypatch.setattr(proposers, "within", misplaced)
+    proposer = ReducedProposer(torch.tensor([0, 3, 4, 6]), VOCABULARY, block_size=2)
+    exact = exact_joint(small, [1, 4, 2, 5], Sampling(1.0))
+    assert p_value(decode_counts(small, Sampling(1.0), proposer=proposer), exact) < 1e-6
 
 
 def test_confidence_like_schedule_keeps_the_distribution(small: Target) -> None:

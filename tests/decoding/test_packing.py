@@ -51,7 +51,7 @@ def two_forwards(target: Target, pack: bool) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     prompts = [torch.randint(4, 260, (n,), generator=g).tolist() for n in (5, 9, 2, 7)]
     rows = Rows(target, list("abcd"), prompts, 20, [])
-    rows._can_pack = rows._can_pack and pack
+    rows._state._can_pack = pack
     _, prefill = rows.prefill(with_context=True)
     starts = torch.tensor([len(prompt) for prompt in prompts])
     block = torch.randint(4, 260, (4, 4), generator=g)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepspec.checks.proposers import Rehearsed
 from deepspec.decoding import Decoder, Sampling
 from deepspec.records import Proposal
 from deepspec.scheduling.calibration import Floats
@@ -23,17 +24,9 @@ from deepspec.scheduling.schedulers import (
 )
 from deepspec.scheduling.throughput import Point, Throughput
 from deepspec.targets import Target
-from tests.conftest import make_model, make_tokenizer
-from tests.decoding.proposers import ConfidentProposer, PerfectProposer
-from tests.decoding.test_lossless import (
-    DRAWS,
-    LENGTH,
-    VOCABULARY,
-    exact_joint,
-    generate,
-    p_value,
-    prompts_of,
-)
+from tests.decoding.chi_square import DRAWS, LENGTH, VOCABULARY, exact_joint, p_value
+from tests.decoding.proposers import ConfidentProposer
+from tests.decoding.test_lossless import generate, prompts_of
 
 # a second draft pays where the first alone does not: what tempts a scheduler to look ahead
 TEMPTING = Throughput((Point(1, 1.0), Point(2, 0.6), Point(3, 0.55)))
@@ -58,12 +51,24 @@ def alone(policy: Policy) -> Policy:
     return each
 
 
-class WithConfidence(PerfectProposer):
+Continuations = dict[tuple[int, ...], tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def known(target: Target) -> Continuations:
+    """What the target says behind each prompt, by Transformers' own `generate`."""
+    return {tuple(prompt): generate(target, prompt, 16, []) for prompt in prompts_of(6)}
+
+
+class WithConfidence(Rehearsed):
     """Right twice a block; says something else of each row and draft in every round."""
+
+    def start(self, rows: int) -> None:
+        super().start(rows)
+        self.rng = np.random.default_rng(rows)
 
     def propose(self, *args):
         proposal = super().propose(*args)
-        self.rng = getattr(self, "rng", np.random.default_rng(0))
         shape = tuple(proposal.tokens.shape)
         return replace(proposal, confidence=torch.from_numpy(self.rng.random(shape) ** 0.5))
 
@@ -73,33 +78,26 @@ class WithConfidence(PerfectProposer):
     [FixedLength(2), Threshold(0.5), Algorithm1(STEEP), Asynchronous(STEEP)],
     ids=["fixed", "threshold", "algorithm1", "async"],
 )
-def test_greedy_equals_generate(target: Target, policy: Policy) -> None:
-    prompts = prompts_of(6)
-    expected = [generate(target, prompt, 16, []) for prompt in prompts]
-    proposer = WithConfidence(target, good=2)
+def test_greedy_equals_generate(target: Target, known: Continuations, policy: Policy) -> None:
+    proposer = WithConfidence(known, target.vocab_size, good=2)
     decoder = Decoder(target, proposer, 4, [], ConfidenceSchedule(policy))
-    result = decoder.generate(prompts, Sampling(), 16)
-    assert [completion.tokens for completion in result.completions] == expected
+    result = decoder.generate(list(known), Sampling(), 16)
+    assert [completion.tokens for completion in result.completions] == list(known.values())
     scheduled = {trace.scheduled for trace in result.traces}
     assert max(scheduled) == 2 if isinstance(policy, FixedLength) else len(scheduled) > 2
     assert all(len(trace.confidences) == 4 for trace in result.traces)
 
 
-def test_a_schedule_is_told_what_each_row_can_use(target: Target) -> None:
+def test_a_schedule_is_told_what_each_row_can_use(target: Target, known: Continuations) -> None:
     seen: list[list[int]] = []
 
     def schedule(proposal: Proposal, limits: Sequence[int]) -> Sequence[int]:
         seen.append(list(limits))
         return limits
 
-    proposer = PerfectProposer(target)
-    Decoder(target, proposer, 2, [], schedule).generate(prompts_of(2), Sampling(), 8)
+    proposer = Rehearsed(known, target.vocab_size)
+    Decoder(target, proposer, 2, [], schedule).generate(list(known)[:2], Sampling(), 8)
     assert seen == [[4, 4], [1, 1]]  # the first token, 5 more, and 2 that are left
-
-
-@pytest.fixture(scope="module")
-def small() -> Target:
-    return Target(make_model(VOCABULARY, layers=5, seed=1), make_tokenizer(), 2, "small")
 
 
 @pytest.fixture(scope="module")

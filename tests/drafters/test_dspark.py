@@ -276,6 +276,8 @@ def test_confidence_can_be_kept_from_the_backbone() -> None:
 
 def test_config_round_trip_and_its_refusals() -> None:
     assert DSparkConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    older = {k: v for k, v in CONFIG.to_dict().items() if not k.startswith("draft_vocab")}
+    assert DSparkConfig.from_dict(older) == CONFIG
     with pytest.raises(CheckpointError, match="markov_rank"):
         DSparkConfig.from_dict({k: v for k, v in CONFIG.to_dict().items() if k != "markov_rank"})
     with pytest.raises(CheckpointError, match="sample_from_anchor"):

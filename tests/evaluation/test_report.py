@@ -22,6 +22,8 @@ from deepspec.evaluation import figures
 from deepspec.evaluation.report import (
     acceptance,
     exactness,
+    lookup_text,
+    lookups,
     markdown_table,
     results_table,
     write_report,
@@ -30,6 +32,7 @@ from deepspec.evaluation.results import (
     Average,
     Baseline,
     BenchmarkResult,
+    Lookup,
     Report,
     mean_over_seeds,
     read_report,
@@ -51,6 +54,7 @@ def result(
     seed: int = 0,
     baseline: Baseline | None = None,
     conditional: list[float | None] | None = None,
+    lookup: Lookup | None = None,
 ) -> BenchmarkResult:
     return BenchmarkResult(
         benchmark=benchmark,
@@ -67,6 +71,7 @@ def result(
         conditional_acceptance=conditional or [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2],
         prefix_survival=[0.8, 0.56, 0.34, 0.17, 0.07, 0.02, 0.0],
         baseline=baseline,
+        lookup=lookup,
     )
 
 
@@ -92,11 +97,11 @@ def report() -> Report:
         config={"seed": 0, "target": {"path": "data/tiny_target", "layer_ids": [1, 3]}},
         results=[
             result("code", 1.0, 2.5),
-            result("code", 0.0, 3.0, baseline=near),
+            result("code", 0.0, 3.0, baseline=near, lookup=Lookup(8, 1.25, 24.0, 3.1)),
             result("code", 0.0, 4.0, seed=1, baseline=same),
             result("chat", 0.0, 2.25, conditional=[0.9, 0.1, None, None, None, None, None]),
             result("chat", 1.0, 2.0),
-            result(HOSTILE, 0.0, 1.75, baseline=same),
+            result(HOSTILE, 0.0, 1.75, baseline=same, lookup=Lookup(8, 1.75, 36.0, 1.9)),
             result(HOSTILE, 1.0, 1.5),
         ],
         averages=[Average(0.0, 2.5, 25.0, 2.25), Average(1.0, 2.0, 20.0, None)],
@@ -160,6 +165,30 @@ def test_acceptance_cells(report: Report) -> None:
     assert table.rows[1] == ["code", "1", "600", "2.50", "25.0%", "95.0%", "25.0", *"–––"]
     assert [row[3] for row in table.foot] == ["2.50", "2.00"]
     assert [row[8] for row in table.foot] == ["2.25×", "–"]
+
+
+def test_lookup_cells(report: Report) -> None:
+    """By hand: the speed of the drafter on code is 2.0 x 21.0, the means of its two seeds."""
+    table = lookups(report)
+    expected = [["code", "0", "8", "3.10", "1.25", "42.0", "24.0", "21.0"]]
+    expected += [[HOSTILE, "0", "8", "1.90", "1.75", "55.0", "36.0", "22.0"]]
+    assert table.rows == expected
+    assert table.foot == [["average", "0", "", "2.50", "1.50", "48.5", "30.0", "21.5"]]
+    text = "reaches 1.50 at temperature 0 (the drafter 2.50) without training"
+    assert text in lookup_text(report)
+    without = replace(report, results=[replace(row, lookup=None) for row in report.results])
+    assert (lookups(without).rows, lookup_text(without)) == ([], "")
+
+
+def test_lookup_is_in_every_form(report: Report, forms: tuple[str, str], tmp_path: Path) -> None:
+    said = lookup_text(report)
+    without = replace(report, results=[replace(row, lookup=None) for row in report.results])
+    others = (*written(without, tmp_path), shown(results_table(without)))
+    for text, other in zip((*forms, shown(results_table(report))), others, strict=True):
+        assert said.split() == [word for word in said.split() if word in text]
+        assert "lookup" not in other.lower()
+    assert "| average |" not in forms[0]  # bold, as in the other table
+    assert "| **average** | **0** |  | **2.50** | **1.50** |" in forms[0]
 
 
 def test_page_and_markdown_hold_the_same_cells(report: Report, forms: tuple[str, str]) -> None:

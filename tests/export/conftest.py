@@ -15,8 +15,11 @@ from tests.conftest import make_tokenizer
 KINDS = ("vanilla", "gated", "rnn", "rank0")
 
 
-def make_drafter(target: Target, kind: str, confidence: bool = True) -> DSparkDrafter:
-    """Two layers, block 4, rank 6; weights outside the bf16 grid."""
+def make_drafter(
+    target: Target, kind: str, confidence: bool = True, draft_vocab_size: int | None = None
+) -> DSparkDrafter:
+    """Two layers, block 4, rank 6; weights outside the bf16 grid. Of a draft vocabulary, tokens
+    that are spread over the target's."""
     config = DrafterConfig(
         num_layers=2,
         block_size=4,
@@ -24,11 +27,14 @@ def make_drafter(target: Target, kind: str, confidence: bool = True) -> DSparkDr
         markov_head="vanilla" if kind == "rank0" else kind,
         markov_rank=0 if kind == "rank0" else 6,
         confidence_head=confidence,
+        draft_vocab_size=draft_vocab_size,
     )
     drafter = DSparkDrafter(resolve_config(config, target))
     torch.manual_seed(1)
     for name, parameter in drafter.named_parameters():
         nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    if draft_vocab_size is not None:
+        drafter.restrict(torch.randperm(260)[:draft_vocab_size].sort().values)
     return drafter.eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 import yaml
 
 from deepspec.config.schema import DataConfig, RunConfig, TargetConfig, as_dict
-from deepspec.export import flat_config, loads_in, model_card
+from deepspec.drafters.dspark import DSparkConfig
+from deepspec.export import LAYOUTS, Traits, loads_in, model_card
+from deepspec.export.files import headers_of
 from deepspec.export.names import public_name
 from deepspec.targets import Target
 from tests.export.conftest import make_drafter
@@ -31,11 +34,19 @@ RUN = as_dict(
 )
 
 
-def config_of(target: Target, kind: str, profile: str, tied: bool = True) -> dict[str, Any]:
-    config = flat_config(make_drafter(target, kind).config, target, profile, 32)
+Parts = tuple[DSparkConfig, dict[str, Any], Traits]
+
+
+def parts_of(
+    target: Target, kind: str, profile: str, tied: bool = True, layout: str = "flat", size: int = 0
+) -> Parts:
+    """What a card is made of: shape, config.json, traits."""
+    drafter, own = make_drafter(target, kind, draft_vocab_size=size or None), LAYOUTS[layout]
+    config = own.config(drafter.config, target, profile, 32)
     config["deepspec"]["target_tied"] = tied
     config["deepspec"]["target"] = "Qwen/Qwen3-4B"
-    return config
+    headers = headers_of(own.tensors(drafter, target, profile))
+    return drafter.config, config, own.traits(config, headers)
 
 
 @pytest.mark.parametrize(
@@ -50,17 +61,25 @@ def config_of(target: Target, kind: str, profile: str, tied: bool = True) -> dic
         ("rnn", "full", False, {"SGLang", "deepseek-ai/DeepSpec"}),
         ("rank0", "serving", True, set()),
         ("rank0", "full", True, {"deepseek-ai/DeepSpec"}),
+        ("speculators", "serving", False, {"vLLM", "llama.cpp"}),
+        ("speculators", "full", True, {"vLLM", "llama.cpp"}),
+        ("reduced", "serving", False, {"vLLM", "llama.cpp"}),
+        ("reduced", "full", True, {"vLLM", "llama.cpp"}),
     ],
 )
 def test_engines_are_those_of_the_table(
     target: Target, kind: str, profile: str, tied: bool, engines: set[str]
 ) -> None:
-    config = config_of(target, kind, profile, tied)
-    support = loads_in(config)
+    if kind in ("speculators", "reduced"):
+        size = 100 if kind == "reduced" else 0
+        parts = parts_of(target, "vanilla", profile, tied, "speculators", size)
+    else:
+        parts = parts_of(target, kind, profile, tied)
+    support = loads_in(parts[-1])
     assert {entry.engine for entry in support if entry.loads} == engines | {"this library"}
     assert all(entry.why for entry in support)
 
-    card = model_card("drafter", config, RUN, 400, None)
+    card = model_card("drafter", *parts, RUN, 400, None)
     assert ("vllm serve" in card) == ("vLLM" in engines)
     assert ("sglang.launch_server" in card) == ("SGLang" in engines)
     assert ("--spec-type draft-dspark" in card) == ("llama.cpp" in engines)
@@ -69,8 +88,8 @@ def test_engines_are_those_of_the_table(
 
 
 def test_the_card_says_what_it_is(target: Target) -> None:
-    config = config_of(target, "vanilla", "serving")
-    card = model_card("me/qwen3-4b-dspark", config, RUN, 400, ACCEPTANCE)
+    parts = parts_of(target, "vanilla", "serving")
+    card = model_card("me/qwen3-4b-dspark", *parts, RUN, 400, ACCEPTANCE)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "Qwen/Qwen3-4B"
     assert "license" not in head
@@ -94,11 +113,24 @@ def test_the_card_says_what_it_is(target: Target) -> None:
     assert card.endswith("```\n")
 
 
+def test_the_card_of_a_draft_vocabulary(target: Target) -> None:
+    shape, config, traits = parts_of(target, "vanilla", "serving", layout="speculators", size=100)
+    card = model_card(
+        "out", replace(shape, draft_vocab_coverage=0.9871), config, traits, RUN, 1, None
+    )
+    assert (
+        "| draft vocabulary | 100 of 260 tokens, 98.7 % of those in the training answers |" in card
+    )
+    assert "with the LM head's rows for the draft vocabulary, without embedding" in card
+    assert "| layout | speculators |" in card
+    assert "100 of 260 tokens |" in model_card("out", shape, config, traits, RUN, 1, None)
+
+
 def test_the_card_of_a_local_dflash_drafter(target: Target) -> None:
-    config = config_of(target, "rank0", "serving")
+    shape, config, traits = parts_of(target, "rank0", "serving")
     config["deepspec"]["target"] = "tiny_target"
-    config["enable_confidence_head"] = False
-    card = model_card("out", config, RUN, 1, None)
+    shape = replace(shape, confidence_head=False)
+    card = model_card("out", shape, config, traits, RUN, 1, None)
     head = yaml.safe_load(card.split("---\n")[1])
     assert "base_model" not in head, "a folder's name is no model on the hub"
     assert "dflash" in head["tags"]

@@ -8,10 +8,8 @@ that must equal, bit for bit, the same drafter with its weights rounded to bf16.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,25 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import AutoConfig, Qwen3Config
 
 from deepspec.config.schema import TargetConfig
-from deepspec.data.blocks import build_blocks
-from deepspec.drafters.base import Observation
-from deepspec.drafters.dspark import DSparkDrafter, DSparkProposer
+from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export import export_flat, flat_config, flat_shape, is_flat_export, load_flat
-from deepspec.records import Sample
+from deepspec.export import is_export, open_export, write_export
+from deepspec.export.flat import flat_config
 from deepspec.targets import Target, load_target
 from tests.conftest import make_model, make_tokenizer
 from tests.export.conftest import KINDS, make_drafter
+from tests.export.exports import (
+    assert_same_numbers,
+    edit,
+    in_bf16,
+    logits_of,
+    observed,
+    rewrite,
+)
 
 BACKBONE = {
     "fc.weight": [32, 96],
@@ -76,24 +79,16 @@ SHARED = {"embed_tokens.weight": [260, 32], "lm_head.weight": [260, 32]}
 
 
 def export(drafter: DSparkDrafter, target: Target, out: Path, profile: str = "serving") -> Path:
-    return export_flat(drafter, target, out, profile, "a card\n", num_anchors=32)
+    write_flat(drafter, target, out, profile, "a card\n")
+    return out
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    """Change keys of config.json; None removes one."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
+def write_flat(drafter: DSparkDrafter, target: Target, out: Path, profile: str, card: str) -> None:
+    write_export("flat", "dspark", drafter, target, out, profile, 32, lambda *_: card)
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Change the tensors as another program would: without the recorded hash."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    del config["deepspec"]["sha256"]
-    (folder / "config.json").write_text(json.dumps(config))
+def load_flat(folder: Path, target: Target | None = None) -> DSparkDrafter:
+    return open_export(folder).load(target)
 
 
 # ---------------------------------------------------------------------------------------- on disk
@@ -234,69 +229,25 @@ def test_rope_of_the_backbone_is_written_as_it_is_used(
 # -------------------------------------------------------------------------------------- and back
 
 
-def observed(target: Target, drafter: DSparkDrafter) -> tuple[Any, Any]:
-    """Two samples, and blocks of the first at two anchors, of the second at one."""
-    generator = torch.Generator().manual_seed(3)
-    samples = [
-        Sample(torch.randint(4, 260, (n,), generator=generator), torch.ones(n).bool(), str(n))
-        for n in (12, 12)
-    ]
-    anchors = [torch.tensor([3, 9]), torch.tensor([6])]
-    shape = drafter.config
-    batch = build_blocks(samples, anchors, shape.block_size, 4.0)
-    return target.features(samples), batch
-
-
-def draft(drafter: DSparkDrafter, target: Target, features: Any, batch: Any) -> Any:
-    """One proposal for both samples after position 8, from the proposer."""
-    proposer = DSparkProposer(drafter, target.embedding, target.head)
-    proposer.start(2)
-    context, final = features.context.unflatten(0, (2, 12)), features.final.unflatten(0, (2, 12))
-    starts, counts = torch.zeros(2, dtype=torch.int64), torch.full((2,), 8)
-    tokens = torch.zeros(2, 8, dtype=torch.int64)
-    proposer.observe(Observation(tokens, context[:, :8], final[:, :8], starts, counts, 8))
-
-    def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.argmax(-1), logits.softmax(-1)
-
-    return proposer.propose(torch.tensor([17, 40]), torch.tensor([8, 8]), 9, greedy)
-
-
-def logits_of(drafter: DSparkDrafter, target: Target, output: Any) -> Tensor:
-    logits = target.head(output.hidden)
-    if output.latent is None:
-        return logits
-    return logits + output.latent @ drafter.bias_weight.T
-
-
 @pytest.mark.parametrize("profile", ["serving", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_equals_the_rounded_original(
     target: Target, tmp_path: Path, kind: str, profile: str
 ) -> None:
     original = make_drafter(target, kind)
+    rounded = in_bf16(original)
     features, batch = observed(target, original)
-    exact = logits_of(original, target, original(features, batch, target.embedding))
-    rounded = copy.deepcopy(original)
-    with torch.no_grad():
-        for parameter in rounded.parameters():
-            parameter.copy_(parameter.bfloat16().float())
+    exact, coarse = (
+        logits_of(drafter, target, drafter(features, batch, target.embedding))
+        for drafter in (original, rounded)
+    )
+    assert not torch.equal(exact, coarse), "the rounding should show"
 
     loaded = load_flat(export(original, target, tmp_path / "out", profile), target)
     assert loaded.config == original.config
     assert not loaded.training
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-
-    expected = rounded(features, batch, target.embedding)
-    got = loaded(features, batch, target.embedding)
-    assert torch.equal(logits_of(loaded, target, got), logits_of(rounded, target, expected))
-    assert torch.equal(got.confidence_logits, expected.confidence_logits)
-    assert not torch.equal(logits_of(loaded, target, got), exact), "the rounding should show"
-
-    proposed, wanted = (draft(d, target, features, batch) for d in (loaded, rounded))
-    assert torch.equal(proposed.tokens, wanted.tokens)
-    assert torch.equal(proposed.probabilities, wanted.probabilities)
-    assert torch.equal(proposed.confidence, wanted.confidence)
+    assert_same_numbers(loaded, rounded, target)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
@@ -353,7 +304,7 @@ def test_shape_is_known_without_weights(
 ) -> None:
     folder = export(drafter, target, tmp_path / "out")
     (folder / "model.safetensors").unlink()
-    assert flat_shape(folder) == drafter.config
+    assert open_export(folder).shape == drafter.config
 
 
 def test_a_checkpoint_of_the_public_implementation_loads(target: Target, tmp_path: Path) -> None:
@@ -365,7 +316,7 @@ def test_a_checkpoint_of_the_public_implementation_loads(target: Target, tmp_pat
     assert load_flat(folder, target).config == drafter.config
     edit(folder, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
-    assert flat_shape(folder).rope_parameters == rope
+    assert open_export(folder).shape.rope_parameters == rope
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -375,7 +326,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(
     target: Target, drafter: DSparkDrafter, tmp_path: Path
 ) -> None:
     out = export(drafter, target, tmp_path / "out")
-    export_flat(drafter, target, out, "full", "second\n", num_anchors=8)
+    write_flat(drafter, target, out, "full", "second\n")
     assert (out / "README.md").read_text() == "second\n"
     assert "lm_head.weight" in load_file(out / "model.safetensors")
 
@@ -394,7 +345,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(
         export(drafter, target, notes)
     assert (notes / "README.md").read_text() == "mine"
     (notes / "README.md").unlink()
-    assert is_flat_export(export(drafter, target, notes)), "an empty folder may be used"
+    assert is_export(export(drafter, target, notes)), "an empty folder may be used"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "notes"}
 
 
@@ -405,7 +356,7 @@ def test_a_failed_write_leaves_the_earlier_export(
     out = export(drafter, target, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UnicodeEncodeError):
-        export_flat(drafter, target, out, "full", "\ud800", num_anchors=8)
+        write_flat(drafter, target, out, "full", "\ud800")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -445,10 +396,10 @@ CORRUPTIONS = {
     "no folder": (lambda f: f.rename(f.with_name("gone")), "holds no export"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "is unreadable"),
-    "config no object": (lambda f: (f / "config.json").write_text("[]"), "has architectures"),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "another layout": (
         lambda f: edit(f, architectures=["DSparkSpeculator"]),
-        r"DSparkSpeculator.*only the flat layout is read",
+        r"transformer_layer_config is missing",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"safetensors is missing"),
     "truncated": (truncate, "corrupt or incomplete: its sha256"),
@@ -543,9 +494,9 @@ def test_a_target_that_captures_other_layers_is_refused(
         load_flat(folder, load_target(config, "cpu"))
 
 
-def test_is_flat_export(target: Target, drafter: DSparkDrafter, tmp_path: Path) -> None:
-    assert is_flat_export(export(drafter, target, tmp_path / "out"))
-    assert not is_flat_export(tmp_path)
-    assert not is_flat_export(tmp_path / "nowhere")
+def test_is_export(target: Target, drafter: DSparkDrafter, tmp_path: Path) -> None:
+    assert is_export(export(drafter, target, tmp_path / "out"))
+    assert not is_export(tmp_path)
+    assert not is_export(tmp_path / "nowhere")
     target.config.save_pretrained(tmp_path / "target")
-    assert not is_flat_export(tmp_path / "target")
+    assert not is_export(tmp_path / "target")

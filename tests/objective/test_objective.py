@@ -1,7 +1,8 @@
 """Fused against eager, eager against the formulas in numpy, and both against their invariants.
 
 Known to be right by: the eager version differentiated by autograd (and checked by finite
-differences), and a numpy transcription of the paper's three terms.
+differences), and a numpy transcription of the paper's three terms. A draft vocabulary is held
+against the whole one with logits of minus infinity outside.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def problem(
     dtype: torch.dtype = torch.float64,
     soft_cap: float | None = None,
     seed: int = 0,
+    drafted: int | None = None,
 ) -> tuple[LossInputs, FrozenHead, FrozenHead]:
     g = torch.Generator().manual_seed(seed)
 
@@ -36,16 +38,21 @@ def problem(
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     weights = torch.rand(slots, generator=g) * (torch.rand(slots, generator=g) > 0.4)
+    chosen = None
+    if drafted is not None:
+        chosen = torch.randperm(vocabulary, generator=g)[:drafted].sort().values
+    rows = vocabulary if drafted is None else drafted
     inputs = LossInputs(
         hidden=draw(slots, 8),
         latent=draw(slots, rank) if rank else None,
-        bias_weight=draw(vocabulary, rank) if rank else None,
+        bias_weight=draw(rows, rank) if rank else None,
         confidence_logits=draw(slots) if confidence else None,
         target_final=draw(slots, 6),
         labels=torch.randint(0, vocabulary, (slots,), generator=g),
         weights=weights,
+        vocabulary=chosen,
     )
-    heads = FrozenHead(draw(vocabulary, 8), soft_cap), FrozenHead(draw(vocabulary, 6), soft_cap)
+    heads = FrozenHead(draw(rows, 8), soft_cap), FrozenHead(draw(vocabulary, 6), soft_cap)
     return inputs, *heads
 
 
@@ -85,16 +92,59 @@ def assert_same(inputs: LossInputs, heads, tolerance: float, chunk: int = 5) -> 
     st.sampled_from([None, 4.0]),
     st.integers(1, 50),
     st.integers(0, 1000),
+    st.none() | st.floats(0, 1),
 )
-def test_fused_equals_eager_in_fp64(slots, vocabulary, rank, confidence, cap, chunk, seed) -> None:
-    inputs, *heads = problem(slots, vocabulary, rank, confidence, soft_cap=cap, seed=seed)
+def test_fused_equals_eager_in_fp64(
+    slots, vocabulary, rank, confidence, cap, chunk, seed, share
+) -> None:
+    drafted = None if share is None else max(1, round(share * vocabulary))
+    inputs, *heads = problem(
+        slots, vocabulary, rank, confidence, soft_cap=cap, seed=seed, drafted=drafted
+    )
     assert_same(inputs, tuple(heads), 1e-10, chunk)
 
 
+@pytest.mark.parametrize("drafted", [None, 90])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_fused_equals_eager_in_training_precisions(dtype: torch.dtype, tolerance: float) -> None:
-    inputs, *heads = problem(200, 300, dtype=dtype)
+def test_fused_equals_eager_in_training_precisions(
+    dtype: torch.dtype, tolerance: float, drafted: int | None
+) -> None:
+    inputs, *heads = problem(200, 300, dtype=dtype, drafted=drafted)
     assert_same(inputs, tuple(heads), tolerance, chunk=64)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_a_draft_vocabulary_is_the_whole_one_without_chances_outside(implementation: str) -> None:
+    """The same drafter over all tokens, whose logits outside are as good as minus infinity.
+
+    To say it in weights: one more hidden number, 1, times a head that is -1e9 there.
+    """
+    inputs, draft_head, target_head = problem(drafted=17)
+    ids = inputs.vocabulary
+    head = torch.zeros(41, 9, dtype=torch.float64)
+    head[:, 8] = -1e9
+    head[ids] = torch.cat((draft_head.weight, torch.zeros(17, 1)), dim=1)
+    w2 = torch.zeros(41, 3, dtype=torch.float64).index_copy(0, ids, inputs.bias_weight)
+    hidden = torch.cat((inputs.hidden, torch.ones(23, 1)), dim=1)
+    whole = replace(inputs, hidden=hidden, bias_weight=w2, vocabulary=None)
+
+    options = {"implementation": implementation, "ce_weight": 0.0}
+    reduced, grads = run(inputs, (draft_head, target_head), **options)
+    expected, wanted = run(whole, (FrozenHead(head), target_head), **options)
+    torch.testing.assert_close(reduced.loss, expected.loss)
+    torch.testing.assert_close(reduced.acceptance, expected.acceptance)
+    torch.testing.assert_close(grads["hidden"], wanted["hidden"][:, :8])
+    torch.testing.assert_close(grads["latent"], wanted["latent"])
+    torch.testing.assert_close(grads["bias_weight"], wanted["bias_weight"][ids])
+
+    # cross-entropy: of labels inside as ever, of those outside nothing
+    inside = torch.isin(inputs.labels, ids)
+    assert 0 < (inputs.weights[inside] > 0).sum() < (inputs.weights > 0).sum()
+    options = {"implementation": implementation, "l1_weight": 0.0, "confidence_weight": 0.0}
+    reduced, _ = run(inputs, (draft_head, target_head), **options)
+    counted = replace(whole, weights=inputs.weights * inside)
+    expected, _ = run(counted, (FrozenHead(head), target_head), **options)
+    torch.testing.assert_close(reduced.loss, expected.loss)
 
 
 def test_eager_is_the_papers_formula() -> None:

@@ -27,7 +27,16 @@ ALONE = {
     "dflash": "200,150 drafter=dflash drafter.block_size=7",
     "rnn": "200,150 drafter.markov_head=rnn target.dtype=bfloat16 objective.chunk_size=32",
     "bf16": "200,150 training.precision=bf16 target.dtype=bfloat16 training.anchors_per_sample=64",
+    "eagle3": "200,150 drafter=eagle3 drafter.num_layers=1 target.num_layer_ids=3",
+    "eagle3, bf16": "300,150 drafter=eagle3 drafter.num_layers=1 drafter.block_size=7 "
+    "training.precision=bf16 target.dtype=bfloat16",
+    "mtp": "200,150 drafter=mtp drafter.num_layers=1 drafter.block_size=1 target.num_layer_ids=1 "
+    "training.anchors_per_sample=64",
     "eager": "60,200 objective.implementation=eager",
+    "reduced": "200,150 drafter.draft_vocab_size=1000",
+    "reduced_bf16": "200,150 drafter.draft_vocab_size=1500 training.precision=bf16 "
+    "target.dtype=bfloat16",
+    "reduced_eager": "60,200 drafter.draft_vocab_size=1000 objective.implementation=eager",
 }
 BUCKET = "engine.bucket_size=300000"
 SHARDED = {

@@ -104,15 +104,17 @@ def test_a_target_that_is_split_or_elsewhere_leaves_its_ends(make_job: MakeJob) 
     assert target_weights(job) == 2**20 + ends
 
 
-def test_work_is_what_torch_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp"])
+def test_work_is_what_torch_counts(kind: str, tmp_path: Path) -> None:
     """Matrix products of a real step; torch counts no attention here, and no in-place product."""
     words = ("training.batch_size=3", "training.micro_batch_size=1", "drafter.block_size=4")
     words += ("training.anchors_per_sample=16", "objective.implementation=eager")
+    words += (f"drafter={kind}", f"drafter.num_layers={2 if kind == 'dspark' else 1}")
     config = load_config("tiny", words)
     target = load_target(config.target, "cpu")
     samples = [Sample(torch.arange(n) % 4000, torch.arange(n) >= 0, f"{n}") for n in (90, 70, 80)]
-    kind = drafter_kind(config.drafter.kind)
-    drafter = kind.build(kind.resolve(config.drafter, target))
+    made = drafter_kind(kind)
+    drafter = made.build(made.resolve(config.drafter, target))
     job = Job(config, shapes_of(target, config.drafter), 1, cuda=False)
     lengths = tuple((len(sample), len(sample)) for sample in samples)
     plan = make_plan(job, Workload(3, lengths, True, "test"))

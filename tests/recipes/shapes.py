@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import (
+    DeepseekV4Config,
     Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -80,6 +81,18 @@ SHAPES: dict[str, PreTrainedConfig] = {
         intermediate_size=2880,
         num_local_experts=32,
         num_experts_per_tok=4,
+    ),
+    "deepseek-ai/DeepSeek-V4-Flash": DeepseekV4Config(),
+    "deepseek-ai/DeepSeek-V4-Pro": DeepseekV4Config(
+        hidden_size=7168,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        o_groups=16,
+        n_routed_experts=384,
+        moe_intermediate_size=3072,
+        routed_scaling_factor=2.5,
+        index_topk=1024,
     ),
 }
 

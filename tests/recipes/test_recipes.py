@@ -11,12 +11,13 @@ import yaml
 from deepspec.cli import main
 from deepspec.config.loading import config_from, list_recipes, load_config
 from deepspec.evaluation.results import read_report
-from deepspec.export.flat import load_flat
+from deepspec.export import open_export
 from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import best_checkpoint, list_checkpoints, load_drafter
 from deepspec.training.metrics import read_metrics
 from tests.recipes.small import STEPS, small, words, write_prompts
 
+WITHOUT_EXPORT = {"eagle3", "mtp"}  # kinds that no layout holds
 # these need a cluster and the hub: test_needs.py plans them
 LARGE = {name for name, _ in list_recipes() if not name.startswith("tiny")}
 RECIPES = [name for name, _ in list_recipes() if name not in LARGE]
@@ -48,6 +49,8 @@ def steps(out: Path) -> list[int]:
 
 def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Target) -> None:
     name, command, out = run
+    config = config_from(yaml.safe_load((out / "config.yaml").read_text()))
+    exported = config.drafter.kind not in WITHOUT_EXPORT
     # the folder's contents are those that deepspec/training/run_folder.py lists
     assert {path.name for path in out.iterdir()} == {
         ".lock",
@@ -55,7 +58,7 @@ def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Targe
         "answers.jsonl",
         "checkpoints",
         "config.yaml",
-        "export",
+        *(["export"] if exported else []),
         "metrics.jsonl",
         "report.html",
         "report.json",
@@ -63,7 +66,6 @@ def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Targe
         "skipped.json",
         "traces.jsonl",
     }
-    config = config_from(yaml.safe_load((out / "config.yaml").read_text()))
     assert config == load_config(name, command[2:])
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert {row["id"] for row in answers} == {f"p{i}" for i in range(8)}
@@ -81,9 +83,17 @@ def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Targe
 
     best = best_checkpoint(out / "checkpoints")
     assert best.kind == report.drafter["kind"] == config.drafter.kind
-    trained, exported = load_drafter(best), load_flat(out / "export", target)
-    for key, value in trained.state_dict().items():
-        assert exported.state_dict()[key].equal(value.bfloat16().float()), key
+    trained = load_drafter(best).state_dict()
+    written = open_export(out / "export").load(target).state_dict() if exported else {}
+    for key in written:
+        assert written[key].equal(trained[key].bfloat16().float()), key
+    # prompt lookup is in every report, on the prompts that were decoded plainly too
+    for result in report.results:
+        assert result.lookup is not None
+        assert result.baseline is not None
+        assert result.lookup.prompts == result.baseline.prompts
+        assert result.lookup.drafter_accepted_length == result.accepted_length  # of one prompt
+    assert "Prompt lookup (n-gram) reaches" in (out / "report.md").read_text()
 
 
 def test_goes_on_to_a_third_step(
@@ -106,3 +116,17 @@ def test_dflash_is_tiny_without_its_heads() -> None:
     assert dflash.drafter.markov_rank == 0
     assert not dflash.drafter.confidence_head
     assert (dflash.training, dflash.data, dflash.target) == (tiny.training, tiny.data, tiny.target)
+
+
+def test_the_others_differ_from_tiny_in_the_drafter_alone() -> None:
+    """And in the layers that are captured for it."""
+    tiny = load_config("tiny")
+    for kind, layers, size in (("eagle3", 3, 5), ("mtp", 1, 1)):
+        other = load_config(f"tiny_{kind}")
+        assert (other.drafter.kind, other.drafter.num_layers) == (kind, 1)
+        assert (other.target.num_layer_ids, other.drafter.block_size) == (layers, size)
+        assert (other.training, other.data, other.evaluation) == (
+            tiny.training,
+            tiny.data,
+            tiny.evaluation,
+        )

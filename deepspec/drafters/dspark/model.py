@@ -10,6 +10,7 @@ L captured layers, H heads, G key/value heads, E head dimension, R Markov rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,54 +21,9 @@ from deepspec.drafters.attention import Visibility, block_attention, build_visib
 from deepspec.drafters.base import Drafter, DraftOutput
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.drafters.dspark.heads import MARKOV_KINDS, ConfidenceHead, MarkovHead
+from deepspec.drafters.layers import Attend, Attention, Mlp, initialise
 from deepspec.drafters.rotary import Rotary, Rotation, rotate
 from deepspec.records import BlockBatch, TargetFeatures
-
-# (queries [.., K, H, E], keys [.., K, G, E], values) of the block -> attended [.., K, H, E]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Attention(nn.Module):
-    """Queries from the block; keys and values from the projected context and from the block."""
-
-    def __init__(self, config: DSparkConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        width = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-    def keys_values(self, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """`states` [.., D] at `rotation` [.., E] -> keys and values [.., G, E]."""
-        keys = self.k_proj(states).unflatten(-1, (-1, self.head_dim))
-        values = self.v_proj(states).unflatten(-1, (-1, self.head_dim))
-        return rotate(self.k_norm(keys), rotation), values
-
-    def forward(self, states: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """`states` [.., K, D] -> [.., K, D]."""
-        queries = self.q_proj(states).unflatten(-1, (-1, self.head_dim))
-        queries = rotate(self.q_norm(queries), rotation)
-        keys, values = self.keys_values(states, rotation)
-        return self.o_proj(attend(queries, keys, values).flatten(-2))
-
-
-class Mlp(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: DSparkConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[.., D] -> [.., D]."""
-        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
 
 
 class DraftLayer(nn.Module):
@@ -91,7 +47,7 @@ class DSparkDrafter(Drafter):
     """Backbone, Markov head and confidence head (dspark.md). Rank 0 without confidence: DFlash."""
 
     def __init__(self, config: DSparkConfig) -> None:
-        super().__init__()
+        super().__init__(config.draft_vocab_size)
         self.config = config
         size, rank = config.hidden_size, config.markov_rank
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
@@ -100,7 +56,9 @@ class DSparkDrafter(Drafter):
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.markov_head: MarkovHead | None = None
         if rank:
-            self.markov_head = MARKOV_KINDS[config.markov_head](size, config.vocab_size, rank)
+            self.markov_head = MARKOV_KINDS[config.markov_head](
+                size, config.vocab_size, rank, config.draft_vocab_size
+            )
         self.confidence_head: ConfidenceHead | None = None
         if config.confidence_head:
             self.confidence_head = ConfidenceHead(
@@ -109,7 +67,7 @@ class DSparkDrafter(Drafter):
         self.rotary = Rotary(
             config.head_dim, config.rope_parameters, config.max_position_embeddings
         )
-        self.apply(self._initialise)
+        self.apply(partial(initialise, std=config.initializer_range))
         if self.markov_head is not None:
             # A zero bias makes the untrained drafter a DFlash one; W2 learns from the first step.
             nn.init.zeros_(self.markov_head.markov_w2.weight)
@@ -122,7 +80,7 @@ class DSparkDrafter(Drafter):
 
     @property
     def bias_weight(self) -> Tensor | None:
-        """W2 [V, R]: turns a latent into a bias on the logits; None at rank 0."""
+        """W2 [V_draft, R]: turns a latent into a bias on the logits; None at rank 0."""
         return None if self.markov_head is None else self.markov_head.markov_w2.weight
 
     def forward(
@@ -205,14 +163,6 @@ class DSparkDrafter(Drafter):
 
             states = layer(states, rotation, attend_layer)
         return self.norm(states)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class ContextKeysValues:

@@ -5,12 +5,15 @@ Legend: B rows, K block size, D hidden size, V vocabulary, R Markov rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepspec.drafters.base import Draw, Observation
+from deepspec.drafters.base import Draw, Observation, within
 from deepspec.drafters.cache import RowKV
+from deepspec.drafters.dspark.heads import draw_block
 from deepspec.drafters.dspark.model import ContextKeysValues, DSparkDrafter
 from deepspec.records import Proposal
 
@@ -18,15 +21,17 @@ from deepspec.records import Proposal
 class DSparkProposer:
     """Keeps a row of context keys and values for *every* verified position.
 
-    `embedding` [V, D] and `head` are the target's, frozen. The block's own keys are written behind
-    the context and overwritten by the next observation, so the mask is one comparison.
+    `embedding` [V, D] and `head` are the target's, frozen; a drafter of fewer tokens takes their
+    rows of the head. The block's own keys are written behind the context and overwritten by the
+    next observation, so the mask is one comparison.
     """
 
-    def __init__(self, drafter: DSparkDrafter, embedding: Tensor, head: nn.Module) -> None:
+    def __init__(self, drafter: DSparkDrafter, embedding: Tensor, head: Any) -> None:
         self.drafter = drafter
         self.block_size = drafter.config.block_size
         self._embedding = embedding
-        self._head = head
+        self._vocabulary = drafter.vocabulary
+        self._head = head if self._vocabulary is None else head.rows(self._vocabulary)
         self._caches: list[RowKV] = []
         self._offsets = torch.arange(self.block_size, device=embedding.device)
         config = drafter.config
@@ -77,31 +82,13 @@ class DSparkProposer:
             self._embedding,
             attend,
         )
+        draw = within(draw, self._vocabulary, self.drafter.config.vocab_size)
         return self._sample(hidden, anchors, draw)
 
     def _sample(self, hidden: Tensor, anchors: Tensor, draw: Draw) -> Proposal:
-        """Slots left to right: the sampled token biases the next slot's logits."""
-        markov = self.drafter.markov_head
-        base = self._head(hidden)
-        tokens, probabilities, embeddings = [], [], []
-        previous, state = anchors, None
-        for slot in range(self.block_size):
-            logits = base[:, slot]
-            if markov is not None:
-                embedded = F.embedding(previous, markov.markov_w1.weight)
-                latent, state = markov.step(hidden[:, slot], embedded, state)
-                logits = torch.addmm(logits, latent, markov.markov_w2.weight.T)
-                embeddings.append(embedded)
-            previous, distribution = draw(logits)
-            tokens.append(previous)
-            if distribution is not None:
-                probabilities.append(distribution)
+        """The heads' part; `hidden` [B, K, D]."""
+        drawn = draw_block(self.drafter.markov_head, hidden, self._head(hidden), anchors, draw)
         confidence = None
         if self.drafter.confidence_head is not None:
-            embedded_all = torch.stack(embeddings, dim=1) if embeddings else None
-            confidence = torch.sigmoid(self.drafter.confidence(hidden, embedded_all).float())
-        return Proposal(
-            tokens=torch.stack(tokens, dim=1),
-            probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
-            confidence=confidence,
-        )
+            confidence = torch.sigmoid(self.drafter.confidence(hidden, drawn.embedded).float())
+        return Proposal(drawn.tokens, drawn.probabilities, confidence)

@@ -1,0 +1,142 @@
+"""An export against what serving engines require, also one that another program wrote.
+
+The files alone are read; a target, where one is given, tells more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspec.errors import CheckpointError
+from deepspec.export.dspark import D2T, EMBEDDING, HEAD, T2D, vocabulary_faults
+from deepspec.export.engines import SERVING, Support, Traits, loads_in
+from deepspec.export.files import (
+    CONFIG,
+    Headers,
+    as_saved,
+    check_hash,
+    deepspec_of,
+    identity_in,
+    read_config,
+    read_headers,
+    read_tensor,
+)
+from deepspec.export.inspection import layer_faults
+from deepspec.export.layouts import LAYOUTS, layout_of
+from deepspec.targets import TargetEnds, default_layer_ids
+from deepspec.targets.identity import differing
+
+
+@dataclass(frozen=True)
+class Findings:
+    """`faults` break the export for every engine, `doubts` are for a person to settle; `support`:
+    who loads it."""
+
+    layout: str | None
+    faults: list[str]
+    doubts: list[str]
+    support: list[Support]
+
+    @property
+    def fine(self) -> bool:
+        """Nothing is broken, and a serving engine loads it."""
+        return any(entry.loads for entry in self.support if entry.engine in SERVING)
+
+
+def check_export(folder: Path, target: TargetEnds | None = None) -> Findings:
+    """What `folder` holds. Raises CheckpointError where there is no config.json at all."""
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no export ({CONFIG} is missing)")
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:
+        return Findings(None, [str(error)], [], [])
+    name = layout_of(config)
+    if name is None:
+        found = f"architectures is {config.get('architectures')!r:.60}"
+        return Findings(None, [f"{found}, which no layout calls itself"], [], [])
+    layout, faults, headers = LAYOUTS[name], [], None
+    try:
+        headers = read_headers(folder)
+        check_hash(folder, config)
+    except CheckpointError as error:
+        faults.append(str(error))
+    faults += layout.faults(config, headers)
+    traits = layout.traits(config, headers or {})
+    doubts: list[str] = []
+    if headers is not None and not faults:  # so there is a shape, and values can be read
+        shape = layout.shape(config, folder / CONFIG)
+        faults += _table_faults(folder, headers, shape)
+        traits = _with_ties(folder, headers, traits, target)
+        if target is not None and not faults:
+            faults += _target_faults(folder, config, headers, shape, target)
+        doubts += _doubts(config, shape, target)
+    return Findings(name, faults, doubts, loads_in(traits, faults))
+
+
+def _table_faults(folder: Path, headers: Headers, shape: Any) -> Iterator[str]:
+    if D2T in headers:
+        t2d = read_tensor(folder, T2D) if T2D in headers else None
+        yield from vocabulary_faults(read_tensor(folder, D2T), t2d, shape.vocab_size)
+
+
+def _with_ties(folder: Path, headers: Headers, traits: Traits, target: TargetEnds | None) -> Traits:
+    """Whether the LM head is the embedding: the target tells, or both are inside and whole."""
+    if target is not None:
+        return replace(traits, tied=torch.equal(target.embedding, target.head.weight))
+    inside = EMBEDDING in headers and HEAD in headers
+    if not inside or headers[EMBEDDING].shape != headers[HEAD].shape:
+        return traits
+    same = torch.equal(read_tensor(folder, EMBEDDING), read_tensor(folder, HEAD))
+    return replace(traits, tied=same)
+
+
+def _target_faults(
+    folder: Path, config: dict[str, Any], headers: Headers, shape: Any, target: TargetEnds
+) -> Iterator[str]:
+    """What only a look at the target tells."""
+    own, its = (shape.hidden_size, shape.vocab_size), (target.hidden_size, target.vocab_size)
+    if own != its:
+        yield (
+            f"it is for a target of hidden size {own[0]} and {own[1]} tokens, but {target.name} "
+            f"has {its[0]} and {its[1]}"
+        )
+        return
+    layers = _recorded_layers(config)
+    if layers is not None and layers != target.num_layers:
+        yield f"num_target_layers is {layers}, but {target.name} has {target.num_layers}"
+    yield from layer_faults(shape.target_layer_ids, target.num_layers)
+    here = {key: value for key, value in identity_in(config).items() if key in target.identity}
+    if others := differing(here, target.identity):
+        yield f"it was made for another target than {target.name}: {', '.join(others)} differ(s)"
+    head = target.head.weight
+    if D2T in headers:
+        d2t = read_tensor(folder, D2T)
+        head = head[(d2t + torch.arange(len(d2t))).to(head.device)]
+    for name, tensor in ((EMBEDDING, target.embedding), (HEAD, head)):
+        if name in headers and not torch.equal(read_tensor(folder, name), as_saved(tensor)):
+            yield f"{name} is not that of {target.name}"
+
+
+def _doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None) -> Iterator[str]:
+    layers = _recorded_layers(config) if target is None else target.num_layers
+    ids = list(shape.target_layer_ids)
+    if layers is None or len(ids) > layers - 3:
+        return
+    usual = default_layer_ids(layers, len(ids))
+    for step, word in ((1, "plus"), (-1, "minus")):
+        if ids == [layer_id + step for layer_id in usual]:
+            yield (
+                f"the target's layers {ids} of {layers} are the evenly spaced ones {word} one: "
+                "were they counted otherwise than by a block's output?"
+            )
+
+
+def _recorded_layers(config: dict[str, Any]) -> int | None:
+    found = config.get("num_target_layers", deepspec_of(config).get("num_target_layers"))
+    return found if type(found) is int else None

@@ -1,0 +1,57 @@
+"""One line of a check's table, and how two tensors are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspec.errors import DeepSpecError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether `what` holds, the largest `difference` that was seen (None: nothing was compared),
+    and in words what was found."""
+
+    what: str
+    holds: bool
+    difference: float | None
+    detail: str
+
+
+Outcome = tuple[bool, float | None, str]
+"""A finding but for its name."""
+
+
+def tried(what: str, check: Callable[[], Outcome]) -> Finding:
+    """What `check` gives; where it raises, it does not hold, and the error is the reason."""
+    try:
+        return Finding(what, *check())
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        reason = first if isinstance(error, DeepSpecError) else f"{type(error).__name__}: {first}"
+        return Finding(what, False, None, reason)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Two tensors apart: the `largest` difference, and the root mean square of all differences over
+    that of what was expected."""
+
+    largest: float
+    relative: float
+
+
+def gap(found: Tensor, expected: Tensor) -> Gap:
+    """Infinite where the shapes differ or a value is not finite."""
+    if found.shape != expected.shape:
+        return Gap(math.inf, math.inf)
+    expected = expected.to(found.device, torch.float64)
+    difference = found.to(torch.float64) - expected
+    largest = float(difference.abs().max())
+    relative = float(difference.norm() / expected.norm().clamp(min=1e-30))
+    return Gap(largest, relative) if math.isfinite(largest) else Gap(math.inf, math.inf)

@@ -1,0 +1,219 @@
+"""Check what you bring and what you made, and print what holds.
+
+A target against what DeepSpec takes for granted; an export against what serving engines require; a
+trained drafter's decoding path against its training forward. Exits with 1 when something does not
+hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepspec.checks import Finding
+    from deepspec.checks.serving import Comparison
+    from deepspec.commands.sources import Source
+
+EXAMPLES = """\
+  deepspec check target=./my-qwen3-finetune
+  deepspec check target=owner/name target.dtype=bfloat16 engine.device=cuda
+  deepspec check export=my-drafter
+  deepspec check export=someone/s-drafter target.path=./my-target
+  deepspec check run=runs/tiny
+  deepspec check run=runs/tiny/checkpoints/step-00000400 engine.device=cpu
+"""
+HAS_CONFIG = False
+
+PROMPTS, NEW_TOKENS, CANDIDATES = 3, 32, 200
+
+
+def run(settings: Sequence[str], options: argparse.Namespace) -> None:
+    """Dispatch to the one check that is asked for; exit with 1 when something does not hold."""
+    from deepspec.commands.settings import take
+    from deepspec.errors import ConfigError
+
+    values, words = take(settings, *MODES)
+    if len(values) != 1:
+        raise ConfigError(f"give exactly one of {', '.join(f'{mode}=...' for mode in MODES)}")
+    ((mode, value),) = values.items()
+    if not MODES[mode][1](value, words):
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------- target
+
+
+def _check_target(path: str, words: Sequence[str]) -> bool:
+    from deepspec.checks import check_target
+    from deepspec.commands import stages
+    from deepspec.config.loading import config_from
+    from deepspec.errors import ConfigError
+
+    for word in words:
+        key = word.partition("=")[0]
+        if not key.startswith("target.") and key != "engine.device":
+            raise ConfigError(f"{key} has no part in a check of a target; set target.* keys alone")
+    raw = {"recipe": "check", "target": {"path": path}, "data": {"path": ["none"]}}
+    target = stages.open_target(config_from(raw, words))
+    return print_findings(f"{target.family}, {target.name}", check_target(target))
+
+
+def print_findings(title: str, findings: Iterable[Finding]) -> bool:
+    """A row a finding, as a table, once all are made; whether all of them hold."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from deepspec.progress import say
+
+    table = Table(title=escape(title), box=None, pad_edge=False, title_justify="left")
+    for column in ("", "what", "largest difference", "found"):
+        table.add_column(column, overflow="fold")
+    failed = 0
+    for finding in findings:
+        say(f"{finding.what}: {'holds' if finding.holds else 'does not hold'}")
+        state = "[green]holds[/]" if finding.holds else "[red]fails[/]"
+        difference = "" if finding.difference is None else f"{finding.difference:.2g}"
+        table.add_row(state, *map(escape, (finding.what, difference, finding.detail)))
+        failed += not finding.holds
+    Console().print(table)
+    print(f"{failed} of {table.row_count} do not hold" if failed else "all checks hold")
+    return not failed
+
+
+# ---------------------------------------------------------------------------------------- export
+
+
+def _check_export(path: str, words: Sequence[str]) -> bool:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from deepspec.checks.export import check_export
+    from deepspec.commands import stages
+    from deepspec.config.loading import config_from
+
+    target, place = None, Path(path).expanduser()
+    if words:
+        raw: dict[str, Any] = {"recipe": "check", "data": {"path": []}}
+        raw |= {"engine": {"device": "cpu"}, "target": {"num_layer_ids": 1}}  # none is captured
+        target = stages.open_ends(config_from(raw, words))
+    found = check_export(place, target)
+    console = Console()
+    print(f"{place}: {found.layout or 'no known'} layout")
+    for colour, kind, texts in (("red", "fault", found.faults), ("yellow", "doubt", found.doubts)):
+        for text in texts:
+            console.print(f"[{colour}]{kind}[/]: {escape(text)}", highlight=False)
+    if found.support:
+        table = Table(box=None, pad_edge=False)
+        for column in ("loads in", "", "why"):
+            table.add_column(column, overflow="fold")
+        for entry in found.support:
+            answer = "[green]yes[/]" if entry.loads else "[red]no[/]"
+            table.add_row(entry.engine, answer, escape(entry.why))
+        console.print(table)
+    return found.fine
+
+
+# ------------------------------------------------------------------------------------------- run
+
+
+def _check_run(path: str, words: Sequence[str]) -> bool:
+    from deepspec.checks.serving import compare_paths, differing_tensors
+    from deepspec.commands import stages
+    from deepspec.commands.sources import open_source
+    from deepspec.drafters.registry import drafter_kind
+    from deepspec.export import is_export, open_export
+
+    place = Path(path).expanduser()
+    source = open_source(place, words)
+    target = stages.open_target(source.config)
+    drafter = source.load(target).to(target.device)
+    prompts = _prompts(source, target.tokenizer)
+    found = compare_paths(target, drafter, drafter_kind(source.kind), prompts, NEW_TOKENS)
+    _print(found, source.place)
+    fine = found.fine
+    whole = source.run is not None and place.resolve() == source.run.path.resolve()
+    if whole and source.run is not None and is_export(folder := source.run.export):
+        different = differing_tensors(drafter, open_export(folder).load(target))
+        for name, size in sorted(different.items()):
+            print(f"{folder}: {name} is not the checkpoint's in bf16 (differs by {size:.3g})")
+        if not different:
+            print(f"{folder}: the checkpoint's weights, rounded to bf16")
+        fine = fine and not different
+    return fine
+
+
+def _print(found: Comparison, place: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(found.differences)
+    table = Table(box=None, pad_edge=False)
+    for column in ("position", *names):
+        table.add_column(column, justify="right")
+
+    def cell(value: float) -> str:
+        return f"{value:.1e}" if value <= found.tolerance else f"[red]{value:.1e}[/]"
+
+    for index, values in enumerate(zip(*found.differences.values(), strict=True)):
+        table.add_row(str(index + 1), *map(cell, values))
+    verdict = "decodes as it was trained" if found.fine else "does NOT decode as it was trained"
+    console = Console()
+    console.print(
+        f"{place} {verdict}: largest differences between the training forward and the decoding "
+        f"path in {found.blocks} blocks of {found.rows} texts, over the largest value; at most "
+        f"{found.tolerance:g} is allowed",
+        markup=False,
+        highlight=False,
+    )
+    console.print(table)
+
+
+def _prompts(source: Source, tokenizer: object) -> list[list[int]]:
+    """Of the run's own answers, else of its data, else of the prompts that are shipped."""
+    from dataclasses import replace
+
+    from deepspec.checks.serving import some_prompts
+    from deepspec.config.resources import resource
+    from deepspec.config.schema import DataConfig
+    from deepspec.data.chat_template import ChatEncoder
+    from deepspec.data.conversations import SkipCounts, load_conversations
+    from deepspec.errors import DataError
+
+    data = source.config.data
+    encoder = ChatEncoder(tokenizer, data.max_length, data.thinking, data.system_prompt)
+    places = [DataConfig(path=[str(resource("data/prompts/chat.jsonl"))])]
+    if data.path:
+        places.insert(0, data)
+    if source.run is not None and source.run.answers.is_file():
+        places.insert(0, DataConfig(path=[str(source.run.answers)]))
+    for place in places:
+        try:
+            found = load_conversations(replace(place, limit=CANDIDATES), SkipCounts())
+            if prompts := some_prompts(found, encoder, PROMPTS):
+                return prompts
+        except DataError:
+            continue  # the data of a run may have moved since
+    raise DataError(f"no prompt fits in data.max_length={data.max_length}; raise it")
+
+
+MODES: dict[str, tuple[str, Callable[[str, Sequence[str]], bool]]] = {
+    "target": (
+        "PATH (does DeepSpec read, train and decode this model rightly? takes target.* keys)",
+        _check_target,
+    ),
+    "export": (
+        "DIR (which engines load this export, and why not? target.path=... tells more)",
+        _check_export,
+    ),
+    "run": (
+        "DIR (does this run, checkpoint or export decode as it was trained? takes config keys)",
+        _check_run,
+    ),
+}
+SETTINGS = "one of " + ", ".join(f"{mode}={what}" for mode, (what, _) in MODES.items())

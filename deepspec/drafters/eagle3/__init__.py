@@ -1,0 +1,5 @@
+"""EAGLE-3: one layer over fused features, autoregressive."""
+
+from deepspec.drafters.eagle3.model import Eagle3Drafter
+
+__all__ = ["Eagle3Drafter"]

@@ -1,0 +1,107 @@
+"""What every trained drafter's shape holds, resolved against one target."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Self
+
+from deepspec.config.schema import DrafterConfig
+from deepspec.errors import CheckpointError, ConfigError
+from deepspec.targets.attributes import common
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """Everything needed to build a module of decoder layers; written into every checkpoint.
+
+    `hidden_size` is the target's: embedding and LM head are shared with it. `target_layer_ids`
+    name a decoder layer's output (k -> hidden_states[k + 1]). `block_size` drafts a round.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_target_layers: int
+    target_layer_ids: tuple[int, ...]
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    block_size: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    max_position_embeddings: int
+    initializer_range: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = asdict(self)
+        values["target_layer_ids"] = list(self.target_layer_ids)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises CheckpointError naming missing or unknown keys."""
+        check_fields(cls, values)
+        return cls(**{**values, "target_layer_ids": tuple(values["target_layer_ids"])})
+
+
+def check_fields(kind: type, values: dict[str, Any]) -> None:
+    """Raises CheckpointError unless `values` has the fields of the config class `kind`, no more,
+    and none less but those that have a default."""
+    known = {field.name for field in fields(kind)}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not needed <= set(values) <= known:
+        raise CheckpointError(
+            f"the drafter config has unexpected keys {sorted(set(values) - known)} and misses "
+            f"{sorted(needed - set(values))}; was the checkpoint written by another version?"
+        )
+
+
+def resolve_shape(config: DrafterConfig, target: Any) -> dict[str, Any]:
+    """The fields of DrafterShape for `target` (a `deepspec.targets` Target); nulls taken from it.
+
+    Raises ConfigError for values that do not fit the target.
+    """
+    text = target.config
+    heads = int(config.num_attention_heads or text.num_attention_heads)
+    key_value_heads = int(
+        config.num_key_value_heads or getattr(text, "num_key_value_heads", None) or heads
+    )
+    if heads % key_value_heads:
+        raise ConfigError(
+            f"drafter.num_attention_heads={heads} is not a multiple of "
+            f"drafter.num_key_value_heads={key_value_heads}"
+        )
+    return {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_target_layers": target.num_layers,
+        "target_layer_ids": tuple(target.layer_ids),
+        "num_layers": config.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": config.head_dim or common(text, "head_dim") or target.hidden_size // heads,
+        "intermediate_size": config.intermediate_size or text.intermediate_size,
+        "block_size": config.block_size,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+        "rope_parameters": _rope_parameters(text),
+        "max_position_embeddings": text.max_position_embeddings,
+        "initializer_range": getattr(text, "initializer_range", 0.02),
+    }
+
+
+def _rope_parameters(text: Any) -> dict[str, Any]:
+    """The target's rotary parameters; of a table a kind of layer, those of its main kind.
+
+    A drafter rotates whole heads, whatever part of one its target does: no layout can say another.
+    """
+    parameters = dict(getattr(text, "rope_parameters", None) or {})
+    for kind in ("full_attention", "main"):
+        if isinstance(parameters.get(kind), dict):
+            parameters = dict(parameters[kind])
+    parameters.pop("partial_rotary_factor", None)
+    parameters.setdefault("rope_theta", getattr(text, "rope_theta", 10000.0))
+    if parameters.setdefault("rope_type", "default") == "proportional":  # Gemma 4: of a part
+        parameters["rope_type"] = "default"
+    return parameters

@@ -1,0 +1,331 @@
+"""The drafter in a DeepSeek V4 checkpoint, its `mtp.*` tensors: written, and read from there.
+
+    out/
+        model.safetensors   mtp.{stage}.*: names and shapes of the published checkpoints
+        config.json         the target's config, and the drafter's keys dspark_* as published
+        README.md           the model card
+
+Written are bf16 weights, and fp32 where the published ones are fp32. Read are such folders and
+whole V4 checkpoints, local or on the hub, in one file or in shards of which only those with the
+drafter are opened; block-scaled FP8 and FP4 weights become what they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import DeepseekV4Config
+from transformers.utils import cached_file
+
+from deepspec import __version__
+from deepspec.atomic import sha256
+from deepspec.config.schema import TargetConfig
+from deepspec.drafters.dspark_v4 import DSparkV4Config, DSparkV4Drafter, shape_for
+from deepspec.drafters.dspark_v4.experts import GROUP
+from deepspec.errors import CheckpointError, ConfigError, TargetError
+from deepspec.export.block_scales import dequantised
+from deepspec.export.files import CONFIG, WEIGHTS, Headers
+from deepspec.export.names import public_name
+from deepspec.targets import TargetEnds
+from deepspec.targets.files import INDEX, SINGLE, WeightFiles
+from deepspec.targets.identity import differing
+
+MODEL_TYPE = "deepseek_v4"
+# fields of DSparkV4Config that are the drafter's own, by their published names
+OWN = {
+    "dspark_block_size": "block_size",
+    "dspark_noise_token_id": "mask_token_id",
+    "dspark_target_layer_ids": "target_layer_ids",
+    "dspark_markov_rank": "markov_rank",
+}
+SCALES = ("scale", "weight_scale_inv")  # beside `weight`: V4's name for it, and an older one
+FP32 = re.compile(r".*\.(attn_sink|gate\.bias|hc_\w+)")  # as published; the rest is bf16
+STAGE = re.compile(r"mtp\.(\d+)\.")
+EXPERTS = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])")  # of a group
+
+
+# ----------------------------------------------------------------------------------------- names
+
+
+def published_names(name: str, shape: DSparkV4Config) -> list[str]:
+    """What the tensor `name` of the module is called in a checkpoint; of stacked experts, each."""
+    if name.startswith("stages."):
+        name = name.removeprefix("stages.")
+    else:
+        name = f"{0 if name.startswith('main_') else shape.num_layers - 1}.{name}"
+    name = "mtp." + re.sub(r"(hc_\w+)\.(\w+)$", r"\1_\2", name)
+    if stacked := EXPERTS.fullmatch(name):
+        prefix, group, matrix = stacked.groups()
+        first = int(group) * GROUP
+        last = min(first + GROUP, shape.n_routed_experts)
+        return [f"{prefix}.{expert}.{matrix}.weight" for expert in range(first, last)]
+    return [name]
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def deepseek_v4_config(
+    shape: DSparkV4Config, target: TargetEnds, profile: str, num_anchors: int
+) -> dict[str, Any]:
+    """config.json: the target's, in its published spelling too, and the drafter's keys.
+
+    Raises ConfigError for the profile full: the format has no place for embedding and LM head.
+    """
+    if profile != "serving":
+        raise ConfigError(
+            f"export.profile={profile}: mtp.* tensors carry no embedding and LM head; set "
+            "export.profile=serving"
+        )
+    text = target.config
+    own = {key: shape.to_dict()[name] for key, name in OWN.items()}
+    ratios = [text.compress_rates.get(kind, 0) for kind in text.layer_types]
+    return {
+        # no quantization_config, which speaks of the target's weights, and no path of this machine
+        **{
+            key: value
+            for key, value in text.to_dict().items()
+            if key not in ("quantization_config", "_name_or_path")
+        },
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "dtype": "bfloat16",
+        "qk_rope_head_dim": shape.qk_rope_head_dim,
+        "num_hash_layers": text.mlp_layer_types.count("hash_moe"),
+        "compress_ratios": ratios + [0] * shape.num_layers,  # stages compress nothing
+        "dspark_num_layers": shape.num_layers,
+        **own,
+        "deepspec": {
+            "version": __version__,
+            "target": public_name(target.name),
+            "identity": target.identity,
+            "confidence_detached": shape.confidence_detached,
+            "num_anchors": num_anchors,
+        },
+    }
+
+
+def deepseek_v4_tensors(drafter: DSparkV4Drafter) -> dict[str, Tensor]:
+    """All tensors by their published names: bf16, and fp32 where the published ones are."""
+    return dict(_published(drafter))
+
+
+def _published(drafter: DSparkV4Drafter) -> Iterator[tuple[str, Tensor]]:
+    for own, tensor in drafter.state_dict().items():
+        parts = tensor.unbind() if tensor.ndim == 3 else [tensor]  # experts are stacked
+        for name, part in zip(published_names(own, drafter.config), parts, strict=True):
+            dtype = torch.float32 if FP32.fullmatch(name) else torch.bfloat16
+            # a copy: parts of one storage are no tensors of their own to safetensors
+            yield name, part.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def deepseek_v4_faults(config: dict[str, Any], headers: Headers | None) -> Iterator[str]:
+    """What is wrong with a config.json and the tensors beside it (None: they are unreadable)."""
+    stages = {int(stage[1]) for stage in map(STAGE.match, headers or {}) if stage}
+    if headers is None or not stages:
+        yield from () if headers is None else ["there are no mtp.* tensors"]
+        return
+    try:
+        shape = _shape(Path("config.json"), config, 1 + max(stages))
+        with torch.device("meta"):
+            own = DSparkV4Drafter(shape).state_dict()
+    except (CheckpointError, ArithmeticError, RuntimeError, ValueError) as error:
+        yield str(error)
+        return
+    ids = list(shape.target_layer_ids)
+    if not ids or ids != sorted(set(ids)) or ids[0] < -1 or ids[-1] >= shape.num_target_layers:
+        yield f"dspark_target_layer_ids {ids} do not ascend below {shape.num_target_layers}"
+    if not 0 <= shape.mask_token_id < shape.vocab_size:
+        yield f"dspark_noise_token_id {shape.mask_token_id} is none of {shape.vocab_size} tokens"
+    wanted = {
+        name: tuple(tensor.shape[-2:] if tensor.ndim == 3 else tensor.shape)
+        for key, tensor in own.items()
+        for name in published_names(key, shape)
+    }
+    scales = {scale for name in wanted for scale in _scale_names(name)}
+    for name, size in wanted.items():
+        found = headers.get(name)
+        if found is None:
+            yield f"{name} is missing"
+        elif any(scale in headers for scale in _scale_names(name)):
+            continue  # block-scaled: sizes depend on the packing, and are checked by the loader
+        elif found.dtype not in ("BF16", "F32"):
+            yield f"{name} is {found.dtype} without a scale, expected BF16"
+        elif found.shape != size:
+            yield f"{name} is {list(found.shape)}, expected {list(size)}"
+    extra = {name for name in headers if STAGE.match(name)} - wanted.keys() - scales
+    yield from (f"{name} is not called for" for name in sorted(extra))
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def deepseek_v4_shape(folder: Path) -> DSparkV4Config:
+    """The drafter's shape in `folder`, or in the hub checkpoint of that name, without its weights.
+
+    Raises CheckpointError when config.json is missing, incomplete or describes something else.
+    """
+    return _shape(folder / CONFIG, _read_config(folder), _Tensors(folder).stages)
+
+
+def load_deepseek_v4(folder: Path, target: TargetEnds | None = None) -> DSparkV4Drafter:
+    """The drafter of `folder`, or of the hub checkpoint of that name, fp32, in evaluation mode.
+
+    With a `target`, checks that it is one this drafter fits, that an export was made for it, and
+    that it captures the drafter's layers. Raises CheckpointError for files that are missing,
+    corrupt or do not fit each other, and for another target.
+    """
+    config, tensors = _read_config(folder), _Tensors(folder)
+    shape = _shape(folder / CONFIG, config, tensors.stages)
+    if target is not None:
+        _check_target(folder, config, shape, target)
+    recorded = config.get("deepspec", {}).get("sha256")
+    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is corrupt or incomplete: its sha256 is not the one in {CONFIG}; "
+            "copy it again or export again"
+        )
+    with torch.device("meta"):
+        drafter = DSparkV4Drafter(shape)
+    expected = drafter.state_dict()
+    tensors.check_names([name for own in expected for name in published_names(own, shape)])
+    weights = {
+        own: _stacked(tensors, published_names(own, shape), like) for own, like in expected.items()
+    }
+    drafter.load_state_dict(weights, assign=True)  # nothing is held twice
+    return drafter.eval()
+
+
+class _Tensors:
+    """The drafter's tensors among those of a checkpoint, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        if folder.exists() and not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; it is incomplete")
+        with self._readable():
+            self._files = WeightFiles(TargetConfig(path=str(folder)))
+        found = {name: STAGE.match(name) for name in self._files.names()}
+        self.names = {name for name, stage in found.items() if stage}
+        if not self.names:
+            raise CheckpointError(f"{folder} holds no mtp.* tensors, which a V4 drafter is made of")
+        self.stages = 1 + max(int(stage[1]) for stage in found.values() if stage)
+
+    def check_names(self, wanted: list[str]) -> None:
+        """Raises CheckpointError where some of `wanted` are missing or there are others."""
+        scales = {name for weight in wanted for name in _scale_names(weight)}
+        problems = [f"{name} is missing" for name in wanted if name not in self.names]
+        others = self.names - set(wanted) - scales
+        problems += [f"{name} is not called for" for name in sorted(others)]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(
+                f"the tensors of {self._folder} do not fit its {CONFIG}: "
+                f"{'; '.join(problems[:5])}{more}"
+            )
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """The tensor `name` in fp32, dequantised. Raises CheckpointError for another shape."""
+        scale = next((found for found in _scale_names(name) if found in self.names), None)
+        with self._readable():
+            stored = self._files.read(name)
+            scales = None if scale is None else self._files.read(scale)
+        tensor = dequantised(f"{self._folder}: {name}", stored, scales)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self._folder}: {name} is {list(tensor.shape)}, expected {list(shape)} by its "
+                f"{CONFIG}"
+            )
+        return tensor
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (TargetError, SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the weights of {self._folder} are missing, corrupt or incomplete: {error}"
+            ) from None
+
+
+def _scale_names(weight: str) -> list[str]:
+    base, _, kind = weight.rpartition(".")
+    return [f"{base}.{scale}" for scale in SCALES] if kind == "weight" else []
+
+
+def _stacked(tensors: _Tensors, names: list[str], like: Tensor) -> Tensor:
+    """The tensor that is called `names` in the files, as `like`: of experts, one each."""
+    if like.ndim < 3:
+        return tensors.read(names[0], like.shape)
+    stacked = torch.empty(like.shape)
+    for part, name in zip(stacked, names, strict=True):
+        part.copy_(tensors.read(name, part.shape))
+    return stacked
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        file = folder / CONFIG if folder.exists() else Path(str(cached_file(str(folder), CONFIG)))
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no readable {CONFIG} ({error})") from None
+    if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
+        found = raw.get("model_type") if isinstance(raw, dict) else raw
+        raise CheckpointError(
+            f"{folder / CONFIG} has model_type {found!r:.60}, expected {MODEL_TYPE!r}"
+        )
+    if missing := [key for key in OWN if key not in raw]:
+        raise CheckpointError(
+            f"{folder / CONFIG} misses {', '.join(missing)}: a V4 checkpoint without a DSpark "
+            "drafter, or an incomplete export"
+        )
+    return raw
+
+
+def _shape(file: Path, config: dict[str, Any], stages: int) -> DSparkV4Config:
+    """The target's part as Transformers reads it; as many stages as there are tensors of."""
+    own = {name: config[key] for key, name in OWN.items()}
+    layers = own.pop("target_layer_ids")
+    try:
+        return shape_for(
+            DeepseekV4Config.from_dict(config),
+            **{name: int(value) for name, value in own.items()},
+            target_layer_ids=tuple(int(layer) for layer in layers),
+            num_layers=stages,
+            confidence_detached=config.get("deepspec", {}).get("confidence_detached", False),
+        )
+    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file} describes no V4 drafter: {error}") from None
+
+
+def _check_target(
+    folder: Path, config: dict[str, Any], shape: DSparkV4Config, target: TargetEnds
+) -> None:
+    made_for = config.get("deepspec", {})
+    different = differing(made_for.get("identity", {}), target.identity)
+    sizes = {
+        "family": (MODEL_TYPE, target.config.model_type),
+        "hidden_size": (shape.hidden_size, target.hidden_size),
+        "vocab_size": (shape.vocab_size, target.vocab_size),
+        "num_hidden_layers": (shape.num_target_layers, target.num_layers),
+    }
+    different += [f"{key} ({own}, not {its})" for key, (own, its) in sizes.items() if own != its]
+    if different:
+        raise CheckpointError(
+            f"{folder} was made for another target than {target.name}: the {', '.join(different)} "
+            f"differ(s); set target.path to {made_for.get('target', 'the one it came with')}, or "
+            "train a drafter for this one"
+        )
+    if list(target.layer_ids) != list(shape.target_layer_ids):
+        raise CheckpointError(
+            f"{folder} reads the target's layers {list(shape.target_layer_ids)}, but the target "
+            f"captures {list(target.layer_ids)}; set target.layer_ids to the former"
+        )

@@ -1,0 +1,183 @@
+"""An export's folder, whatever its layout: written whole or not at all, read with suspicion.
+
+    out/
+        model.safetensors   weights; those of others may be cut into several files with an index
+        config.json
+        README.md           the model card
+
+What only this library needs (whose target, which files) is under the one key `deepspec` of
+config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepspec.atomic import atomic_folder, sha256
+from deepspec.errors import CheckpointError
+
+WEIGHTS, INDEX, CONFIG, CARD = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "README.md",
+)
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as a safetensors header names it: dtype such as BF16, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Headers = dict[str, TensorInfo]
+
+
+def write_folder(
+    out: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    card: str,
+    is_export: Callable[[Path], bool],
+) -> None:
+    """Write or replace the export `out`; the hash of the weights is recorded in `config`.
+
+    Raises CheckpointError when `out` holds anything but an export, or cannot be written.
+    """
+    _require_free(out, is_export)
+    try:
+        with atomic_folder(out) as folder:
+            weights = folder / WEIGHTS
+            save_file(tensors, weights, metadata={"format": "pt"})
+            config["deepspec"]["sha256"] = sha256(weights)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write the export {out}: {error}; free disk space or export to another "
+            "folder. What was there is untouched"
+        ) from error
+
+
+def as_saved(tensor: Tensor) -> Tensor:
+    """As the layouts want it: bf16, integers and booleans as they are, in storage of its own."""
+    dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+    # a copy: tied weights share storage, which safetensors refuses
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def headers_of(tensors: dict[str, Tensor]) -> Headers:
+    """What the header of a file of `tensors` will say."""
+    names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
+    return {name: TensorInfo(names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _require_free(out: Path, is_export: Callable[[Path], bool]) -> None:
+    if not out.exists():
+        return
+    found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
+    foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
+    if foreign or (found and not is_export(out)):
+        raise CheckpointError(
+            f"{out} is not just an earlier export (it holds {', '.join((foreign or found)[:3])}) "
+            "and is not overwritten; choose another folder, or move its files away"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError where it is missing or no JSON object."""
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder} holds no export ({CONFIG} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is unreadable: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} is unreadable: expected a JSON object, found {raw!r:.60}")
+    return raw
+
+
+def read_headers(folder: Path) -> Headers:
+    """Names, dtypes and shapes of all tensors, without their values.
+
+    Raises CheckpointError for files that are missing or whose length is not what they say.
+    """
+    found: Headers = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    values = opened.get_slice(name)
+                    found[name] = TensorInfo(values.get_dtype(), tuple(values.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise _broken(file, str(error)) from None
+    return found
+
+
+def check_hash(folder: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError where the weights are not those that the export recorded."""
+    recorded, file = deepspec_of(config).get("sha256"), folder / WEIGHTS
+    if recorded is not None and file.is_file() and sha256(file) != recorded:
+        raise _broken(file, f"its sha256 is not the one in {CONFIG}")
+
+
+def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors. Raises CheckpointError for files that are missing, corrupt or incomplete."""
+    files = _weight_files(folder)
+    check_hash(folder, config)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise _broken(file, str(error)) from None
+    return tensors
+
+
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """One tensor of a folder whose headers were read."""
+    for file in _weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            if name in opened.keys():  # noqa: SIM118
+                return opened.get_tensor(name)
+    raise KeyError(name)
+
+
+def deepspec_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What this library wrote into config.json for itself; empty in the exports of others."""
+    own = config.get("deepspec")
+    return own if isinstance(own, dict) else {}
+
+
+def identity_in(config: dict[str, Any]) -> dict[str, str]:
+    """Of the target, where this library wrote the export."""
+    found = deepspec_of(config).get("identity")
+    return found if isinstance(found, dict) else {}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise _broken(folder / INDEX, repr(error)) from None
+        files = [folder / Path(str(name)).name for name in sorted(names)]  # nothing outside
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; the export is incomplete")
+    return files
+
+
+def _broken(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{file} is corrupt or incomplete: {why}; copy it again or export again")

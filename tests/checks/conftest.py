@@ -1,0 +1,3 @@
+"""Checks look at exports: the same targets and drafters."""
+
+from tests.export.conftest import llama  # noqa: F401
