@@ -24,6 +24,8 @@ COMMANDS = (
     "verify-store",
     "serve-target",
     "evaluate",
+    "calibrate",
+    "profile",
     "export",
     "check",
     "recipes",

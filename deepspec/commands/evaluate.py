@@ -19,6 +19,7 @@ EXAMPLES = """\
   deepspec evaluate checkpoint=runs/qwen3/checkpoints/step-00010000 \\
       evaluation.benchmarks=[gsm8k,humaneval] evaluation.temperatures=[0,0.7]
   deepspec evaluate checkpoint=runs/tiny/export recipe=tiny decoding.batch_size=8
+  deepspec evaluate run=runs/tiny decoding.scheduler=algorithm1 decoding.throughput=throughput.json
   deepspec evaluate recipe=tiny drafter.kind=ngram out=runs/ngram
 """
 HAS_CONFIG = True

@@ -197,13 +197,9 @@ def _processes(word: str | None, config: RunConfig) -> int | None:
 
 
 def _count(name: str, word: str | None) -> int | None:
-    from deepspec.errors import ConfigError
+    from deepspec.commands.settings import whole_number
 
-    if word is None:
-        return None
-    if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"{name}={word} must be a whole number of at least 1")
-    return int(word)
+    return None if word is None else whole_number(name, word)
 
 
 def _rate(word: str | None) -> float | None:

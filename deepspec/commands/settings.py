@@ -37,6 +37,13 @@ def take(settings: Sequence[str], *own: str) -> tuple[dict[str, str], list[str]]
     return values, others
 
 
+def whole_number(name: str, word: str) -> int:
+    """The value of the command's own key `name`. Raises ConfigError for less than 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"{name}={word} must be a whole number of at least 1")
+    return int(word)
+
+
 def given_keys(settings: Sequence[str]) -> set[str]:
     """The keys on the command line."""
     return {word.partition("=")[0] for word in settings}

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepspec import __version__
 from deepspec.commands.beginnings import first_drafter
+from deepspec.commands.confidences import calibration_of
 from deepspec.commands.sources import Source
 from deepspec.config.schema import FieldsConfig, RunConfig, as_dict
 from deepspec.data.batching import hold_out
@@ -300,9 +301,10 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     config = source.config
     # what can fail fails now rather than behind the work
     skipped, training = source.skipped(), source.training()
+    calibration = calibration_of(source, drafter)
     out.mkdir(parents=True, exist_ok=True)
     proposer = drafter_kind(source.kind).proposer(drafter.to(target.device), target)
-    evaluation = evaluate(config, target, proposer)
+    evaluation = evaluate(config, target, proposer, calibration)
     report = Report(
         title=config.recipe,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

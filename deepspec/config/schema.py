@@ -199,6 +199,11 @@ class DecodingConfig:
     top_k: int = 0
     batch_size: int = 1
     stop_token_ids: list[int] | None = None
+    scheduler: str = "none"  # none | fixed | threshold | algorithm1 | async
+    verify_length: int | None = None
+    threshold: float = 0.5
+    throughput: str | None = None
+    calibration: str = "auto"  # auto | none
 
 
 @dataclass

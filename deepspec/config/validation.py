@@ -24,6 +24,8 @@ CHOICES: dict[str, Sequence[str]] = {
     "engine.kind": ("single", "zero0", "zero1", "zero2", "zero3"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.offload": ("none", "cpu"),
+    "decoding.scheduler": ("none", "fixed", "threshold", "algorithm1", "async"),
+    "decoding.calibration": ("auto", "none"),
     "tracking.wandb_mode": ("offline", "online", "disabled"),
     "export.format": ("flat", "speculators", "deepseek_v4"),
     "export.profile": ("serving", "full"),
@@ -74,6 +76,7 @@ NOT_NEGATIVE = (
     "features.prefetch",
     "training.validation_samples",
     "decoding.top_k",
+    "decoding.threshold",
     "engine.persistence_threshold",
     "evaluation.baseline_prompts",
 )
@@ -122,6 +125,10 @@ def validate(config: RunConfig) -> None:
         _require(value is None or value > 0, config, key, "greater than 0")
     for key in SHARES:
         _require(0 < value_of(config, key) <= 1, config, key, "greater than 0 and at most 1")
+    most = "decoding.threshold"
+    _require(value_of(config, most) <= 1, config, most, "at most 1")
+    length = config.decoding.verify_length
+    _require(length is None or length >= 0, config, "decoding.verify_length", "at least 0")
     warmup = "training.warmup_ratio"
     _require(0 <= value_of(config, warmup) < 1, config, warmup, "at least 0 and below 1")
     betas = config.training.betas
@@ -202,6 +209,15 @@ def _cross(config: RunConfig) -> None:
         raise ConfigError(
             f"training.min_learning_rate={config.training.min_learning_rate} exceeds "
             f"training.learning_rate={config.training.learning_rate}; lower it"
+        )
+    if config.decoding.scheduler == "fixed" and config.decoding.verify_length is None:
+        raise ConfigError(
+            "decoding.scheduler=fixed needs decoding.verify_length=N, the drafts to verify a round"
+        )
+    if config.decoding.scheduler in ("algorithm1", "async") and config.decoding.throughput is None:
+        raise ConfigError(
+            f"decoding.scheduler={config.decoding.scheduler} needs decoding.throughput=FILE, the "
+            "steps a second by tokens verified: a table of deepspec profile, or your own as .csv"
         )
     if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
         raise ConfigError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from deepspec.decoding.packing import packed
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
@@ -23,9 +24,9 @@ from deepspec.drafters.base import Draw, Observation, Proposer
 from deepspec.records import DecodeTrace, Proposal, Verification
 from deepspec.targets import Target, TargetOutput
 
-Schedule = Callable[[Proposal], Sequence[int]]
-"""How many drafts of each row to verify; may look at the proposal's confidences, never at a token
-that it would admit (that is what keeps it lossless)."""
+Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
+"""How many drafts of each row to verify, by the proposal's confidences and the most that each row
+can use; must not depend on a token that it admits (that is what keeps it lossless)."""
 
 
 class Decoder:
@@ -123,7 +124,7 @@ class Decoder:
             min(made, left - 1) for made, left in zip(proposed, rows.remaining(), strict=True)
         ]
         if self._schedule is not None:
-            wished = self._schedule(proposal)
+            wished = self._schedule(proposal, scheduled)
             scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
         width = max(scheduled)
 
@@ -173,7 +174,7 @@ class Decoder:
         return verify(
             proposal.tokens[:, :width],
             None if proposal.probabilities is None else proposal.probabilities[:, :width],
-            self.target.head(output.final),
+            self.target.head(packed(output.final, [count + 1 for count in scheduled])),
             torch.tensor(scheduled, device=self.target.device),
             sampling,
             None if uniforms is None else uniforms[:, self.proposer.block_size :],

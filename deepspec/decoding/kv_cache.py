@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from deepspec.decoding.packing import Packing, can_pack, packed_attention
 from deepspec.drafters.cache import RowKV
 from deepspec.targets import Target, TargetOutput, attention_kinds
 
@@ -26,6 +27,7 @@ class RowState:
         self._target = target
         self._cache = RowCache(target.num_layers)
         self._masks = AttentionMasks(target.config, target.dtype)
+        self._can_pack = can_pack(target.model)
 
     def forward(
         self,
@@ -35,14 +37,28 @@ class RowState:
         with_context: bool,
         lengths: Sequence[int] | None = None,
     ) -> TargetOutput:
-        """See `TargetState.forward`. No real token sees what is behind it, so `lengths` do not
-        matter."""
-        positions = starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self._cache.begin(starts, end)
+        """See `TargetState.forward`. Padding is not computed where the target's attention can do
+        without; elsewhere no real token sees it."""
+        width = tokens.shape[1]
+        positions = starts[:, None] + torch.arange(width, device=tokens.device)
         masks = self._masks(positions, end)
-        return self._target.forward(
-            tokens, positions, self._cache, masks, with_context=with_context
-        )
+        if lengths is None or min(lengths) == width or not self._can_pack:
+            self._cache.begin(starts, end)
+            return self._target.forward(
+                tokens, positions, self._cache, masks, with_context=with_context
+            )
+        packing = Packing.of(lengths, width, tokens.device)
+        self._cache.begin(starts, end, packing)
+        with packed_attention(self._target.config, packing):
+            output = self._target.forward(
+                packing.pack(tokens)[None],
+                packing.pack(positions)[None],
+                self._cache,
+                masks,
+                with_context=with_context,
+            )
+        context = None if output.context is None else packing.unpack(output.context[0])
+        return TargetOutput(packing.unpack(output.final[0]), context)
 
     def keep(self, counts: Sequence[int]) -> None:
         """Nothing to do: the next forward begins behind what was kept."""
@@ -68,8 +84,16 @@ class _RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write `[B, G, Q, E]` at the rows' starts; everything below the current end."""
-        return self.rows.write(key_states, value_states, self._owner.starts, self._owner.end)
+        """Write `[B, G, Q, E]`, or `[1, G, N, E]` packed, behind the rows' starts; everything below
+        the current end."""
+        owner, packing = self._owner, self._owner.packing
+        if packing is None:
+            return self.rows.write(key_states, value_states, owner.starts, owner.end)
+        rows = packing.rows.to(key_states.device)
+        positions = owner.positions.to(key_states.device)
+        return self.rows.write_packed(
+            key_states[0], value_states[0], rows, positions, packing.shape[0], owner.end
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys that the forward sees."""
@@ -85,19 +109,24 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Keys and values of all layers; `starts` [B] and `end` describe the current forward."""
+    """Keys and values of all layers. `starts` [B] and `end` describe the current forward; where its
+    rows are packed, `packing` does too, with the `positions` [N] of its tokens."""
 
     starts: Tensor
     end: int
+    packing: Packing | None
+    positions: Tensor
 
     def __init__(self, num_layers: int) -> None:
         self._rows = [_RowLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._rows))
         self.end = 0
 
-    def begin(self, starts: Tensor, end: int) -> None:
+    def begin(self, starts: Tensor, end: int, packing: Packing | None = None) -> None:
         """The next forward writes row b from `starts[b]`; `end` = max(starts) + Q, on the host."""
-        self.starts, self.end = starts, end
+        self.starts, self.end, self.packing = starts, end, packing
+        if packing is not None:
+            self.positions = starts[packing.rows] + packing.columns
 
     def update(
         self,

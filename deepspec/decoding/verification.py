@@ -3,7 +3,8 @@
 dspark.md, "Verification": accept x_k with probability min(1, p_t / p_d), left to right; at the
 first rejection sample from normalize(max(p_t - p_d, 0)); after full acceptance sample one bonus
 token from p_t. Then every emitted token is distributed as the target's own (Leviathan et al. 2023,
-appendix A.1). Legend: B rows, W verified drafts, V vocabulary.
+appendix A.1). Legend: B rows, W drafts of the longest row, N verified positions of all rows,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,32 +27,35 @@ def verify(
     """Judge `tokens` [B, W], of which row b's first `scheduled[b]` were verified.
 
     `draft` [B, W, V]: the distribution each token was drawn from, None for point masses.
-    `target_logits` [B, W + 1, V]: the target's, at the anchor and at each draft.
+    `target_logits` [N, V]: the target's, at each row's anchor and its verified drafts, row after
+    row.
     `uniforms` [B, >= W + 1] in [0, 1): one an acceptance; the last column, whatever W, for the last
     token, so that a row's draws do not depend on its batch mates' widths. Unused when greedy.
     """
     width = tokens.shape[1]
-    looked_at = torch.arange(width, device=tokens.device) < scheduled[:, None]
+    slots = torch.arange(width, device=tokens.device)
+    looked_at = slots < scheduled[:, None]
+    anchor = (scheduled + 1).cumsum(0) - (scheduled + 1)  # where each row begins among the N
+    place = (anchor[:, None] + slots).clamp(max=target_logits.shape[0] - 1)
     if sampling.greedy:
         choice = target_logits.argmax(-1)
-        accepted = _prefix((tokens == choice[:, :width]) & looked_at)
-        return Verification(accepted, choice.gather(1, accepted[:, None]).squeeze(1))
+        accepted = _prefix((tokens == choice[place]) & looked_at)
+        return Verification(accepted, choice[anchor + accepted])
 
     assert uniforms is not None
     target = sampling.probabilities(target_logits)
-    index = tokens[..., None]
-    p = target[:, :width].gather(2, index).squeeze(2)
-    q = torch.ones_like(p) if draft is None else draft.gather(2, index).squeeze(2)
+    p = target[place, tokens]
+    q = torch.ones_like(p) if draft is None else draft.gather(2, tokens[..., None]).squeeze(2)
     accepted = _prefix((uniforms[:, :width] * q < p) & looked_at)
 
     row = torch.arange(tokens.shape[0], device=tokens.device)
-    last = target[row, accepted]
+    last = target[anchor + accepted]
     if width:
-        place = accepted.clamp(max=width - 1)  # where a rejected draft stood
+        slot = accepted.clamp(max=width - 1)  # where a rejected draft stood
         if draft is None:
-            proposed = torch.zeros_like(last).scatter_(1, tokens[row, place][:, None], 1.0)
+            proposed = torch.zeros_like(last).scatter_(1, tokens[row, slot][:, None], 1.0)
         else:
-            proposed = draft[row, place]
+            proposed = draft[row, slot]
         rejected = (accepted < scheduled)[:, None]
         last = torch.where(rejected, residual(last, proposed), last)
     return Verification(accepted, draw(last, uniforms[:, -1]))

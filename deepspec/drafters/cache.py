@@ -27,10 +27,10 @@ class RowKV:
         `starts` [B] int64. `end` is at least `max(starts) + Q`, known to the caller on the host so
         that no device synchronisation happens here.
         """
-        self._reserve(keys, values, end)
+        rows, _, count, _ = keys.shape
+        self._reserve(keys, values, rows, end)
         assert self._keys is not None
         assert self._values is not None
-        rows, _, count, _ = keys.shape
         if rows == 1:
             first = end - count  # one row: `end` is exactly starts + Q, a slice will do
             self._keys[:, :, first:end] = keys
@@ -42,20 +42,33 @@ class RowKV:
             self._values[row, :, column] = values.transpose(1, 2)
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def write_packed(
+        self, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, count: int, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Write `[H, N, head_dim]`, token n in row `rows[n]` of `count` at `positions[n]`; return
+        everything below `end`."""
+        self._reserve(keys[None], values[None], count, end)
+        assert self._keys is not None
+        assert self._values is not None
+        self._keys[rows, :, positions] = keys.transpose(0, 1)
+        self._values[rows, :, positions] = values.transpose(0, 1)
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64, in this order."""
         if self._keys is not None and self._values is not None:
             self._keys = self._keys.index_select(0, rows)
             self._values = self._values.index_select(0, rows)
 
-    def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
+    def _reserve(self, keys: Tensor, values: Tensor, rows: int, end: int) -> None:
+        """Room for `rows` rows of length `end`; heads and sizes are those of the two."""
         have = 0 if self._keys is None else self._keys.shape[2]
         if end <= have:
             return
         capacity = max(self._minimum, 2 * have, end)
 
         def grown(old: Tensor | None, like: Tensor) -> Tensor:
-            new = like.new_zeros(like.shape[0], like.shape[1], capacity, like.shape[3])
+            new = like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
             if old is not None:
                 new[:, :, :have] = old
             return new

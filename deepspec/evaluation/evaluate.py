@@ -17,6 +17,7 @@ from statistics import fmean
 from deepspec.config.schema import RunConfig
 from deepspec.data.chat_template import REFUSED, ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
+from deepspec.decoding.decoder import Schedule
 from deepspec.decoding.exactness import first_difference
 from deepspec.drafters.base import Proposer
 from deepspec.drafters.ngram import NgramConfig, NgramProposer
@@ -32,6 +33,8 @@ from deepspec.evaluation.results import (
 )
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace
+from deepspec.scheduling.calibration_file import Calibration
+from deepspec.scheduling.schedulers import open_schedule
 from deepspec.targets import Target
 
 WARM_UP_TOKENS = 16  # first calls allocate buffers and choose kernels
@@ -62,12 +65,30 @@ class Evaluation:
 
 
 def evaluate(
-    config: RunConfig, target: Target, proposer: Proposer, *, show: bool = True
+    config: RunConfig,
+    target: Target,
+    proposer: Proposer,
+    calibration: Calibration | None = None,
+    *,
+    show: bool = True,
 ) -> Evaluation:
     """Every benchmark of `config.evaluation` at every temperature and seed.
 
-    Raises ConfigError for an unknown benchmark, DataError for one without a usable prompt.
+    The scheduler of `config.decoding` sees confidences as `calibration` makes them; None leaves
+    them as the drafter gives them. Raises ConfigError for an unknown benchmark, a throughput table
+    that cannot be used, and a temperature that `calibration` has no fit for; DataError for a
+    benchmark without a usable prompt.
     """
+    decoding = config.decoding
+    schedules = {
+        temperature: open_schedule(
+            decoding,
+            None
+            if calibration is None
+            else calibration.scaling(temperature, decoding.top_p, decoding.top_k),
+        )
+        for temperature in config.evaluation.temperatures
+    }
     evaluation = Evaluation()
     benchmarks: dict[str, list[Prompt]] = {}
     for name in config.evaluation.benchmarks:
@@ -85,7 +106,8 @@ def evaluate(
     total = sum(len(benchmarks[short]) for short, _, _ in runs)
     with Progress("evaluate", total, "prompts", show=show) as progress:
         for short, temperature, seed in runs:
-            run = _Run(config, target, proposer, temperature, seed, progress)
+            schedule = schedules[temperature]
+            run = _Run(config, target, proposer, schedule, temperature, seed, progress)
             # one seed is enough for the speed-up and the comparison with plain decoding
             compared = config.evaluation.baseline_prompts if seed == seeds[0] else 0
             result, traces = run.benchmark(short, benchmarks[short], compared)
@@ -145,6 +167,7 @@ class _Run:
         config: RunConfig,
         target: Target,
         proposer: Proposer,
+        schedule: Schedule | None,
         temperature: float,
         seed: int,
         progress: Progress,
@@ -156,7 +179,7 @@ class _Run:
         self.sampling = Sampling(temperature)
         if temperature:
             self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
-        self.decoder = Decoder(target, proposer, self.batch_size, self.stop)
+        self.decoder = Decoder(target, proposer, self.batch_size, self.stop, schedule)
         self.lookup: Decoder | None = None
         if config.evaluation.ngram and not isinstance(proposer, NgramProposer):
             longest, shortest = config.drafter.ngram_max, config.drafter.ngram_min

@@ -1,4 +1,4 @@
-"""Figures of the report: `Report` in, one `<svg>` element out, the same bytes for the same numbers.
+"""Figures of reports: results in, one `<svg>` element out, the same bytes for the same numbers.
 
 Text stays text and takes the page's font; ink is `currentColor`, so a figure follows the page from
 light to dark. All are 400 units wide: about the width of a phone, half the width of a desktop page.
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from deepspec.evaluation.results import Report, mean_over_seeds
+from deepspec.scheduling.calibration_file import Half
 
 WIDTH, HEIGHT = 400, 290  # SVG units; text is 11 of them, so 10 px on a phone of 390 px
 INK = "#010203"  # becomes currentColor
@@ -138,6 +139,69 @@ def training_length_figure(report: Report) -> str | None:
     if not axes.lines:
         return None
     return _svg(figure, "training-length", "Expected accepted length over optimizer steps")
+
+
+@rc_context(STYLE)
+def reliability_figure(half: Half, name: str) -> str:
+    """Observed against predicted prefix survival, a panel a position; dots grow with their share of
+    the rounds. On the diagonal, what is predicted happens."""
+    columns = min(3, len(half.before))
+    lines = -(-len(half.before) // columns)
+    figure = _figure(90 + 400 // columns * lines)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, *pair in zip(panels, half.before, half.after, strict=False):
+        panel.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (3, 3)), label="exact")
+        for index, (reliability, label) in enumerate(zip(pair, ("before", "after"), strict=True)):
+            predicted = [each.predicted for each in reliability.bins]
+            happened = [each.happened for each in reliability.bins]
+            sizes = [4 + 90 * each.count / reliability.samples for each in reliability.bins]
+            panel.plot(predicted, happened, color=_colour(index), linewidth=1.2, label=label)
+            panel.scatter(predicted, happened, sizes, color=_colour(index), marker=MARKERS[index])
+        panel.set_title(f"draft {pair[0].position}")
+        panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+        panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        panel.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+        panel.tick_params(labelbottom=True)
+        panel.grid()
+    for unused in panels[len(half.before) :]:
+        unused.remove()
+    figure.supxlabel("predicted survival", fontsize=11)
+    figure.supylabel("share that survived", fontsize=11)
+    _legend(figure, *panels)
+    return _svg(figure, f"reliability-{name}", f"Predicted and observed prefix survival, {name}")
+
+
+@rc_context(STYLE)
+def calibration_error_figure(half: Half, name: str) -> str:
+    """ECE by position before and after, and what chance alone would leave."""
+    figure = _figure(HEIGHT)
+    axes = figure.subplots()
+    lines = {
+        "before": [each.ece for each in half.before],
+        "after": [each.ece for each in half.after],
+        "chance": [each.noise for each in half.after],
+    }
+    places = [each.position for each in half.before]
+    for index, (label, errors) in enumerate(lines.items()):
+        chance = label == "chance"
+        axes.plot(
+            places,
+            errors,
+            color=INK if chance else _colour(index),
+            linestyle=(0, (3, 3)) if chance else "-",
+            linewidth=1 if chance else 1.5,
+            marker="" if chance else MARKERS[index],
+            markersize=5,
+            label=label,
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("position in the block")
+    axes.set_ylabel("calibration error of survival (ECE)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    _legend(figure, axes)
+    return _svg(figure, f"calibration-error-{name}", f"ECE by position before and after, {name}")
 
 
 # ---------------------------------------------------------------------------------------- drawing

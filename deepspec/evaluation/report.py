@@ -221,11 +221,16 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"report.{form}" for form in ("json", "md", "html")]
     report.save(paths[0])
-    environment, context = _environment(), _context(report)
+    context = _context(report)
     for path in paths[1:]:
-        text = environment.get_template(f"{path.name}.j2").render(context)
-        path.write_text(text, encoding="utf-8")
+        render(path, context)
     return paths
+
+
+def render(path: Path, context: Mapping[str, Any]) -> None:
+    """Write the page at `path` by the template of its name."""
+    text = _environment().get_template(f"{path.name}.j2").render(context)
+    path.write_text(text, encoding="utf-8")
 
 
 def markdown_table(report: Report) -> str:

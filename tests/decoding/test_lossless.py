@@ -119,7 +119,7 @@ def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None
 def test_variable_schedules_change_nothing(target: Target, known: dict, stop: list[int]) -> None:
     lengths = itertools.cycle([0, 3, 1, 4, 2])
 
-    def schedule(proposal):
+    def schedule(proposal, limits):
         return [next(lengths) for _ in range(len(proposal.tokens))]
 
     prompts = prompts_of(9)
@@ -206,7 +206,7 @@ def test_confidence_like_schedule_keeps_the_distribution(small: Target) -> None:
     """A schedule that depends on the round, not on the tokens it admits."""
     flip = itertools.cycle([[0, 2, 1], [1, 0, 2]])
 
-    def schedule(proposal):
+    def schedule(proposal, limits):
         pattern = next(flip)
         return [pattern[row % 3] for row in range(len(proposal.tokens))]
 

@@ -1,0 +1,194 @@
+"""calibration.json, beside a drafter's weights: how confidences are scaled, what that was fitted
+on, and what it brought. The scaling alone also travels in an export's config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepspec.atomic import atomic_file, sha256
+from deepspec.errors import CheckpointError, ConfigError
+from deepspec.scheduling.calibration import Scaling
+
+NAME = "calibration.json"
+FORMAT = 1
+FIT, HELD_OUT = "fit", "held_out"  # the two halves of the prompts
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions of one interval: how many, their mean, and the rate of what happened."""
+
+    count: int
+    predicted: float
+    happened: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Prefix survival predicted for one `position` (from 1) against what happened, over `samples`
+    verified drafts, of which the share `survived` did.
+
+    `ece` over `calibration.BINS` bins; `noise`: the ECE that predictions would show at this many
+    independent samples if they were exactly right. `auc` of telling survivors from others, None
+    where there is one kind only; `brier` the mean squared error. `bins`: those that are not empty.
+    """
+
+    position: int
+    samples: int
+    survived: float
+    ece: float
+    noise: float
+    auc: float | None
+    brier: float
+    bins: tuple[Bin, ...]
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of the prompts: its size, its rounds, and the reliability by position of confidences
+    as the drafter gives them and scaled."""
+
+    prompts: int
+    rounds: int
+    before: tuple[Reliability, ...]
+    after: tuple[Reliability, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The `scaling` of confidences for one way of decoding: its sampling `temperature`, `top_p` and
+    `top_k`. `halves`: "fit", whose rounds chose it, and "held_out"."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    scaling: Scaling
+    halves: Mapping[str, Half] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fits, one a way of decoding, and where they come from.
+
+    `method`: "sts" (`calibration.fit_sts`) or "platt" (`platt.fit_platt`). `weights`: digest of the
+    drafter's (`weights_digest`). `prompts`: digest of the prompts' texts. `checked`: whether these
+    were held against the drafter's training data.
+    """
+
+    fits: tuple[Fit, ...]
+    method: str = "sts"
+    weights: str = ""
+    benchmarks: tuple[str, ...] = ()
+    prompts: str = ""
+    checked: bool = False
+
+    def scaling(self, temperature: float, top_p: float, top_k: int) -> Scaling:
+        """That of the fit for this way of decoding; greedy decoding has no top_p and top_k.
+
+        Raises ConfigError where there is none.
+        """
+        wanted = (temperature, top_p, top_k)[: 3 if temperature else 1]
+        for fit in self.fits:
+            if (fit.temperature, fit.top_p, fit.top_k)[: len(wanted)] == wanted:
+                return fit.scaling
+        shown = [f"{fit.temperature:g} ({fit.top_p:g}, {fit.top_k})" for fit in self.fits]
+        raise ConfigError(
+            f"the drafter's calibration has no fit for decoding at temperature {temperature:g} "
+            f"(top_p {top_p:g}, top_k {top_k}), only for {', '.join(shown)}; run deepspec "
+            f"calibrate with evaluation.temperatures=[{temperature:g}] and these, or set "
+            "decoding.calibration=none"
+        )
+
+    def embedded(self) -> dict[str, Any]:
+        """What an export's config.json carries, under deepspec.calibration."""
+        fits = [
+            {key: value for key, value in asdict(fit).items() if key != "halves"}
+            for fit in self.fits
+        ]
+        return {"format": FORMAT, "method": self.method, "fits": fits}
+
+    def save(self, folder: Path) -> Path:
+        """Write into `folder`, whole or not at all; gives the file. Raises OSError."""
+        path = folder / NAME
+        with atomic_file(path) as partial:
+            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+            partial.write_text(text + "\n", encoding="utf-8")
+        return path
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """That of the drafter in `folder`, a checkpoint or an export; None where it has none.
+
+    Raises CheckpointError where it cannot be read, or was fitted to other weights.
+    """
+    path = folder / NAME
+    if path.is_file():
+        found = _parsed(path, _json(path))
+        if found.weights != weights_digest(folder):
+            raise CheckpointError(
+                f"{path} was fitted to other weights than those beside it; run deepspec calibrate "
+                "again, or set decoding.calibration=none"
+            )
+        return found
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    embedded = _json(config).get("deepspec", {}).get("calibration")
+    return None if embedded is None else _parsed(config, embedded)
+
+
+def weights_digest(folder: Path) -> str:
+    """Of the drafter's safetensors in a checkpoint or an export; the optimizer's are not its."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != "optimizer.safetensors":
+            digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is unreadable: {error}") from None
+
+
+def _parsed(path: Path, raw: dict[str, Any]) -> Calibration:
+    try:
+        if raw.pop("format") != FORMAT:
+            raise CheckpointError(
+                f"the calibration in {path} was written by another version; run deepspec calibrate "
+                "again"
+            )
+        fits = tuple(_fit(fit) for fit in raw.pop("fits"))
+        return Calibration(fits, **{**raw, "benchmarks": tuple(raw.get("benchmarks", ()))})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the calibration in {path} is damaged ({type(error).__name__}: {error}); run deepspec "
+            "calibrate again"
+        ) from None
+
+
+def _fit(raw: dict[str, Any]) -> Fit:
+    halves = {name: _half(half) for name, half in raw.get("halves", {}).items()}
+    scaling = {
+        name: tuple(float(value) for value in raw["scaling"][name])
+        for name in ("temperatures", "shifts")
+    }
+    return Fit(**{**raw, "scaling": Scaling(**scaling), "halves": halves})
+
+
+def _half(raw: dict[str, Any]) -> Half:
+    return Half(**{**raw, **{name: _reliabilities(raw[name]) for name in ("before", "after")}})
+
+
+def _reliabilities(rows: Sequence[dict[str, Any]]) -> tuple[Reliability, ...]:
+    return tuple(
+        Reliability(**{**row, "bins": tuple(Bin(**each) for each in row["bins"])}) for row in rows
+    )

@@ -1,0 +1,158 @@
+"""How many drafts of each request to verify (dspark.md, "Confidence scheduling").
+
+A scheduler gets a round's prefix survivals and gives a length a row. What keeps decoding lossless:
+whether draft j is admitted must not depend on token j itself. Confidence c_j is made from the
+tokens before j; c_{j+1} and later ones have seen it. So no rule here looks, on its way to deciding
+about j, at any later draft of that row. Legend: R rows, K block size, B tokens verified in a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepspec.config.schema import DecodingConfig
+from deepspec.errors import ConfigError
+from deepspec.records import Proposal
+from deepspec.scheduling.calibration import Floats, Scaling, calibrated, survival
+from deepspec.scheduling.throughput import Throughput, read_throughput
+
+Ints = NDArray[np.int64]
+Policy = Callable[[Floats, Ints], Ints]
+"""(survival [R, K], limits [R]) -> lengths [R], each at most its limit."""
+
+
+class FixedLength:
+    """The same length for every row, whatever the confidences."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __call__(self, survival: Floats, limits: Ints) -> Ints:
+        """See `Policy`."""
+        return np.minimum(limits, self._length)
+
+
+class Threshold:
+    """Every draft whose survival is at least `least`."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+
+    def __call__(self, survival: Floats, limits: Ints) -> Ints:
+        """See `Policy`. Survival never rises along a row, so what it keeps is a prefix."""
+        return np.minimum(limits, (survival >= self._least).sum(axis=1))
+
+
+class Algorithm1:
+    """The paper's algorithm 1: admit by descending survival while the throughput rises.
+
+    Theta = tau * SPS(B): tokens a step, tau = R + the admitted survivals, times steps a second at
+    B = R + admitted tokens. It stops at the first admission that does not raise Theta: to look
+    further would be to let the drafts behind j decide about j.
+    """
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._theta = _Theta(throughput)
+
+    def __call__(self, survival: Floats, limits: Ints) -> Ints:
+        """See `Policy`."""
+        rows, values = _ranked(survival, limits)
+        theta = self._theta(values, len(limits))
+        rises = theta[1:] > theta[:-1]
+        admitted = len(rises) if rises.all() else int(rises.argmin())
+        return np.bincount(rows[:admitted], minlength=len(limits))
+
+
+class Asynchronous:
+    """The paper's variant for engines that launch a step before the last one's outcome is known.
+
+    How many drafts to verify, all rows together, is what would have been best two rounds ago, by an
+    unconstrained search; which ones, is this round's rank. Until two rounds have been seen,
+    everything is verified.
+    """
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._theta = _Theta(throughput)
+        self._budgets: deque[int] = deque(maxlen=2)
+
+    def __call__(self, survival: Floats, limits: Ints) -> Ints:
+        """See `Policy`."""
+        rows, values = _ranked(survival, limits)
+        budget = self._budgets[0] if len(self._budgets) == 2 else len(rows)
+        self._budgets.append(int(self._theta(values, len(limits)).argmax()))
+        return np.bincount(rows[:budget], minlength=len(limits))
+
+
+class ConfidenceSchedule:
+    """A policy as the decoder calls it: on a proposal's confidences, calibrated."""
+
+    def __init__(self, policy: Policy, scaling: Scaling | None = None) -> None:
+        self._policy = policy
+        self._scaling = scaling
+
+    def __call__(self, proposal: Proposal, limits: Sequence[int]) -> list[int]:
+        """Drafts of each row to verify, of at most `limits` [R].
+
+        Raises ConfigError where the drafter gives no confidences.
+        """
+        if proposal.confidence is None:
+            raise ConfigError(
+                "decoding.scheduler needs a drafter with a confidence head (drafter.confidence_head"
+                "=true when it was trained); set decoding.scheduler=fixed, or none"
+            )
+        confidence = proposal.confidence.double().cpu().numpy()
+        chances = survival(calibrated(confidence, self._scaling))
+        return self._policy(chances, np.asarray(limits)).tolist()
+
+
+def open_schedule(
+    config: DecodingConfig, scaling: Scaling | None
+) -> Callable[[Proposal, Sequence[int]], Sequence[int]] | None:
+    """The schedule that `config.scheduler` names, as the decoder takes it; None verifies all.
+
+    `scaling` of confidences; None takes them as the drafter gives them. Raises ConfigError where
+    the file of `config.throughput` cannot be used.
+    """
+    match config.scheduler:
+        case "none":
+            return None
+        case "fixed":
+            length = int(config.verify_length or 0)
+            return lambda proposal, limits: [min(length, limit) for limit in limits]
+        case "threshold":
+            return ConfidenceSchedule(Threshold(config.threshold), scaling)
+    table = read_throughput(str(config.throughput))
+    policy = Algorithm1(table) if config.scheduler == "algorithm1" else Asynchronous(table)
+    return ConfidenceSchedule(policy, scaling)
+
+
+def _ranked(survival: Floats, limits: Ints) -> tuple[Ints, Floats]:
+    """All drafts within the limits by descending survival: their rows and their survivals.
+
+    Equals stay in the order of rows, and of positions inside a row: no draft comes before an
+    earlier one of its row, and no later one's value moves it.
+    """
+    within = np.arange(survival.shape[1]) < limits[:, None]
+    values = survival[within]
+    order = np.argsort(-values, kind="stable")
+    return np.repeat(np.arange(len(limits)), limits)[order], values[order]
+
+
+class _Theta:
+    """The throughput model, with SPS tabulated: a round is too short for an interpolation."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+        self._steps = np.empty(0)
+
+    def __call__(self, values: Floats, rows: int) -> Floats:
+        """Theta [n + 1] behind 0 to n admissions of survivals `values` [n], best first."""
+        last = rows + len(values)
+        if len(self._steps) <= last:
+            self._steps = self._throughput.steps_per_second(np.arange(2 * last + 1))
+        tokens = np.cumsum(np.concatenate(([rows], values)))
+        return tokens * self._steps[rows : last + 1]
