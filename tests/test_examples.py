@@ -85,6 +85,7 @@ def test_losses_of_the_trainer(
     assert losses == pytest.approx(trainer_losses(target, samples, tmp_path, objective), rel=1e-5)
 
 
+@pytest.mark.slow  # its losses are in the quick suite
 def test_runs_as_a_script(target_folder: Path) -> None:
     """From nothing: the target answers prompts, two steps, three decodes."""
     command = [sys.executable, simple_loop.__file__, "--steps", "2", "--prompts", "8"]

@@ -76,6 +76,7 @@ def test_extract_is_killed_goes_on_and_is_trained_on(
     assert "all as they were written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -> None:
     out, launcher = tmp_path / "run", ("--standalone", "--nproc-per-node", "2")
     run(train_command(recipe, out, "features=hybrid", "engine=zero0", launcher=launcher))

@@ -104,10 +104,9 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow  # torchrun is in the quick suite
 @pytest.mark.skipif(not HAVE_DEEPSPEED, reason="DeepSpeed is not installed")
-@pytest.mark.parametrize(
-    "launcher", ["accelerate", pytest.param("deepspeed", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_launchers(launcher: str, recipe: Path, tmp_path: Path) -> None:
     """torchrun is tested above; the others start the same two processes."""
     program = Path(sys.executable).with_name(launcher)
