@@ -70,12 +70,16 @@ def check_export(folder: Path, target: TargetEnds | None = None) -> Findings:
     traits = layout.traits(config, headers or {})
     doubts: list[str] = []
     if headers is not None and not faults:  # so there is a shape, and values can be read
-        shape = layout.shape(config, folder / CONFIG)
+        shape = layout.shape(folder, config)
         faults += _table_faults(folder, headers, shape)
         traits = _with_ties(folder, headers, traits, target)
         if target is not None and not faults:
             faults += _target_faults(folder, config, headers, shape, target)
-        doubts += _doubts(config, shape, target)
+            faults += layer_faults(shape.target_layer_ids, target.num_layers, layout.last_layer)
+        if not layout.last_layer:
+            doubts += _layer_doubts(config, shape, target)
+        if target is not None:
+            doubts += _scale_doubts(traits, target)
     return Findings(name, faults, doubts, loads_in(traits, faults))
 
 
@@ -110,7 +114,6 @@ def _target_faults(
     layers = _recorded_layers(config)
     if layers is not None and layers != target.num_layers:
         yield f"num_target_layers is {layers}, but {target.name} has {target.num_layers}"
-    yield from layer_faults(shape.target_layer_ids, target.num_layers)
     here = {key: value for key, value in identity_in(config).items() if key in target.identity}
     if others := differing(here, target.identity):
         yield f"it was made for another target than {target.name}: {', '.join(others)} differ(s)"
@@ -123,7 +126,7 @@ def _target_faults(
             yield f"{name} is not that of {target.name}"
 
 
-def _doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None) -> Iterator[str]:
+def _layer_doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None) -> Iterator[str]:
     layers = _recorded_layers(config) if target is None else target.num_layers
     ids = list(shape.target_layer_ids)
     if layers is None or len(ids) > layers - 3:
@@ -134,6 +137,20 @@ def _doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None) -> It
             yield (
                 f"the target's layers {ids} of {layers} are the evenly spaced ones {word} one: "
                 "were they counted otherwise than by a block's output?"
+            )
+
+
+def _scale_doubts(traits: Traits, target: TargetEnds) -> Iterator[str]:
+    """A target's own factors, which are in what drafters are trained with."""
+    ends = (
+        ("embedding", target.embedding_scale, traits.embedding),
+        ("LM head", target.logit_scale, traits.lm_head),
+    )
+    for what, scale, inside in ends:
+        if scale != 1 and not inside:
+            yield (
+                f"{target.name} scales its {what} by {scale:g}, and drafters are trained with the "
+                "scaled one: does the engine scale what it shares? If not, use the full profile"
             )
 
 

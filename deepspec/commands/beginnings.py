@@ -21,7 +21,7 @@ from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export import is_export, open_export
+from deepspec.export import is_export, open_export, weights_to_fetch
 from deepspec.export.dspark import misfits_of_target
 from deepspec.export.names import HUB_NAME
 from deepspec.progress import say
@@ -83,7 +83,7 @@ def _drafter_of(checkpoint: Checkpoint) -> tuple[str, Any]:
 
 
 def _local(name: str) -> Path:
-    """The folder that `name` stands for; of the hub, config and weights are fetched."""
+    """The folder that `name` stands for; of the hub, config and drafter are fetched."""
     place = Path(name).expanduser()
     if place.exists():
         return place
@@ -95,15 +95,18 @@ def _local(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors"]
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+        place = Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns="*.json")
+        )
+        weights = weights_to_fetch(place)
+        snapshot_download(repository, revision=place.name, allow_patterns=weights)  # that commit
     except (OSError, ValueError, httpx.HTTPError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"drafter.init_from={name} could not be fetched from the hub ({type(error).__name__}: "
             f"{first}); check its name and revision, the network, and HF_TOKEN if it is private"
         ) from None
-    return Path(found)
+    return place
 
 
 # ------------------------------------------------------------------------------------ the config

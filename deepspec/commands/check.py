@@ -167,7 +167,7 @@ def _print(found: Comparison, place: Path | None) -> None:
     console.print(
         f"{place} {verdict}: largest differences between the training forward and the decoding "
         f"path in {found.blocks} blocks of {found.rows} texts, over the largest value; at most "
-        f"{found.tolerance:g} is allowed",
+        f"{found.tolerance:g} is allowed, and {found.apart} blocks are above that",
         markup=False,
         highlight=False,
     )

@@ -54,8 +54,6 @@ from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
 Skipped = dict[str, dict[str, int]]
-# values of export.format, and the kinds each can hold
-LAYOUTS = {"flat": ("dspark", "dflash"), "deepseek_v4": ("dspark_v4",)}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from deepspec.export.layouts import (
     layouts_for,
     open_export,
     require_layout,
+    weights_to_fetch,
     write_export,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "model_card",
     "open_export",
     "require_layout",
+    "weights_to_fetch",
     "write_export",
 ]

@@ -33,7 +33,9 @@ from deepspec.drafters.dspark_v4 import DSparkV4Config, DSparkV4Drafter, shape_f
 from deepspec.drafters.dspark_v4.experts import GROUP
 from deepspec.errors import CheckpointError, ConfigError, TargetError
 from deepspec.export.block_scales import dequantised
-from deepspec.export.files import CONFIG, WEIGHTS, Headers
+from deepspec.export.engines import Traits
+from deepspec.export.files import CONFIG, WEIGHTS, Headers, weight_map
+from deepspec.export.inspection import layer_faults
 from deepspec.export.names import public_name
 from deepspec.targets import TargetEnds
 from deepspec.targets.files import INDEX, SINGLE, WeightFiles
@@ -127,45 +129,21 @@ def _published(drafter: DSparkV4Drafter) -> Iterator[tuple[str, Tensor]]:
             yield name, part.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-def deepseek_v4_faults(config: dict[str, Any], headers: Headers | None) -> Iterator[str]:
-    """What is wrong with a config.json and the tensors beside it (None: they are unreadable)."""
-    stages = {int(stage[1]) for stage in map(STAGE.match, headers or {}) if stage}
-    if headers is None or not stages:
-        yield from () if headers is None else ["there are no mtp.* tensors"]
-        return
-    try:
-        shape = _shape(Path("config.json"), config, 1 + max(stages))
-        with torch.device("meta"):
-            own = DSparkV4Drafter(shape).state_dict()
-    except (CheckpointError, ArithmeticError, RuntimeError, ValueError) as error:
-        yield str(error)
-        return
-    ids = list(shape.target_layer_ids)
-    if not ids or ids != sorted(set(ids)) or ids[0] < -1 or ids[-1] >= shape.num_target_layers:
-        yield f"dspark_target_layer_ids {ids} do not ascend below {shape.num_target_layers}"
-    if not 0 <= shape.mask_token_id < shape.vocab_size:
-        yield f"dspark_noise_token_id {shape.mask_token_id} is none of {shape.vocab_size} tokens"
-    wanted = {
-        name: tuple(tensor.shape[-2:] if tensor.ndim == 3 else tensor.shape)
-        for key, tensor in own.items()
-        for name in published_names(key, shape)
-    }
-    scales = {scale for name in wanted for scale in _scale_names(name)}
-    for name, size in wanted.items():
-        found = headers.get(name)
-        if found is None:
-            yield f"{name} is missing"
-        elif any(scale in headers for scale in _scale_names(name)):
-            continue  # block-scaled: sizes depend on the packing, and are checked by the loader
-        elif found.dtype not in ("BF16", "F32"):
-            yield f"{name} is {found.dtype} without a scale, expected BF16"
-        elif found.shape != size:
-            yield f"{name} is {list(found.shape)}, expected {list(size)}"
-    extra = {name for name in headers if STAGE.match(name)} - wanted.keys() - scales
-    yield from (f"{name} is not called for" for name in sorted(extra))
-
-
 # --------------------------------------------------------------------------------------- reading
+
+
+def is_deepseek_v4(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a V4 drafter, alone or in its target."""
+    return config.get("model_type") == MODEL_TYPE and all(key in config for key in OWN)
+
+
+def drafter_files(folder: Path) -> set[str] | None:
+    """The weight files that hold the drafter, None where there is but one. Raises CheckpointError.
+
+    They need not be there: so a few of a target's many are fetched.
+    """
+    files = weight_map(folder)
+    return None if files is None else {file for name, file in files.items() if STAGE.match(name)}
 
 
 def deepseek_v4_shape(folder: Path) -> DSparkV4Config:
@@ -329,3 +307,56 @@ def _check_target(
             f"{folder} reads the target's layers {list(shape.target_layer_ids)}, but the target "
             f"captures {list(target.layer_ids)}; set target.layer_ids to the former"
         )
+
+
+# ------------------------------------------------------------------------------------ inspection
+
+
+def deepseek_v4_faults(config: dict[str, Any], headers: Headers | None) -> Iterator[str]:
+    """What is wrong with a config.json and the tensors beside it (None: they are unreadable)."""
+    if headers is None:
+        return
+    own = {name: info for name, info in headers.items() if STAGE.match(name)}
+    if not own:
+        yield "there are no mtp.* tensors, which a V4 drafter is made of"
+        return
+    try:
+        shape = _shape(Path(CONFIG), config, 1 + max(int(name.split(".")[1]) for name in own))
+        with torch.device("meta"):
+            module = DSparkV4Drafter(shape).state_dict()
+    except (CheckpointError, ArithmeticError, RuntimeError, ValueError) as error:
+        yield str(error)
+        return
+    yield from layer_faults(shape.target_layer_ids, shape.num_target_layers, last=True)
+    if not 0 <= shape.mask_token_id < shape.vocab_size:
+        yield f"dspark_noise_token_id {shape.mask_token_id} is none of {shape.vocab_size} tokens"
+    wanted = {
+        name: tuple(tensor.shape[-2:] if tensor.ndim == 3 else tensor.shape)
+        for key, tensor in module.items()
+        for name in published_names(key, shape)
+    }
+    scales = {scale for name in wanted for scale in _scale_names(name)}
+    yield from (f"{name} is not called for" for name in own if name not in wanted.keys() | scales)
+    for name, size in wanted.items():
+        if name not in own:
+            yield f"{name} is missing"
+        elif not any(scale in own for scale in _scale_names(name)):  # else the loader looks at it
+            dtype = "F32" if FP32.fullmatch(name) else "BF16"
+            if own[name].dtype != dtype:
+                yield f"{name} is {own[name].dtype} without a scale, expected {dtype}"
+            if own[name].shape != size:
+                yield f"{name} is {list(own[name].shape)}, expected {list(size)}"
+
+
+def deepseek_v4_traits(config: dict[str, Any]) -> Traits:
+    """What engines go by: they read the drafter as a part of its target."""
+    rank = config.get("dspark_markov_rank")
+    return Traits(
+        layout=MODEL_TYPE,
+        markov_head="vanilla",
+        markov_rank=rank if isinstance(rank, int) else 0,
+        reduced=False,
+        embedding=False,
+        lm_head=False,
+        tied=None,
+    )

@@ -12,7 +12,6 @@ config.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,18 +41,12 @@ class TensorInfo(NamedTuple):
 Headers = dict[str, TensorInfo]
 
 
-def write_folder(
-    out: Path,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    card: str,
-    is_export: Callable[[Path], bool],
-) -> None:
+def write_folder(out: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str) -> None:
     """Write or replace the export `out`; the hash of the weights is recorded in `config`.
 
-    Raises CheckpointError when `out` holds anything but an export, or cannot be written.
+    Raises CheckpointError when `out` holds anything but an export of ours, or cannot be written.
     """
-    _require_free(out, is_export)
+    _require_free(out)
     try:
         with atomic_folder(out) as folder:
             weights = folder / WEIGHTS
@@ -81,16 +74,24 @@ def headers_of(tensors: dict[str, Tensor]) -> Headers:
     return {name: TensorInfo(names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
-def _require_free(out: Path, is_export: Callable[[Path], bool]) -> None:
+def _require_free(out: Path) -> None:
     if not out.exists():
         return
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
     foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
-    if foreign or (found and not is_export(out)):
+    if foreign or (found and not _is_ours(out)):
         raise CheckpointError(
             f"{out} is not just an earlier export (it holds {', '.join((foreign or found)[:3])}) "
             "and is not overwritten; choose another folder, or move its files away"
         )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it was written here: others may hold the same files, and a whole target."""
+    try:
+        return bool(deepspec_of(read_config(folder)))
+    except CheckpointError:
+        return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -165,14 +166,21 @@ def identity_in(config: dict[str, Any]) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The file of every tensor, where there are several files. Raises CheckpointError."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        found = json.loads((folder / INDEX).read_text())["weight_map"]
+        return {name: Path(str(file)).name for name, file in found.items()}  # nothing outside
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise _broken(folder / INDEX, repr(error)) from None
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-            raise _broken(folder / INDEX, repr(error)) from None
-        files = [folder / Path(str(name)).name for name in sorted(names)]  # nothing outside
+    several = weight_map(folder)
+    names = [WEIGHTS] if several is None else sorted(set(several.values()))
+    files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; the export is incomplete")

@@ -63,21 +63,24 @@ def dspark_traits(layout: str, flat: dict[str, Any], headers: Headers) -> Traits
     )
 
 
-def layer_faults(layer_ids: tuple[int, ...], num_target_layers: int) -> Iterator[str]:
-    """Captured layers that a target of so many (0: not said) does not have, or not to give."""
+def layer_faults(
+    layer_ids: tuple[int, ...], num_target_layers: int, last: bool = False
+) -> Iterator[str]:
+    """Captured layers that a target of so many (0: not said) does not have, or not to give: the
+    `last` one is captured of DeepSeek V4 alone."""
     ids = list(layer_ids)
     if not ids or ids != sorted(set(ids)):
         yield f"the target's layers {ids} are not distinct and ascending"
         return
     if ids[0] < -1:
         yield f"the target's layers {ids} begin below -1, the embedding"
-    beyond = [layer_id for layer_id in ids if layer_id > num_target_layers - 2]
+    most = num_target_layers - 1 if last else num_target_layers - 2
+    beyond = [layer_id for layer_id in ids if layer_id > most]
     if num_target_layers and beyond:
-        last = "the last layer's" if beyond == [num_target_layers - 1] else "no layer's"
+        whose = "the last layer's" if beyond == [num_target_layers - 1] else "no layer's"
         yield (
-            f"the target's layers {ids} of {num_target_layers} have {beyond}, {last} output to "
-            "capture: an id names a block's output, never the last one's, and engines add 1 "
-            "themselves"
+            f"the target's layers {ids} of {num_target_layers} have {beyond}, {whose} output to "
+            f"capture: an id names a block's output, of 0 to {most}, and engines add 1 themselves"
         )
 
 

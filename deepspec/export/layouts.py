@@ -36,25 +36,27 @@ Config = dict[str, Any]
 class Layout:
     """One way to put drafters into files.
 
-    `architectures`: what its config.json may call itself; `keys` of it that tell a drafter from a
-    target that calls itself so. `refusal(kind, shape)`: why it cannot
-    hold such a drafter, None where it can; `shape` is a resolved one, or the settings of one.
+    `is_mine(config)`: whether a config.json is of it. `refusal(kind, shape)`: why it cannot hold
+    such a drafter, None where it can; `shape` is a resolved one, or the settings of one.
     `config(shape, target, profile, num_anchors)` and `tensors(drafter, target, profile)` are what
-    is written; `shape(config, file)` and `load(folder, config, target)` read it back, raising
-    CheckpointError; `kind(shape)` names the drafter in the registry. `faults(config, headers)`:
+    is written; `shape(folder, config)` and `load(folder, config, target)` read it back, raising
+    CheckpointError; `kind(shape)` names the drafter in the registry, `target(folder, config)` the
+    target of an export that another program wrote ("": nothing does). `faults(config, headers)`:
     what no engine should be given, a sentence each; `traits(config, headers)`: what engines go by.
+    `last_layer`: whether the target's last one may be captured.
     """
 
-    architectures: tuple[str, ...]
-    keys: tuple[str, ...]
+    is_mine: Callable[[Config], bool]
     refusal: Callable[[str, Any], str | None]
     config: Callable[[Any, TargetEnds, str, int], Config]
     tensors: Callable[[Any, TargetEnds, str], dict[str, Tensor]]
-    shape: Callable[[Config, Path], Any]
+    shape: Callable[[Path, Config], Any]
     load: Callable[[Path, Config, TargetEnds | None], Drafter]
     kind: Callable[[Any], str]
+    target: Callable[[Path, Config], str]
     faults: Callable[[Config, Headers | None], Iterator[str]]
     traits: Callable[[Config, Headers], Traits]
+    last_layer: bool = False
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -72,18 +74,22 @@ def _dspark_layout(
 ) -> Layout:
     """A layout of DSpark drafters whose config can be put as a flat one."""
 
-    def turned(config: Config, file: Path, num_target_layers: int | None = None) -> Config:
+    def is_mine(config: Config) -> bool:
+        found = config.get("architectures")
+        return isinstance(found, list) and bool(found) and found[0] in architectures
+
+    def turned(folder: Path, config: Config, num_target_layers: int | None = None) -> Config:
         try:
             return as_flat(config, num_target_layers)
         except CheckpointError as error:
-            raise CheckpointError(f"{file}: {error}") from None
+            raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
     def refuse(kind: str, shape: Any) -> str | None:
         return refusal(kind, shape) if kind in DSPARK else f"it holds no {kind} drafters"
 
     def load(folder: Path, config: Config, target: TargetEnds | None) -> Drafter:
         layers = None if target is None else target.num_layers
-        return load_dspark(folder, turned(config, folder / CONFIG, layers), target)
+        return load_dspark(folder, turned(folder, config, layers), target)
 
     def faults(config: Config, headers: Headers | None) -> Iterator[str]:
         yield from more_faults(config)
@@ -99,14 +105,14 @@ def _dspark_layout(
             return dspark_traits(name, config, headers)
 
     return Layout(
-        architectures=architectures,
-        keys=(),
+        is_mine=is_mine,
         refusal=refuse,
         config=config,
         tensors=dspark_tensors,
-        shape=lambda config, file: checked_shape(turned(config, file), file),
+        shape=lambda folder, config: checked_shape(turned(folder, config), folder / CONFIG),
         load=load,
         kind=lambda shape: "dspark" if shape.markov_rank or shape.confidence_head else "dflash",
+        target=lambda _, config: speculators.verifier_of(config),
         faults=faults,
         traits=traits,
     )
@@ -124,23 +130,6 @@ def _speculators_refusal(kind: str, shape: Any) -> str | None:
     if shape.markov_head != "vanilla":
         return f"the engines that read it know vanilla Markov heads, not {shape.markov_head} ones"
     return None
-
-
-def _deepseek_v4_refusal(kind: str, _shape: Any) -> str | None:
-    return None if kind == "dspark_v4" else f"it holds V4-native drafters, no {kind} ones"
-
-
-def _deepseek_v4_traits(config: Config, _headers: Headers) -> Traits:
-    rank = config.get("dspark_markov_rank")
-    return Traits(
-        layout="deepseek_v4",
-        markov_head="vanilla",
-        markov_rank=rank if isinstance(rank, int) else 0,
-        reduced=False,
-        embedding=False,
-        lm_head=False,
-        tied=None,
-    )
 
 
 LAYOUTS = {
@@ -161,16 +150,17 @@ LAYOUTS = {
         speculators.serving_faults,
     ),
     "deepseek_v4": Layout(
-        architectures=("DeepseekV4ForCausalLM",),
-        keys=tuple(deepseek_v4.OWN),
-        refusal=_deepseek_v4_refusal,
+        is_mine=deepseek_v4.is_deepseek_v4,
+        refusal=lambda kind, _: None if kind == "dspark_v4" else f"it holds no {kind} drafters",
         config=deepseek_v4.deepseek_v4_config,
-        tensors=lambda drafter, target, profile: deepseek_v4.deepseek_v4_tensors(drafter),
-        shape=lambda config, file: deepseek_v4.deepseek_v4_shape(file.parent),
-        load=lambda folder, config, target: deepseek_v4.load_deepseek_v4(folder, target),
-        kind=lambda shape: "dspark_v4",
+        tensors=lambda drafter, *_: deepseek_v4.deepseek_v4_tensors(drafter),
+        shape=lambda folder, _: deepseek_v4.deepseek_v4_shape(folder),
+        load=lambda folder, _, target: deepseek_v4.load_deepseek_v4(folder, target),
+        kind=lambda _: "dspark_v4",
+        target=lambda folder, _: str(folder.resolve()),  # a published one is its own target
         faults=deepseek_v4.deepseek_v4_faults,
-        traits=_deepseek_v4_traits,
+        traits=lambda config, _: deepseek_v4.deepseek_v4_traits(config),
+        last_layer=True,
     ),
 }
 
@@ -218,18 +208,13 @@ def write_export(
     config = layout.config(drafter.config, target, profile, num_anchors)
     tensors = layout.tensors(drafter, target, profile)
     traits = layout.traits(config, headers_of(tensors))
-    write_folder(out, config, tensors, card(config, traits), _is_replaceable)
+    write_folder(out, config, tensors, card(config, traits))
     return traits
 
 
 def layout_of(config: Config) -> str | None:
     """The name of the layout that a config.json is of, None where it is of none."""
-    found = config.get("architectures")
-    first = found[0] if isinstance(found, list) and found else found
-    for name, layout in LAYOUTS.items():
-        if first in layout.architectures and set(layout.keys) <= config.keys():
-            return name
-    return None
+    return next((name for name, layout in LAYOUTS.items() if layout.is_mine(config)), None)
 
 
 def is_export(folder: Path) -> bool:
@@ -238,12 +223,6 @@ def is_export(folder: Path) -> bool:
         return layout_of(read_config(folder)) is not None
     except CheckpointError:
         return False
-
-
-def _is_replaceable(folder: Path) -> bool:
-    """An export that holds nothing else: a published V4 checkpoint is a whole target."""
-    config = read_config(folder) if is_export(folder) else {}
-    return bool(config) and (layout_of(config) != "deepseek_v4" or bool(deepspec_of(config)))
 
 
 @dataclass(frozen=True)
@@ -264,10 +243,8 @@ class Export:
     @property
     def target(self) -> str:
         """The target it was made for, a hub name or the last part of a path; "": not said."""
-        own, named = deepspec_of(self.config), speculators.verifier_of(self.config)
-        if self.kind == "dspark_v4" and not own:  # a published checkpoint holds the target too
-            return str(self.folder.resolve())
-        return str(own.get("target") or named)
+        known = deepspec_of(self.config).get("target")
+        return str(known) if known else self.layout.target(self.folder, self.config)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -279,20 +256,25 @@ class Export:
         return self.layout.load(self.folder, self.config, target)
 
 
+def weights_to_fetch(folder: Path) -> list[str]:
+    """Patterns of the files that hold a drafter, of which `folder` has all but the weights yet."""
+    files = None
+    if layout_of(read_config(folder)) == "deepseek_v4":
+        files = deepseek_v4.drafter_files(folder)
+    return ["*.safetensors"] if files is None else sorted(files)
+
+
 def open_export(folder: Path) -> Export:
     """The export in `folder`, without its weights.
 
     Raises CheckpointError when config.json is missing, incomplete or of no known layout.
     """
-    config, file = read_config(folder), folder / CONFIG
+    config = read_config(folder)
     name = layout_of(config)
     if name is None:
-        known = [
-            architecture for layout in LAYOUTS.values() for architecture in layout.architectures
-        ]
         raise CheckpointError(
-            f"{file} has architectures {config.get('architectures')!r:.60}, expected one of "
-            f"{', '.join(known)}; the layouts that are read are {', '.join(LAYOUTS)}"
+            f"{folder / CONFIG} has architectures {config.get('architectures')!r:.60}; expected "
+            f"that of a drafter in one of the layouts {', '.join(LAYOUTS)}"
         )
     layout = LAYOUTS[name]
-    return Export(folder, config, layout, layout.shape(config, file))
+    return Export(folder, config, layout, layout.shape(folder, config))

@@ -327,18 +327,6 @@ def test_weights_in_several_files(target: Target, tmp_path: Path) -> None:
     assert_found(folder, "b.safetensors is missing")
 
 
-def test_layers_that_look_counted_from_one_are_a_doubt(target: Target, tmp_path: Path) -> None:
-    folder = export(target, tmp_path / "out")
-    edit(folder, target_layer_ids=[2, 3, 4])
-    found = check_export(folder)
-    assert found.fine
-    assert re.search(r"\[2, 3, 4\] of 6 are the evenly spaced ones plus one", found.doubts[0])
-    other = foreign(export(target, tmp_path / "other", "speculators"))
-    edit(other, aux_hidden_state_layer_ids=[1, 2, 3])
-    assert check_export(other).doubts == []  # nothing says how many layers there are
-    assert "minus one" in check_export(other, target).doubts[0]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

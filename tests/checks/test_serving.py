@@ -19,13 +19,16 @@ import torch
 
 from deepspec.checks.serving import Comparison, compare_paths, differing_tensors
 from deepspec.cli import main
+from deepspec.config.schema import DrafterConfig
 from deepspec.drafters.base import Observation
 from deepspec.drafters.cache import RowKV
 from deepspec.drafters.dspark import DSparkDrafter, DSparkProposer
 from deepspec.drafters.dspark.model import ContextKeysValues
+from deepspec.drafters.ngram import NgramConfig, NgramDrafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import ConfigError
 from deepspec.targets import Target
+from tests.deepseek_v4 import load_v4, make_native, save_v4
 from tests.export.conftest import make_drafter
 from tests.jobs import write_recipe
 
@@ -42,6 +45,25 @@ def compare(target: Target, drafter: DSparkDrafter) -> Comparison:
     return compare_paths(target, drafter, KIND, prompts(), 14)
 
 
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+def test_sound_drafters_of_other_kinds_pass(target: Target, name: str) -> None:
+    kind = drafter_kind(name)
+    torch.manual_seed(0)
+    drafter = kind.build(kind.resolve(DrafterConfig(kind=name, num_layers=1, block_size=3), target))
+    found = compare_paths(target, drafter.eval(), kind, prompts(), 14)
+    assert found.fine
+    assert set(found.differences) == {"hidden", "logits"}
+    assert max(map(max, found.differences.values())) < 0.01 * found.tolerance
+
+
+def test_a_sound_drafter_of_v4_passes(tmp_path: Path) -> None:
+    target = load_v4(save_v4(tmp_path, index_n_heads=32))  # with few, its index has ties
+    drafter = make_native(target)
+    found = compare_paths(target, drafter, drafter_kind("dspark_v4"), prompts(), 14)
+    assert set(found.differences) == {"hidden", "logits", "confidence"}
+    assert max(map(max, found.differences.values())) < 0.01 * found.tolerance
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "rank0", "reduced"])
 def test_sound_drafters_pass(target: Target, kind: str) -> None:
     size = 100 if kind == "reduced" else None
@@ -50,7 +72,7 @@ def test_sound_drafters_pass(target: Target, kind: str) -> None:
     assert set(found.differences) == {"hidden", "logits", "confidence"}
     assert all(len(values) == 4 for values in found.differences.values())
     assert max(map(max, found.differences.values())) < 0.01 * found.tolerance
-    assert found.rows == 3
+    assert (found.apart, found.rows) == (0, 3)
     assert 3 * 3 < found.blocks <= 3 * 13  # rounds; no row leaves before it has 14 tokens
 
 
@@ -69,8 +91,9 @@ def test_a_target_in_bf16(target: Target) -> None:
 
 
 def test_what_is_not_trained_is_refused(target: Target) -> None:
+    drafter, kind = NgramDrafter(NgramConfig(4, 3, 1)), drafter_kind("ngram")
     with pytest.raises(ConfigError, match="not trained"):
-        compare_paths(target, object(), KIND, prompts(), 4)  # type: ignore[arg-type]
+        compare_paths(target, drafter, kind, prompts(), 4)
 
 
 # ------------------------------------------------------------------------------- broken on purpose
@@ -167,6 +190,7 @@ def test_a_broken_decoding_path_is_caught(
     broken(monkeypatch)
     found = compare(target, drafter)
     assert not found.fine
+    assert 0 < found.apart <= found.blocks
     wrong = {name for name, v in found.differences.items() if not max(v) <= found.tolerance}
     assert wrong == where
     if what == "one bias":
@@ -174,7 +198,7 @@ def test_a_broken_decoding_path_is_caught(
 
 
 def test_nan_is_a_difference() -> None:
-    assert not Comparison({"hidden": [0.0, float("nan")]}, 1.0, 1, 1).fine
+    assert not Comparison({"hidden": [0.0, float("nan")]}, 1.0, 1, 1, 1).fine
 
 
 def test_an_export_is_the_checkpoint_in_bf16(target: Target) -> None:

@@ -21,10 +21,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from deepspec.cli import main
 from deepspec.drafters.dspark import DSparkDrafter
-from deepspec.export import open_export, write_export
+from deepspec.drafters.dspark_v4 import DSparkV4Drafter
+from deepspec.export import LAYOUTS, open_export, write_export
+from deepspec.export.deepseek_v4 import deepseek_v4_tensors
 from deepspec.targets import Target
 from deepspec.training.checkpoint import (
     list_checkpoints,
@@ -33,6 +36,7 @@ from deepspec.training.checkpoint import (
     read_vocabulary,
 )
 from tests.conftest import make_model, make_tokenizer
+from tests.deepseek_v4 import load_v4, make_native, save_v4
 from tests.export.conftest import make_drafter
 from tests.export.exports import edit
 from tests.export.test_speculators import foreign
@@ -243,8 +247,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """(address, folder): a hub on this machine that has one repository, me/drafter."""
-    files = tmp_path / "served"
+    """(address, folder): a hub on this machine with the folders in it as repositories of `me`."""
+    served = tmp_path / "served"
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -269,22 +273,23 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
                 self.wfile.write(content)
 
         def _found(self, path: str) -> bytes | None:
-            names = sorted(file.name for file in files.iterdir())
-            if path == "/api/models/me/drafter/revision/v2":
-                about = {"id": "me/drafter", "sha": COMMIT}
-                about["siblings"] = [{"rfilename": name} for name in names]
-                return json.dumps(about).encode()
-            if path == f"/api/models/me/drafter/tree/{COMMIT}":
-                sizes = {name: (files / name).stat().st_size for name in names}
-                tree = [
-                    {"type": "file", "path": name, "size": size, "oid": COMMIT}
-                    for name, size in sizes.items()
-                ]
-                return json.dumps(tree).encode()
-            folder, _, name = path.rpartition("/")
-            if folder == f"/me/drafter/resolve/{COMMIT}" and name in names:
+            asked = re.fullmatch(
+                rf"(?:/api/models)?/me/(\w+)/(?:revision/(?:v2|{COMMIT})|(tree/{COMMIT})"
+                rf"|resolve/{COMMIT}/(.+))",
+                path,
+            )
+            if asked is None or not (served / asked[1]).is_dir():
+                return None
+            files, tree, name = served / asked[1], asked[2], asked[3]
+            if name is not None:
                 return (files / name).read_bytes()
-            return None
+            sizes = {file.name: file.stat().st_size for file in sorted(files.iterdir())}
+            if tree is not None:
+                entry = {"type": "file", "oid": COMMIT}
+                entries = [entry | {"path": name, "size": size} for name, size in sizes.items()]
+                return json.dumps(entries).encode()
+            siblings = [{"rfilename": name} for name in sizes]
+            return json.dumps({"id": "me/x", "sha": COMMIT, "siblings": siblings}).encode()
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -292,7 +297,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", files
+    yield f"http://127.0.0.1:{server.server_port}", served
     server.shutdown()
     server.server_close()
 
@@ -301,8 +306,8 @@ FETCH = """
 import sys, torch
 from deepspec.commands.beginnings import open_origin
 from deepspec.errors import CheckpointError
-origin = open_origin("me/drafter@v2")
-torch.save((origin.drafter[1].to_dict(), origin.load().state_dict()), sys.argv[1])
+origins = [open_origin(name) for name in ("me/drafter@v2", "me/v4@v2")]
+torch.save([(o.drafter[1].to_dict(), o.load().state_dict()) for o in origins], sys.argv[1])
 try:
     open_origin("me/nothing")
 except CheckpointError as error:
@@ -310,11 +315,31 @@ except CheckpointError as error:
 """
 
 
-def test_a_drafter_on_the_hub(target: Target, tmp_path: Path, hub: tuple[str, Path]) -> None:
+def published_v4(folder: Path, weights: Path) -> DSparkV4Drafter:
+    """A drafter in the second of a target's two files, as they are published."""
+    target = load_v4(save_v4(weights))
+    drafter = make_native(target)
+    config = LAYOUTS["deepseek_v4"].config(drafter.config, target, "serving", 32)
+    files = {
+        "model-00001-of-00002.safetensors": {"embed.weight": target.embedding.clone()},
+        "model-00002-of-00002.safetensors": deepseek_v4_tensors(drafter),
+    }
+    folder.mkdir(parents=True)
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    names = {name: file for file, tensors in files.items() for name in tensors}
+    del config["deepspec"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return drafter
+
+
+def test_drafters_on_the_hub(target: Target, tmp_path: Path, hub: tuple[str, Path]) -> None:
     """In a process of its own: huggingface_hub reads its address when it is imported."""
-    address, files = hub
+    address, served = hub
     drafter = make_drafter(target, "vanilla")
-    export(drafter, target, files, "flat")
+    files = export(drafter, target, served / "drafter", "flat")
+    native = published_v4(served / "v4", tmp_path / "target")
     environment = {
         **os.environ,
         "HF_ENDPOINT": address,
@@ -325,12 +350,14 @@ def test_a_drafter_on_the_hub(target: Target, tmp_path: Path, hub: tuple[str, Pa
     command = [sys.executable, "-c", FETCH, str(tmp_path / "fetched.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    shape, fetched = torch.load(tmp_path / "fetched.pt")
-    assert shape == drafter.config.to_dict()
-    for name, tensor in drafter.state_dict().items():
-        assert fetched[name].equal(tensor.bfloat16().float())
-    (cached,) = (tmp_path / "cache").rglob("snapshots/*/model.safetensors")
-    assert cached.read_bytes() == (files / "model.safetensors").read_bytes()
+    found = torch.load(tmp_path / "fetched.pt")
+    for (shape, fetched), own in zip(found, (drafter, native), strict=True):
+        assert shape == own.config.to_dict()
+        for name, tensor in own.state_dict().items():
+            assert torch.allclose(fetched[name], tensor, rtol=2**-8, atol=0)  # by its rounding
+    first, second = sorted((tmp_path / "cache").rglob("snapshots/*/*.safetensors"))
+    assert first.read_bytes() == (files / "model.safetensors").read_bytes()
+    assert second.name == "model-00002-of-00002.safetensors", "the target is not fetched"
     assert "drafter.init_from=me/nothing could not be fetched from the hub" in done.stdout
     assert "check its name and revision, the network, and HF_TOKEN" in done.stdout
 

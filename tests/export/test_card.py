@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deepspec.config.schema import DataConfig, RunConfig, TargetConfig, as_dict
+from deepspec.config.schema import DataConfig, RunConfig, TargetConfig, TrainingConfig, as_dict
 from deepspec.drafters.dspark import DSparkConfig
 from deepspec.export import LAYOUTS, Traits, loads_in, model_card
 from deepspec.export.files import headers_of
@@ -30,6 +30,7 @@ RUN = as_dict(
         out="runs/tiny",
         target=TargetConfig(path="x"),
         data=DataConfig(path=["/home/me/secret/train.jsonl", "owner/prompts"]),
+        training=TrainingConfig(anchors_per_sample=32),
     )
 )
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, DeepseekV4Config
 
+from deepspec.checks.export import check_export
 from deepspec.commands.beginnings import adopt_origin, first_drafter
 from deepspec.commands.sources import open_source
 from deepspec.commands.stages import check_fit, export_drafter
@@ -504,6 +505,64 @@ def test_another_family_is_refused(exported: Path, target_folder: Path) -> None:
         load_deepseek_v4(exported, qwen)
 
 
+# -------------------------------------------------------------------------------------- the check
+
+
+def test_the_check_finds_a_sound_one_sound(exported: Path, target: Target) -> None:
+    found = check_export(exported)
+    assert (found.layout, found.faults, found.doubts) == ("deepseek_v4", [], [])
+    assert [entry.engine for entry in found.support if entry.loads] == [
+        "vLLM",
+        "SGLang",
+        "llama.cpp",
+        "this library",
+    ]
+    assert check_export(exported, target) == found, "its last layer may be captured"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda t: t.pop("mtp.1.norm.weight"), "mtp.1.norm.weight is missing"),
+        (lambda t: t.update({"mtp.0.e_proj.weight": torch.zeros(1)}), "mtp.0.e_proj.weight is not"),
+        (lambda t: t.clear() or t.update(x=torch.zeros(1)), "there are no mtp.* tensors"),
+        (
+            lambda t: t.update({"mtp.1.hc_head_base": torch.zeros(5)}),
+            "hc_head_base is [5], expected [4]",
+        ),
+        (
+            lambda t: t.update({"mtp.1.hc_head_base": torch.zeros(4).bfloat16()}),
+            "hc_head_base is BF16 without a scale, expected F32",
+        ),
+        (
+            lambda t: t.update({"mtp.0.attn.wkv.weight": torch.zeros(16, 64).half()}),
+            "wkv.weight is F16 without a scale, expected BF16",
+        ),
+    ],
+)
+def test_the_check_finds_tensors_that_are_broken(folder: Path, change: Any, fault: str) -> None:
+    rewrite(folder, change)
+    found = check_export(folder)
+    assert any(fault in text for text in found.faults), found.faults
+    assert not any(entry.loads for entry in found.support)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"dspark_target_layer_ids": [0, 2, 5]}, "[0, 2, 5] of 5 have [5], no layer's output"),
+        ({"dspark_target_layer_ids": [2, 2, 3]}, "[2, 2, 3] are not distinct and ascending"),
+        ({"dspark_noise_token_id": 260}, "dspark_noise_token_id 260 is none of 260 tokens"),
+        ({"dspark_markov_rank": 7}, "markov_w1.weight is [260, 6], expected [260, 7]"),
+        ({"hidden_size": "many"}, "describes no V4 drafter"),
+        ({"dspark_block_size": None}, "which no layout calls itself"),
+    ],
+)
+def test_the_check_finds_keys_that_are_broken(folder: Path, changes: Any, fault: str) -> None:
+    edit(folder, **changes)
+    assert any(fault in text for text in check_export(folder).faults)
+
+
 # ------------------------------------------------------------------------------- around the layout
 
 
@@ -539,7 +598,7 @@ def test_a_training_begins_with_one(exported: Path, target: Target, tmp_path: Pa
 
 def test_the_card_tells_of_it(target: Target, drafter: DSparkV4Drafter) -> None:
     run = as_dict(RunConfig(recipe="r", target=TargetConfig(path="x")))
-    run["data"]["path"] = ["owner/prompts"]
+    run["data"]["path"], run["training"]["anchors_per_sample"] = ["owner/prompts"], 32
     config = deepseek_v4_config(drafter.config, target, "serving", 32)
     traits = LAYOUTS["deepseek_v4"].traits(config, headers_of(deepseek_v4_tensors(drafter)))
     card = model_card("mine", drafter.config, config, traits, run, 7, None)
