@@ -150,7 +150,7 @@ def _scale_doubts(traits: Traits, target: TargetEnds) -> Iterator[str]:
         if scale != 1 and not inside:
             yield (
                 f"{target.name} scales its {what} by {scale:g}, and drafters are trained with the "
-                "scaled one: does the engine scale what it shares? If not, use the full profile"
+                "scaled one, which is not inside: does the engine scale what it shares?"
             )
 
 

@@ -280,7 +280,7 @@ def _shape(file: Path, config: dict[str, Any], stages: int) -> DSparkV4Config:
             num_layers=stages,
             confidence_detached=config.get("deepspec", {}).get("confidence_detached", False),
         )
-    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{file} describes no V4 drafter: {error}") from None
 
 

@@ -259,7 +259,7 @@ class Export:
 def weights_to_fetch(folder: Path) -> list[str]:
     """Patterns of the files that hold a drafter, of which `folder` has all but the weights yet."""
     files = None
-    if layout_of(read_config(folder)) == "deepseek_v4":
+    if is_export(folder) and layout_of(read_config(folder)) == "deepseek_v4":
         files = deepseek_v4.drafter_files(folder)
     return ["*.safetensors"] if files is None else sorted(files)
 

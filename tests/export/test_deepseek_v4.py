@@ -555,6 +555,7 @@ def test_the_check_finds_tensors_that_are_broken(folder: Path, change: Any, faul
         ({"dspark_noise_token_id": 260}, "dspark_noise_token_id 260 is none of 260 tokens"),
         ({"dspark_markov_rank": 7}, "markov_w1.weight is [260, 6], expected [260, 7]"),
         ({"hidden_size": "many"}, "describes no V4 drafter"),
+        ({"layer_types": [8]}, "describes no V4 drafter"),
         ({"dspark_block_size": None}, "which no layout calls itself"),
     ],
 )
