@@ -189,10 +189,8 @@ def write_calibration_report(
         drawn.append((fit, outcome(fit), table_of(fit), error, reliability))
     context = {
         "about": about,
-        "calibration": calibration,
         "fits": drawn,
         "definitions": DEFINITIONS,
-        "halves": (FIT, HELD_OUT),
     }
     for form in ("md", "html"):
         render(folder / f"calibration.{form}", context)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deepspec.atomic import atomic_folder, sha256
 from deepspec.errors import CheckpointError
+from deepspec.scheduling.calibration_file import NAME as CALIBRATION
 
 WEIGHTS, INDEX, CONFIG, CARD = (
     "model.safetensors",
@@ -78,7 +79,7 @@ def _require_free(out: Path) -> None:
     if not out.exists():
         return
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
-    foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD)]
+    foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD, CALIBRATION)]
     if foreign or (found and not _is_ours(out)):
         raise CheckpointError(
             f"{out} is not just an earlier export (it holds {', '.join((foreign or found)[:3])}) "

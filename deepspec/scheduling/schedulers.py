@@ -26,7 +26,7 @@ Policy = Callable[[Floats, Ints], Ints]
 
 
 class FixedLength:
-    """The same length for every row, whatever the confidences."""
+    """The same length for every row; it looks at no survival."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -121,8 +121,8 @@ def open_schedule(
         case "none":
             return None
         case "fixed":
-            length = int(config.verify_length or 0)
-            return lambda proposal, limits: [min(length, limit) for limit in limits]
+            fixed, nothing = FixedLength(int(config.verify_length or 0)), np.empty((0, 0))
+            return lambda proposal, limits: fixed(nothing, np.asarray(limits)).tolist()
         case "threshold":
             return ConfidenceSchedule(Threshold(config.threshold), scaling)
     table = read_throughput(str(config.throughput))

@@ -4,6 +4,7 @@
         drafter.safetensors     parameters, fp32, names of the flat layout; a draft vocabulary's d2t
         optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>
         checkpoint.json         format, step, shape, target identity, config, sha256 of the files
+        calibration.json        where deepspec calibrate was run; see scheduling.calibration_file
 
 Written beside, synced, renamed: a half-written one never has a name that is looked at. Only
 safetensors and JSON are read; no pickle.

@@ -92,14 +92,16 @@ def expected_lengths(traces: list[dict], scaling: Scaling | None, least: float) 
     return lengths
 
 
-@pytest.mark.parametrize("method", ["sts", "platt"])
+@pytest.mark.parametrize(("method", "raw"), [("sts", True), ("platt", False)])
 def test_fitted_saved_and_used(
     run: Path,
     held_out: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     method: str,
+    raw: bool,
 ) -> None:
+    """`raw`: whether to decode by raw confidences too."""
     calibrate(f"run={run}", held_out, tmp_path / "report", f"method={method}")
     said = capsys.readouterr().out
     assert "Decoding at temperature 1: on held-out prompts the calibration error" in said
@@ -126,7 +128,7 @@ def test_fitted_saved_and_used(
     least = 0.3
     used = [f"decoding.threshold={least}", "decoding.scheduler=threshold", "evaluation.seeds=[1]"]
     ways = ["evaluation.temperatures=[0,1]", *used]
-    for changes, through in (([], calibration), (["decoding.calibration=none"], None)):
+    for changes, through in (([], calibration), (["decoding.calibration=none"], None))[: 1 + raw]:
         traces = evaluate(f"run={run}", held_out, tmp_path / "ev", *ways, *changes)
         for temperature in (0.0, 1.0):
             own = [trace for trace in traces if trace["temperature"] == temperature]
@@ -207,11 +209,15 @@ def test_an_export_is_calibrated_unchecked(
     threshold = ["decoding.scheduler=threshold", "evaluation.temperatures=[0]"]
     evaluate(place, held_out, run / "ev", *changes, *threshold)
     assert "no calibration.json" not in capsys.readouterr().err
+    main(["export", f"checkpoint={run}", f"out={run / 'export'}"])  # replaced: other weights
+    assert not (run / "export" / NAME).exists()
 
 
 def test_calibration_that_does_not_fit(run: Path, held_out: Path, refused: Refused) -> None:
     one = ["evaluation.temperatures=[0]", "evaluation.baseline_prompts=0"]
     calibrate(f"run={run}", held_out, run / "report", *one)
+    alone = ["calibrate", f"run={run}", f"prompts=[{held_out}]", "evaluation.limit=1", *one]
+    assert "no draft was verified on the held_out half of the prompts" in refused(*alone)
     threshold = ["evaluate", f"run={run}", "decoding.scheduler=threshold"]
     message = refused(*threshold, "evaluation.temperatures=[1]")
     assert "no fit for decoding at temperature 1 (top_p 1, top_k 0), only for 0 (1, 0)" in message
