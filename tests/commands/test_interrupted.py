@@ -56,7 +56,10 @@ def test_killed_at_any_moment_ends_with_the_same_weights(
     assert not list((out / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_signals_save_and_exit(recipe: Path, tmp_path: Path, number: int, code: int) -> None:
     process = start(recipe, tmp_path)
     wait_for_step(tmp_path, 2, process)
