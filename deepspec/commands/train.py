@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deepspec.config.schema import RunConfig
+    from deepspec.targets import TargetEnds
+    from deepspec.training.checkpoint import Checkpoint
     from deepspec.training.run_folder import RunFolder
 
 SETTINGS = "recipe=R and overrides of the config, such as training.epochs=3"
@@ -46,16 +48,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
 def _train(config: RunConfig, folder: RunFolder) -> None:
     from functools import partial
 
-    from rich.console import Console
-
     from deepspec.commands import stages
-    from deepspec.commands.sources import from_checkpoint
     from deepspec.decoding import require_rollback
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
-    from deepspec.evaluation.report import results_table
-    from deepspec.export import layouts_for
-    from deepspec.targets import Target
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
     from deepspec.training.tracking import check_trackers
@@ -96,8 +92,20 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         engine.close()
         raise
     engine.close()
-    if not engine.is_main:  # the rest is for one
-        return
+    if engine.is_main:  # the rest is for one
+        _finish(config, folder, target, best)
+
+
+def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Checkpoint) -> None:
+    """Evaluate and export the drafter, and say where everything is."""
+    from rich.console import Console
+
+    from deepspec.commands import stages
+    from deepspec.commands.sources import from_checkpoint
+    from deepspec.evaluation.report import results_table
+    from deepspec.export import layouts_for
+    from deepspec.targets import Target
+
     drafted = from_checkpoint(best)
     report = None
     if config.evaluation.enabled:

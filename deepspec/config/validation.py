@@ -170,6 +170,38 @@ def _cross(config: RunConfig) -> None:
             f"engine.offload={config.engine.offload} needs DeepSpeed; set engine=zero1, zero2 or "
             "zero3"
         )
+    _cross_features(config)
+    if config.training.micro_batch_size > config.training.batch_size:
+        raise ConfigError(
+            f"training.micro_batch_size={config.training.micro_batch_size} exceeds "
+            f"training.batch_size={config.training.batch_size}; lower it"
+        )
+    if config.training.min_learning_rate > config.training.learning_rate:
+        raise ConfigError(
+            f"training.min_learning_rate={config.training.min_learning_rate} exceeds "
+            f"training.learning_rate={config.training.learning_rate}; lower it"
+        )
+    if config.decoding.scheduler == "fixed" and config.decoding.verify_length is None:
+        raise ConfigError(
+            "decoding.scheduler=fixed needs decoding.verify_length=N, the drafts to verify a round"
+        )
+    if config.decoding.scheduler in ("algorithm1", "async") and config.decoding.throughput is None:
+        raise ConfigError(
+            f"decoding.scheduler={config.decoding.scheduler} needs decoding.throughput=FILE, the "
+            "steps a second by tokens verified: a table of deepspec profile, or your own as .csv"
+        )
+    if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
+        raise ConfigError(
+            f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
+            f"{' and '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
+        )
+    if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
+        raise ConfigError(
+            "objective.ce_weight and objective.l1_weight are both 0: nothing would teach the drafts"
+        )
+
+
+def _cross_features(config: RunConfig) -> None:
     if config.features.source == "stored" and config.features.path is None:
         raise ConfigError(
             "features.source=stored needs features.path=DIR, a store made by deepspec extract"
@@ -199,34 +231,6 @@ def _cross(config: RunConfig) -> None:
             "features.source=remote has no target here to answer the prompts: make the answers "
             "first (deepspec regenerate) and set data.path=[FILE] regenerate.enabled=false, or set "
             "regenerate.server"
-        )
-    if config.training.micro_batch_size > config.training.batch_size:
-        raise ConfigError(
-            f"training.micro_batch_size={config.training.micro_batch_size} exceeds "
-            f"training.batch_size={config.training.batch_size}; lower it"
-        )
-    if config.training.min_learning_rate > config.training.learning_rate:
-        raise ConfigError(
-            f"training.min_learning_rate={config.training.min_learning_rate} exceeds "
-            f"training.learning_rate={config.training.learning_rate}; lower it"
-        )
-    if config.decoding.scheduler == "fixed" and config.decoding.verify_length is None:
-        raise ConfigError(
-            "decoding.scheduler=fixed needs decoding.verify_length=N, the drafts to verify a round"
-        )
-    if config.decoding.scheduler in ("algorithm1", "async") and config.decoding.throughput is None:
-        raise ConfigError(
-            f"decoding.scheduler={config.decoding.scheduler} needs decoding.throughput=FILE, the "
-            "steps a second by tokens verified: a table of deepspec profile, or your own as .csv"
-        )
-    if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
-        raise ConfigError(
-            f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
-            f"{' and '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
-        )
-    if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
-        raise ConfigError(
-            "objective.ce_weight and objective.l1_weight are both 0: nothing would teach the drafts"
         )
 
 
