@@ -27,14 +27,13 @@ from transformers import DeepseekV4Config
 from transformers.utils import cached_file
 
 from deepspec import __version__
-from deepspec.atomic import sha256
 from deepspec.config.schema import TargetConfig
 from deepspec.drafters.dspark_v4 import DSparkV4Config, DSparkV4Drafter, shape_for
 from deepspec.drafters.dspark_v4.experts import GROUP
 from deepspec.errors import CheckpointError, ConfigError, TargetError
 from deepspec.export.block_scales import dequantised
 from deepspec.export.engines import Traits
-from deepspec.export.files import CONFIG, WEIGHTS, Headers, weight_map
+from deepspec.export.files import CONFIG, Headers, check_hash, weight_map
 from deepspec.export.inspection import layer_faults
 from deepspec.export.names import public_name
 from deepspec.targets import TargetEnds
@@ -165,12 +164,7 @@ def load_deepseek_v4(folder: Path, target: TargetEnds | None = None) -> DSparkV4
     shape = _shape(folder / CONFIG, config, tensors.stages)
     if target is not None:
         _check_target(folder, config, shape, target)
-    recorded = config.get("deepspec", {}).get("sha256")
-    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is corrupt or incomplete: its sha256 is not the one in {CONFIG}; "
-            "copy it again or export again"
-        )
+    check_hash(folder, config)
     with torch.device("meta"):
         drafter = DSparkV4Drafter(shape)
     expected = drafter.state_dict()

@@ -1,7 +1,8 @@
 """An export's folder, whatever its layout: written whole or not at all, read with suspicion.
 
     out/
-        model.safetensors   weights; those of others may be cut into several files with an index
+        model.safetensors   weights; above 5 GB, in files of that size with an index, as
+                            Transformers cuts them
         config.json
         README.md           the model card
 
@@ -12,10 +13,12 @@ config.json.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +33,9 @@ WEIGHTS, INDEX, CONFIG, CARD = (
     "config.json",
     "README.md",
 )
+SHARD_BYTES = 5 * 10**9  # what the hub's libraries cut at
+_NAMES = "|".join(re.escape(name) for name in (WEIGHTS, INDEX, CONFIG, CARD, CALIBRATION))
+OWN_FILES = re.compile(rf"{_NAMES}|model-\d+-of-\d+\.safetensors")
 
 
 class TensorInfo(NamedTuple):
@@ -43,16 +49,15 @@ Headers = dict[str, TensorInfo]
 
 
 def write_folder(out: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str) -> None:
-    """Write or replace the export `out`; the hash of the weights is recorded in `config`.
+    """Write or replace the export `out`; the hash of each file of weights is put into `config`.
 
     Raises CheckpointError when `out` holds anything but an export of ours, or cannot be written.
     """
     _require_free(out)
     try:
         with atomic_folder(out) as folder:
-            weights = folder / WEIGHTS
-            save_file(tensors, weights, metadata={"format": "pt"})
-            config["deepspec"]["sha256"] = sha256(weights)
+            files = _write_weights(folder, tensors)
+            config["deepspec"]["sha256"] = {file.name: sha256(file) for file in files}
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -60,6 +65,18 @@ def write_folder(out: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
             f"could not write the export {out}: {error}; free disk space or export to another "
             "folder. What was there is untouched"
         ) from error
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> list[Path]:
+    """The files, sorted; an index beside them where there are several."""
+    parts = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    for file, names in parts.filename_to_tensors.items():
+        part = {name: tensors[name] for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if parts.is_sharded:
+        index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sorted(folder / file for file in parts.filename_to_tensors)
 
 
 def as_saved(tensor: Tensor) -> Tensor:
@@ -79,7 +96,7 @@ def _require_free(out: Path) -> None:
     if not out.exists():
         return
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
-    foreign = [name for name in found if name not in (WEIGHTS, CONFIG, CARD, CALIBRATION)]
+    foreign = [name for name in found if not OWN_FILES.fullmatch(name)]
     if foreign or (found and not _is_ours(out)):
         raise CheckpointError(
             f"{out} is not just an earlier export (it holds {', '.join((foreign or found)[:3])}) "
@@ -128,9 +145,11 @@ def read_headers(folder: Path) -> Headers:
 
 def check_hash(folder: Path, config: dict[str, Any]) -> None:
     """Raises CheckpointError where the weights are not those that the export recorded."""
-    recorded, file = deepspec_of(config).get("sha256"), folder / WEIGHTS
-    if recorded is not None and file.is_file() and sha256(file) != recorded:
-        raise _broken(file, f"its sha256 is not the one in {CONFIG}")
+    recorded = deepspec_of(config).get("sha256")
+    for name, digest in recorded.items() if isinstance(recorded, dict) else ():
+        file = folder / Path(str(name)).name
+        if file.is_file() and sha256(file) != digest:
+            raise _broken(file, f"its sha256 is not the one in {CONFIG}")
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

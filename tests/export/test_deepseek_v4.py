@@ -34,7 +34,7 @@ from deepspec.config.schema import RunConfig, TargetConfig, as_dict
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.dspark_v4 import DSparkV4Drafter
 from deepspec.errors import CheckpointError
-from deepspec.export import LAYOUTS, is_export, model_card, write_export
+from deepspec.export import LAYOUTS, files, is_export, model_card, write_export
 from deepspec.export.block_scales import dequantised
 from deepspec.export.deepseek_v4 import (
     deepseek_v4_config,
@@ -442,6 +442,21 @@ def test_tensors_that_do_not_fit(folder: Path, change: Any, expected: str) -> No
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=expected):
         load_deepseek_v4(folder)
+
+
+def test_weights_in_several_files(
+    target: Target, drafter: DSparkV4Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_deepseek_v4(export(drafter, target, tmp_path / "whole"), target)
+    monkeypatch.setattr(files, "SHARD_BYTES", 50_000)
+    folder = export(drafter, target, tmp_path / "out")
+    parts = sorted(folder.glob("*.safetensors"))
+    assert len(parts) > 2
+    loaded = load_deepseek_v4(folder, target).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.state_dict().items())
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{parts[1].name} is corrupt"):
+        load_deepseek_v4(folder, target)
 
 
 def test_files_that_are_damaged(folder: Path) -> None:

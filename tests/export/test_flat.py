@@ -25,7 +25,7 @@ from deepspec.checks.export import check_export
 from deepspec.config.schema import TargetConfig
 from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export import is_export, open_export, write_export
+from deepspec.export import files, is_export, open_export, write_export
 from deepspec.export.flat import flat_config
 from deepspec.targets import Target, load_target
 from tests.conftest import make_model, make_tokenizer
@@ -319,6 +319,38 @@ def test_a_checkpoint_of_the_public_implementation_loads(target: Target, tmp_pat
     edit(folder, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     assert open_export(folder).shape.rope_parameters == rope
+
+
+# ---------------------------------------------------------------------------------- several files
+
+
+def test_large_weights_are_cut_into_files(
+    target: Target, drafter: DSparkDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformers cuts them; all are checked, and none stays when the next export is small."""
+    whole = load_file(export(drafter, target, tmp_path / "whole", "full") / "model.safetensors")
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)
+    out = export(drafter, target, tmp_path / "out", "full")
+    parts = sorted(out.glob("*.safetensors"))
+    assert len(parts) > 2
+    assert all(file.stat().st_size < 30_000 for file in parts)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    read = {name: load_file(out / file)[name] for name, file in index.items()}
+    assert read.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in read.items())
+    assert_same_numbers(load_flat(out, target), in_bf16(drafter), target)
+    assert not check_export(out).faults
+
+    raw = bytearray(parts[1].read_bytes())
+    raw[-1] ^= 1
+    parts[1].write_bytes(raw)
+    with pytest.raises(CheckpointError, match=rf"{parts[1].name} is corrupt.*its sha256"):
+        load_flat(out, target)
+
+    monkeypatch.undo()
+    export(drafter, target, out, "full")
+    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert_same_numbers(load_flat(out, target), in_bf16(drafter), target)
 
 
 # -------------------------------------------------------------------------------------- refusals
