@@ -254,7 +254,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def test_a_short_storm(recipe: Path, quiet: Path, tmp_path: Path, stack: ExitStack) -> None:
-    storm(["rank", "server"], 80, recipe, quiet, tmp_path, stack)
+    storm(["rank", "server"], 45, recipe, quiet, tmp_path, stack)
 
 
 @pytest.mark.slow

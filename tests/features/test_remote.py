@@ -105,6 +105,7 @@ def weights(trainer: Trainer, steps: int, after: dict[int, Callable[[], None]]) 
     return [parameter.detach().clone() for parameter in trainer.distillation.parameters()]
 
 
+@pytest.mark.slow  # the short storm kills one too
 def test_a_killed_server_loses_nothing(
     start_servers: StartServers, make_trainer: MakeTrainer, target: Target
 ) -> None:

@@ -334,6 +334,7 @@ def serving(writer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         process.wait()
 
 
+@pytest.mark.slow  # half a minute until it serves
 def test_transformers_serve_gives_the_answers_of_the_process(
     serving: str, writer_folder: Path, writer: Target, tmp_path: Path
 ) -> None:
