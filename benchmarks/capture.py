@@ -18,7 +18,6 @@ ahead of them (features.overlap), in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -205,10 +204,7 @@ def training(config: RunConfig, target: Target, options: argparse.Namespace) -> 
     table = Table("training step", "ms", "quartiles", "waits for features", "loss")
     for overlap, steps in rows.items():
         low, middle, high = (1000 * x for x in quantiles([s["seconds"] for s in steps], n=4))
-        wait, loss = (
-            median(s["feature_wait"] for s in steps),
-            json.dumps(round(steps[-1]["loss"], 6)),
-        )
+        wait, loss = median(s["feature_wait"] for s in steps), f"{steps[-1]['loss']:.6f}"
         name = "ahead, in a thread" if overlap else "between the drafter's steps"
         table.add_row(name, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", f"{wait:.0%}", loss)
     return table

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -130,8 +131,8 @@ def turn(
         forget(file)
         store = Store.open(place / dtype, verify)
         checked = ", checked" if verify else ""
-        timed(f"store: read decoded, cold{checked}", lambda: read(store, shard.samples))
-    timed("store: read decoded, cached", lambda: read(store, shard.samples))
+        timed(f"store: read decoded, cold{checked}", partial(read, store, shard.samples))
+    timed("store: read decoded, cached", partial(read, store, shard.samples))
     plain.unlink()
     shutil.rmtree(place / dtype)
 

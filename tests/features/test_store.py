@@ -22,7 +22,7 @@ from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Over
 from deepspec.features.store import Store
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target, load_ends, load_target
-from tests.trainers import MakeTrainer, make_samples
+from tests.trainers import MakeTrainer, build_trainer, make_samples
 
 SMALL = ExtractConfig(shard_mib=0.05, batch_tokens=64)
 SAMPLES = [*make_samples(13), *make_samples(4, seed=1)]
@@ -233,6 +233,28 @@ def test_a_target_that_computes_ahead_gives_the_same_numbers(
     source = Overlapped(target)
     assert losses(make_trainer, "ahead", source) == losses(make_trainer, "between")
     source.close()
+
+
+def test_of_the_target_only_embedding_and_head_are_needed(
+    target: Target, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Training on a store goes on where no decoder layer is left on the disk."""
+    store, folder = build(target, tmp_path / "store"), tmp_path / "target"
+    target.model.save_pretrained(folder, max_shard_size="40KB")
+    target.tokenizer.save_pretrained(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = index.pop("model.embed_tokens.weight")  # the head is tied to it
+    gone = set(index.values()) - {kept}
+    assert len(gone) > 2
+    for name in gone:
+        (folder / name).unlink()
+
+    ends = load_ends(TargetConfig(path=str(folder), dtype="float32", num_layer_ids=3), "cpu")
+    ends.adopt(store.header.identity, "the store")
+    trainer = build_trainer(ends, tmp_path / "run", source=Ahead(store.read, 2))
+    found = [trainer.train_step()["loss"] for _ in range(9)]
+    trainer.folder.__exit__(None, None, None)
+    assert found == pytest.approx(losses(make_trainer, "online"), rel=1e-5)
 
 
 class Watched(Online):
