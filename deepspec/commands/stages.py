@@ -31,7 +31,7 @@ from deepspec.export import layouts_for, model_card, require_layout, write_expor
 from deepspec.export.engines import Traits
 from deepspec.features.extract import check_room, extract, header_of, plan_shards
 from deepspec.features.remote import RemoteTarget
-from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online
+from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
 from deepspec.machine import describe_machine
 from deepspec.processes import rank, world_size
@@ -120,12 +120,10 @@ def check_split(config: RunConfig) -> None:
 
 def quiet_libraries() -> None:
     """Progress is shown once, by us."""
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def make_answers(
@@ -263,7 +261,7 @@ def feature_source(
         engine.wait()
         store = Store.create(path, header, wanted.verify)
         return Hybrid(target, store, f"hybrid-{engine.rank}", int(config.extract.shard_mib * 2**20))
-    return Online(target)
+    return Overlapped(target) if wanted.overlap else Online(target)
 
 
 def train_drafter(

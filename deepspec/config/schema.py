@@ -116,6 +116,7 @@ class FeaturesConfig:
     path: str | None = None
     servers: list[str] = field(default_factory=list)
     prefetch: int = 8
+    overlap: bool = False
     verify: bool = True
     timeout: float = 120.0
     patience: float = 600.0

@@ -206,6 +206,17 @@ def _cross_features(config: RunConfig) -> None:
         raise ConfigError(
             "features.source=stored needs features.path=DIR, a store made by deepspec extract"
         )
+    if config.features.overlap and config.features.source != "online":
+        raise ConfigError(
+            f"features.overlap=true is for features=online, not {config.features.source}, which "
+            "reads ahead by itself (stored, remote) or does not (hybrid); set it to false"
+        )
+    if config.features.overlap and config.target.parallel in ("tensor", "zero3"):
+        raise ConfigError(
+            f"features.overlap=true: the forwards of target.parallel={config.target.parallel} are "
+            "for all processes in one order, which a thread beside the training does not keep; set "
+            "it to false, or target.parallel=replicated"
+        )
     if config.features.source == "remote" and not config.features.servers:
         raise ConfigError(
             "features.source=remote needs features.servers=[http://host:port, ...], servers "

@@ -172,8 +172,9 @@ def local_files(path: str) -> list[Path] | None:
 
 
 def _hub_rows(name: str, config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()  # progress is shown once, by us
     try:
         rows = load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
     except Exception as error:  # the hub client raises many unrelated kinds

@@ -176,8 +176,9 @@ def _hub_prompts(name: str, limit: int | None) -> list[Conversation]:
 
 
 def _hub_rows(benchmark: Benchmark) -> Iterable[Any]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     if benchmark.files:
         files = [f"hf://datasets/{benchmark.hub}/{file}" for file in benchmark.files]
         return load_dataset("json", data_files=files, split=benchmark.split, streaming=True)

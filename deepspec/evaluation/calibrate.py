@@ -17,7 +17,6 @@ from rich.table import Table as RichTable
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Proposer
 from deepspec.errors import ConfigError, DataError
-from deepspec.evaluation import figures
 from deepspec.evaluation.evaluate import Evaluation, evaluate
 from deepspec.evaluation.report import Table, render
 from deepspec.records import DecodeTrace
@@ -178,6 +177,8 @@ def write_calibration_report(
     calibration: Calibration, about: dict[str, Any], evaluation: Evaluation, folder: Path
 ) -> None:
     """Write calibration.json, .md, .html and traces.jsonl into `folder`."""
+    from deepspec.evaluation import figures  # and with them matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
     calibration.save(folder)
     evaluation.save_traces(folder / "traces.jsonl")

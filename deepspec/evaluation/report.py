@@ -19,7 +19,6 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from deepspec.evaluation import figures
 from deepspec.evaluation.results import Baseline, Report, mean_over_seeds
 
 NONE = "–"
@@ -274,6 +273,8 @@ def results_table(report: Report) -> RichTable:
 
 
 def _context(report: Report) -> dict[str, Any]:
+    from deepspec.evaluation import figures  # and with them matplotlib: a training starts without
+
     drawn = {
         "accepted": figures.accepted_length_figure(report),
         "conditional": figures.conditional_acceptance_figure(report),

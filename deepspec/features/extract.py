@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from deepspec.errors import DataError
 from deepspec.features.encoding import encode, resolve_dtype
 from deepspec.features.store import Store, StoreHeader, digest_all, free_bytes
 from deepspec.progress import Progress
-from deepspec.records import Sample, TargetFeatures
+from deepspec.records import Sample
 from deepspec.targets import Target
 
 GIB = 2**30
@@ -94,18 +95,24 @@ def check_room(path: Path, header: StoreHeader, tokens: int, config: ExtractConf
 
 
 def extract(target: Target, shards: Sequence[Shard], store: Store, config: ExtractConfig) -> None:
-    """Make `shards`, with progress."""
+    """Make `shards`, with progress; one is written while the next is computed."""
     total = sum(shard.tokens for shard in shards)
-    with Progress("extract", total, "tokens") as progress:
+    written: Future[None] | None = None
+    with Progress("extract", total, "tokens") as progress, ThreadPoolExecutor(1) as writer:
         for shard in shards:
             encoded = []
-            for part, features in _forwards(target, shard.samples, config.batch_tokens):
+            for part in batches(shard.samples, config.batch_tokens):
+                features = target.features(part)
                 encoded.append(encode(features, store.header.dtype, len(target.layer_ids)))
                 progress.advance(sum(len(sample) for sample in part))
             packed = {
                 name: torch.cat([tensors[name].cpu() for tensors in encoded]) for name in encoded[0]
             }
-            store.write(shard.name, _by_length(shard.samples), packed)
+            if written is not None:
+                written.result()  # no more than one waits; raises what went wrong
+            written = writer.submit(store.write, shard.name, _by_length(shard.samples), packed)
+        if written is not None:
+            written.result()
 
 
 def _by_length(samples: Sequence[Sample]) -> list[Sample]:
@@ -113,15 +120,14 @@ def _by_length(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: (-len(sample), sample.sample_id))
 
 
-def _forwards(
-    target: Target, samples: Sequence[Sample], batch_tokens: int
-) -> Iterator[tuple[list[Sample], TargetFeatures]]:
+def batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
+    """All `samples` by length, in forwards of at most `batch_tokens`, padding counted."""
     part: list[Sample] = []
     for sample in _by_length(samples):
         longest = len(part[0]) if part else len(sample)
         if part and longest * (len(part) + 1) > batch_tokens:
-            yield part, target.features(part)
+            yield part
             part = []
         part.append(sample)
     if part:
-        yield part, target.features(part)
+        yield part

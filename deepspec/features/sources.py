@@ -37,7 +37,7 @@ class FeatureSource:
 
 
 class Online(FeatureSource):
-    """The target in the training process."""
+    """The target in the training process, between the drafter's steps."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -61,9 +61,9 @@ class Ahead(FeatureSource):
         self._pending: dict[tuple[str, ...], Future[TargetFeatures]] = {}
 
     def features(self, samples: Sequence[Sample]) -> TargetFeatures:
-        """Those that were read ahead, or read now."""
-        ahead = self._pending.pop(_key(samples), None)
-        return self._read(samples) if ahead is None else ahead.result()
+        """Those that were read ahead; what was not expected waits for its turn."""
+        self.expect(samples)
+        return self._pending.pop(_key(samples)).result()
 
     def expect(self, samples: Sequence[Sample]) -> None:
         """Begin to read."""
@@ -74,6 +74,37 @@ class Ahead(FeatureSource):
         """What was read ahead in vain is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self._close()
+
+
+class Overlapped(Ahead):
+    """The target in the training process, computing ahead in one thread while the drafter learns.
+
+    On a CUDA device its kernels go to a stream of their own and fill what the drafter's leave free.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(self._compute, workers=1)  # one: the target's hooks are shared
+        self._target, self._stream = target, None
+        if target.device.type == "cuda":
+            self._stream = torch.cuda.Stream(target.device)
+            self._stream.wait_stream(torch.cuda.current_stream(target.device))  # its weights
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        """Those that are ready, or as soon as they are."""
+        features = super().features(samples)
+        if self._stream is not None:  # their memory is not taken again before this stream read it
+            reader = torch.cuda.current_stream(self._target.device)
+            features.context.record_stream(reader)
+            features.final.record_stream(reader)
+        return features
+
+    def _compute(self, samples: Sequence[Sample]) -> TargetFeatures:
+        if self._stream is None:
+            return self._target.features(samples)
+        with torch.cuda.stream(self._stream):
+            features = self._target.features(samples)
+        self._stream.synchronize()  # in this thread, where nobody waits for it
+        return features
 
 
 class Hybrid(FeatureSource):

@@ -22,20 +22,20 @@ def target_bytes(job: Job, batch: MicroBatch) -> int:
     captured = len(job.shapes.drafter.target_layer_ids)
     head_dim = common(text, "head_dim") or hidden // text.num_attention_heads
     width = text.num_attention_heads * head_dim
-    # inside a late layer: the captured outputs; the embeddings, the layer's input, the residual and
-    # its norm; and the widest of what a layer computes
+    # inside a late layer: the embeddings, the layer's input, the residual and its norm; and the
+    # widest of what a layer computes
     inner = max(
         3 * (getattr(text, "intermediate_size", None) or 0),  # act(gate), up and their product
         6 * width,  # queries, keys and values before and after they are rotated or repeated
         _experts(job),
     )
-    inside = batch.padded * ((captured + 4) * hidden + inner)
+    inside = batch.padded * (4 * hidden + inner)
     if text._attn_implementation == "eager":  # scores and their softmax
         inside += 2 * text.num_attention_heads * max(batch.contexts) * batch.padded
-    # then the captured outputs are put side by side, and the padding is left out: a copy each time
-    joined = batch.padded * (_width(job) + captured * hidden)
-    packed = (batch.padded + batch.tokens) * _width(job)
-    return max(inside, joined, packed) * job.value
+    # beside it what was captured so far, without padding; in the end the final states, packed too
+    packed = batch.tokens * captured * hidden
+    left = (batch.padded + batch.tokens) * hidden
+    return (packed + max(inside, left)) * job.value
 
 
 def _experts(job: Job) -> int:

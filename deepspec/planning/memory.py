@@ -77,6 +77,8 @@ def memory_of(job: Job, batch: MicroBatch) -> Memory:
 
     always = weights + draft_head(job) + states.weights + states.optimizer
     always += states.staying + runtime
+    if job.config.features.overlap:  # the target computes all the while, and what it did waits
+        always += target_forward + job.config.features.prefetch * features
     forward = always + states.gathered + states.waiting + features
     # as it begins, everything that the forward kept is there
     first = kept.total + max(loss.backward, loss.left + kept.mlp) + states.waiting

@@ -9,7 +9,6 @@ and not scikit-learn.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from deepspec.scheduling.calibration import Rounds, Scaling, logit
 
@@ -19,6 +18,8 @@ STEEPEST = 16.0  # temperatures are kept within 1/16 and 16, as those of the gri
 def fit_platt(rounds: Rounds) -> Scaling:
     """The most likely temperature and shift a position, by the rounds whose earlier drafts survived
     (what c_j speaks of); none where these know of one outcome only."""
+    from sklearn.linear_model import LogisticRegression  # a second, which others need not wait
+
     temperatures, shifts = [], []
     alive = np.ones(len(rounds), dtype=bool)
     for position in range(rounds.confidence.shape[1]):

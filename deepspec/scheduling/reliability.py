@@ -6,7 +6,6 @@ Apart from `calibration`, because decoding needs that one and not scikit-learn.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from deepspec.scheduling.calibration import (
     BINS,
@@ -33,6 +32,8 @@ def measure(rounds: Rounds, scaling: Scaling | None = None) -> tuple[Reliability
 
 
 def _reliability(position: int, predicted: Floats, happened: Bools) -> Reliability:
+    from sklearn.metrics import brier_score_loss, roc_auc_score  # a second, as in `platt`
+
     index = bin_of(predicted)
     counts = np.bincount(index, minlength=BINS)
     sums = [np.bincount(index, values, minlength=BINS) for values in (predicted, happened)]

@@ -1,8 +1,11 @@
-"""Feature capture: raw outputs of chosen decoder layers, by hooks, without [T, V] logits."""
+"""Feature capture: raw outputs of chosen decoder layers, by hooks, without [T, V] logits.
+
+Legend: B rows, Q tokens a row, T real tokens of all rows, L captured layers, D hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +17,8 @@ from deepspec.targets.families import Parts
 
 
 class FeatureCapture:
-    """Hooks on the captured layers that keep their last outputs, as the family makes features of
-    them. Id -1 is the embedding output.
+    """Hooks on the captured layers that hand over their outputs [B, Q, D], as the family makes
+    features of them. Id -1 is the embedding output.
 
     Registered once and left in place: registering a hook a forward costs more than a tiny layer.
     """
@@ -23,40 +26,65 @@ class FeatureCapture:
     def __init__(self, parts: Parts, layer_ids: Sequence[int]) -> None:
         self.layer_ids = tuple(layer_ids)
         self._feature = parts.rules.feature
-        self._outputs: dict[int, Tensor] = {}
-        self._wanted = False
+        self._keep: Callable[[Tensor], None] | None = None
         for layer_id in self.layer_ids:
             if layer_id == -1:
-                parts.layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+                parts.layers[0].register_forward_pre_hook(self._input, with_kwargs=True)
             else:
-                parts.layers[layer_id].register_forward_hook(self._keep_output(layer_id))
+                parts.layers[layer_id].register_forward_hook(self._output)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Outside of it the hooks keep nothing: plain decoding is not slowed, nothing held."""
-        self._wanted = True
+    def into(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
+        """`keep` gets the features of each layer, in the order of the ids, as soon as it has run.
+
+        Outside of it the hooks do nothing: plain decoding is not slowed, nothing held.
+        """
+        self._keep = keep
         try:
             yield
         finally:
-            self._wanted = False
+            self._keep = None
 
-    def take(self) -> Tensor:
-        """[B, T, L*D] of the forward just run, where its first layer is; forgets it."""
-        outputs = [self._outputs[layer_id] for layer_id in self.layer_ids]
-        self._outputs.clear()
-        return torch.cat([output.to(outputs[0].device) for output in outputs], dim=-1)
+    def _input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._keep is not None:
+            self._keep(self._feature(args[0] if args else kwargs["hidden_states"]))
 
-    def _keep_input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._wanted:
-            self._outputs[-1] = self._feature(args[0] if args else kwargs["hidden_states"])
+    def _output(self, _module: Any, _args: Any, output: Any) -> None:
+        if self._keep is not None:
+            self._keep(self._feature(output[0] if isinstance(output, tuple) else output))
 
-    def _keep_output(self, layer_id: int) -> Any:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            if self._wanted:
-                states = output[0] if isinstance(output, tuple) else output
-                self._outputs[layer_id] = self._feature(states)
 
-        return hook
+class Packing:
+    """Takes the real tokens of a forward that is padded on the right, row behind row.
+
+    Each captured layer is written to its place at once: its output is held no longer than without
+    capture, and nothing is put together afterwards.
+    """
+
+    def __init__(self, lengths: Sequence[int], layers: int, device: torch.device) -> None:
+        places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        self._real = places.flatten().nonzero().squeeze(1).to(device)
+        self._layers, self._device = layers, device
+        self._context: Tensor | None = None
+        self._kept = 0
+
+    def keep(self, output: Tensor) -> None:
+        """The next layer's output [B, Q, D]."""
+        own = self.rows(output)
+        if self._context is None:
+            self._context = own.new_empty(len(own), self._layers, own.shape[-1])
+        self._context[:, self._kept] = own
+        self._kept += 1
+
+    def rows(self, output: Tensor) -> Tensor:
+        """[B, Q, D] -> [T, D]."""
+        return output.to(self._device).flatten(0, 1).index_select(0, self._real)
+
+    @property
+    def context(self) -> Tensor:
+        """[T, L*D]."""
+        assert self._context is not None
+        return self._context.flatten(1)
 
 
 def default_layer_ids(num_layers: int, count: int) -> list[int]:

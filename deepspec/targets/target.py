@@ -16,7 +16,7 @@ from torch import Tensor
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets.ends import TargetEnds
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
-from deepspec.targets.features import FeatureCapture
+from deepspec.targets.features import FeatureCapture, Packing
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.identity import Identity, fingerprint_of_model
 
@@ -80,14 +80,10 @@ class Target(TargetEnds):
         ids = torch.zeros(len(samples), max(lengths), dtype=torch.int64)
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = sample.input_ids
-        with self._capture.recording():
+        packing = Packing(lengths, len(self.layer_ids), self.device)
+        with self._capture.into(packing.keep):
             output = self.backbone(ids.to(self.device), use_cache=False)
-            hidden = output.last_hidden_state.to(self.device)
-            context = self._capture.take().to(self.device)
-        return TargetFeatures(
-            context=torch.cat([context[row, :length] for row, length in enumerate(lengths)]),
-            final=torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]),
-        )
+        return TargetFeatures(packing.context, packing.rows(output.last_hidden_state))
 
     @torch.no_grad()
     def forward(
@@ -114,6 +110,8 @@ class Target(TargetEnds):
         if not with_context:
             final = self.backbone(**arguments).last_hidden_state
             return TargetOutput(final.to(self.device), None)
-        with self._capture.recording():
+        outputs: list[Tensor] = []
+        with self._capture.into(outputs.append):
             final = self.backbone(**arguments).last_hidden_state
-            return TargetOutput(final.to(self.device), self._capture.take().to(self.device))
+        context = torch.cat([output.to(self.device) for output in outputs], dim=-1)
+        return TargetOutput(final.to(self.device), context)

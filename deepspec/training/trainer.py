@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,7 +82,9 @@ class Trainer:
         if training.max_steps is not None:
             self.total_steps = min(self.total_steps, training.max_steps)
         self.step = 0
-        self._expected = 0  # the first step that the source has not heard of
+        self._waited = 0.0  # seconds of this step until features were there
+        self._coming = self._order()
+        self._expected = 0  # micro-batches that the source has heard of and not been asked for
         self._signal: int | None = None
         self._last_validation: dict[str, float] = {}
 
@@ -88,12 +92,13 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step: sample anchors, capture features, forward, objective, update."""
-        self._expect()
+        begun, self._waited = time.perf_counter(), 0.0
         micro_batches = [self.blocks_of(samples) for samples in self.micro_batches(self.step)]
         # decision 2: every term is divided by the weight of the whole step, known beforehand
         (denominator,) = self.engine.sum(sum(float(b.weights.sum()) for _, b in micro_batches))
         ratios, loss = Ratios(), 0.0
         for samples, batch in micro_batches:
+            self._expect()
             output, batch = self.loss_of(samples, batch, denominator)
             self._require_finite("loss", float(output.loss.detach()), batch.sample_ids)
             self.engine.backward(output.loss)
@@ -106,6 +111,7 @@ class Trainer:
         self._require_finite("gradient norm", norm, ids)
         self.step += 1
         (loss,) = self.engine.sum(loss)
+        ratios.add("feature_wait", self._waited, time.perf_counter() - begun)
         return {
             "step": self.step,
             "loss": loss,
@@ -150,26 +156,28 @@ class Trainer:
         decay = self.config.objective.decay or float(self.shape.block_size)
         return samples, build_blocks(samples, anchors, self.shape.block_size, decay)
 
-    def _expect(self) -> None:
-        """Tell the source what this and the next steps will ask for, `features.prefetch` ahead."""
-        self._expected = max(self._expected, self.step)
-        ahead = 0
+    def _order(self) -> Iterator[Sequence[Sample]]:
+        """What the source will be asked for, micro-batch after micro-batch to the last step."""
         for step in range(self.step, self.total_steps):
-            micro_batches = self.micro_batches(step)
-            if step >= self._expected:
-                for samples in micro_batches:
-                    self.source.expect(samples or [self._shortest])
-                self._expected = step + 1
-            ahead += len(micro_batches)
-            if ahead >= self.config.features.prefetch:
-                return
+            for samples in self.micro_batches(step):
+                yield samples or [self._shortest]
+
+    def _expect(self) -> None:
+        """Before a micro-batch: tell the source of it and of the `features.prefetch` behind it."""
+        for samples in islice(self._coming, 1 + self.config.features.prefetch - self._expected):
+            self.source.expect(samples)
+            self._expected += 1
+        self._expected -= 1
 
     def loss_of(
         self, samples: Sequence[Sample], batch: BlockBatch, denominator: float
     ) -> tuple[LossOutput, BlockBatch]:
         """Features of the frozen target, the drafter's forward, and the objective."""
         batch = batch.to(self.engine.device)
-        features = self.source.features(samples).to(self.engine.device, non_blocking=True)
+        begun = time.perf_counter()
+        features = self.source.features(samples)
+        self._waited += time.perf_counter() - begun
+        features = features.to(self.engine.device, non_blocking=True)
         fields = self.distillation(features.context, features.final, batch, denominator)
         return LossOutput(*fields), batch
 
@@ -304,4 +312,5 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def _note(metrics: dict[str, float]) -> str:
-    return f"loss {metrics['loss']:.3f}  accept {metrics.get('accept_length', 1.0):.2f}"
+    accept, wait = metrics.get("accept_length", 1.0), metrics["feature_wait"]
+    return f"loss {metrics['loss']:.3f}  accept {accept:.2f}  features {wait:.0%}"

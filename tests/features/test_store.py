@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from deepspec.config.schema import ExtractConfig, TargetConfig
 from deepspec.errors import DataError, TargetError
 from deepspec.features.encoding import decode, encode, token_bytes
 from deepspec.features.extract import check_room, extract, header_of, plan_shards
-from deepspec.features.sources import Ahead, FeatureSource, Hybrid
+from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target, load_ends, load_target
-from tests.trainers import MakeTrainer, make_samples
+from tests.trainers import MakeTrainer, build_trainer, make_samples
 
 SMALL = ExtractConfig(shard_mib=0.05, batch_tokens=64)
 SAMPLES = [*make_samples(13), *make_samples(4, seed=1)]
@@ -224,6 +225,69 @@ def test_training_on_it_is_training_online(
     one = SAMPLES[:1]  # in a batch, bf16 rounds with its padding
     batch_of_one = build(narrow, tmp_path / "one", replace(SMALL, batch_tokens=1))
     assert torch.equal(batch_of_one.read(one).context, narrow.features(one).context)
+
+
+def test_a_target_that_computes_ahead_gives_the_same_numbers(
+    target: Target, make_trainer: MakeTrainer
+) -> None:
+    source = Overlapped(target)
+    assert losses(make_trainer, "ahead", source) == losses(make_trainer, "between")
+    source.close()
+
+
+def test_of_the_target_only_embedding_and_head_are_needed(
+    target: Target, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Training on a store goes on where no decoder layer is left on the disk."""
+    store, folder = build(target, tmp_path / "store"), tmp_path / "target"
+    target.model.save_pretrained(folder, max_shard_size="40KB")
+    target.tokenizer.save_pretrained(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = index.pop("model.embed_tokens.weight")  # the head is tied to it
+    gone = set(index.values()) - {kept}
+    assert len(gone) > 2
+    for name in gone:
+        (folder / name).unlink()
+
+    ends = load_ends(TargetConfig(path=str(folder), dtype="float32", num_layer_ids=3), "cpu")
+    ends.adopt(store.header.identity, "the store")
+    trainer = build_trainer(ends, tmp_path / "run", source=Ahead(store.read, 2))
+    found = [trainer.train_step()["loss"] for _ in range(9)]
+    trainer.folder.__exit__(None, None, None)
+    assert found == pytest.approx(losses(make_trainer, "online"), rel=1e-5)
+
+
+class Watched(Online):
+    """Notes what is expected and asked for; `seconds` is what an answer takes at least."""
+
+    def __init__(self, target: Target, seconds: float) -> None:
+        super().__init__(target)
+        self.seconds = seconds
+        self.expected: list[list[str]] = []
+        self.asked: list[list[str]] = []
+        self.ahead: list[int] = []
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        self.expected.append([sample.sample_id for sample in samples])
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        self.asked.append([sample.sample_id for sample in samples])
+        self.ahead.append(len(self.expected) - len(self.asked))
+        time.sleep(self.seconds)
+        return super().features(samples)
+
+
+def test_a_source_hears_of_prefetch_micro_batches_and_the_wait_for_it_is_measured(
+    target: Target, make_trainer: MakeTrainer
+) -> None:
+    """However many micro-batches make a step, and over the ends of steps and epochs."""
+    source = Watched(target, 0.03)
+    settings = ("training.micro_batch_size=1", "training.epochs=2", "features.prefetch=2")
+    trainer = make_trainer("watched", *settings, source=source)
+    waits = [trainer.train_step()["feature_wait"] for _ in range(trainer.total_steps)]
+    assert source.asked == source.expected
+    assert source.ahead == [2] * 24 + [1, 0]  # 13 samples, twice
+    assert all(0.1 < wait < 1 for wait in waits)
 
 
 def test_hybrid_asks_the_target_once_a_sample(
