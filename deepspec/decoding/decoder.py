@@ -21,7 +21,8 @@ from deepspec.decoding.sampling import RandomRows, Sampling, draw
 from deepspec.decoding.state import require_rollback
 from deepspec.decoding.transfers import download, integers, upload
 from deepspec.decoding.verification import verify
-from deepspec.drafters.base import Draw, Observation, Proposer
+from deepspec.drafters.base import Draw, Observation, Proposer, greedy
+from deepspec.drafters.compiling import Compilable
 from deepspec.records import DecodeTrace, Proposal, Verification
 from deepspec.targets import Target, TargetOutput
 
@@ -32,8 +33,8 @@ can use; must not depend on a token that it admits (that is what keeps it lossle
 
 class Decoder:
     """A frozen target with a proposer. Greedy output equals plain decoding token by token;
-    sampled output has the target's distribution. `compiled`: the target's forward over a block is,
-    at one width (what a schedule leaves out is computed too)."""
+    sampled output has the target's distribution. `compiled`: the forwards of a round are; the
+    target's at one width, so that what a schedule leaves out is computed too."""
 
     def __init__(
         self,
@@ -51,6 +52,8 @@ class Decoder:
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
         self._fixed = proposer.block_size + 1 if compiled else None
+        if compiled and isinstance(proposer, Compilable):
+            proposer.compile()
 
     @torch.inference_mode()
     def generate(
@@ -219,12 +222,12 @@ class Decoder:
 
 def _draw_by(sampling: Sampling, uniforms: Tensor | None) -> Draw:
     """The drafter's sampling rule: the target's own, on the row's own random numbers."""
+    if uniforms is None:
+        return greedy
     slot = 0
 
-    def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal slot
-        if uniforms is None:
-            return logits.argmax(-1), None
         probabilities = sampling.probabilities(logits)
         tokens = draw(probabilities, uniforms[:, slot])
         slot += 1

@@ -7,7 +7,6 @@ next forward begins earlier and overwrites. Legend: B rows, Q new tokens, C keys
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from deepspec.decoding.packing import Packing, can_pack, own_attention
 from deepspec.drafters.cache import RowKV
+from deepspec.drafters.compiling import compiled
 from deepspec.targets import Target, TargetOutput, attention_kinds
 
 
@@ -81,7 +81,7 @@ class RowState:
         self._cache.begin_fixed(positions, end - width + self._fixed)
         ours = self._can_pack and self._target.device.type == "cpu"
         with own_attention(self._target.config, None) if ours else nullcontext():
-            final, context = compiled_forward()(
+            final, context = compiled(_forward)(
                 self._target, tokens, positions, self._cache, self._masks, with_context
             )
         return TargetOutput(final[:, :width], None if context is None else context[:, :width])
@@ -93,13 +93,6 @@ class RowState:
         """See `TargetState.select`."""
         self._cache.select(torch.tensor(rows, device=self._target.device))
 
-
-
-@functools.cache
-def compiled_forward() -> Any:
-    """`_forward`, compiled; as CUDA graphs on CUDA."""
-    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    return torch.compile(_forward, mode=mode)
 
 
 def _forward(
