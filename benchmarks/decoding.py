@@ -1,34 +1,47 @@
-"""Tokens a second at batch 1, temperature 0: the verifying decoder against two cached baselines.
+"""Tokens a second, greedy: the verifying decoder against plain decoding and against Transformers.
 
-    python benchmarks/decoding.py runs/tiny
-    python benchmarks/decoding.py runs/tiny --prompts 10 --repeats 5 --threads 1
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py runs/tiny
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py runs/tiny --batches 16 --verify 2,3,5 --compile
 
-The baselines are `plain_decode` (same cache and sampling, no drafter) and `generate` of
-transformers. All three decode the first prompts of each of the run's benchmarks, prefill included,
-in one process, by turns: a prompt goes through all three before the next one, in an order that
-changes with every prompt and repeat, so a machine that slows down slows all of them. Ratios are
-taken within a repeat, over plain_decode. `--clock cpu` counts the processor time of this process
-instead of wall time, which other processes disturb less; use it with one thread only.
+For each batch size a table of
+
+- `plain`: `plain_decode`, one token a forward on our cache, without a drafter;
+- `transformers`: its `generate` with a cache, padded on the left where there are several prompts;
+- `prompt lookup` and `assistant`: its own assisted generation, which takes one prompt at a time.
+  The assistant is made of the target's own first layers, its norm and its head (`--layers`);
+- `verifying N`: our decoder with the run's drafter, N drafts of a block verified a round.
+
+All decode the first prompts of each of the run's benchmarks, prefill included, in one process and
+by turns: a group of prompts goes through all of them before the next one, in an order that changes
+with every group and repeat, so a machine that slows down slows all. Speeds are by wall and by
+processor time of this process, which other processes disturb less (with one thread only); ratios
+are of processor time (`--clock wall`: of wall time), taken within a repeat. "same": outputs that
+equal those of `plain`, token by token.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from deepspec.commands.sources import open_source
 from deepspec.commands.stages import open_target
 from deepspec.config.schema import RunConfig
 from deepspec.data.chat_template import ChatEncoder
-from deepspec.decoding import Decoder, Sampling, plain_decode
+from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
+from deepspec.drafters.base import Proposer
 from deepspec.drafters.registry import drafter_kind
 from deepspec.evaluation.benchmarks import load_prompts
 from deepspec.evaluation.metrics import accepted_length
@@ -37,61 +50,186 @@ from deepspec.records import DecodeTrace
 from deepspec.targets import Target
 
 GREEDY = Sampling(0.0)
-PLAIN = "plain_decode"
-WARM_UP_TOKENS = 16  # first calls allocate buffers and choose kernels
+PLAIN, THEIRS = "plain", "transformers"
+WARM_UP_TOKENS = 24  # first calls allocate buffers, choose kernels and compile
 
 
-@dataclass(frozen=True)
-class Output:
-    """New tokens of one prompt, and the rounds they took (none without a drafter)."""
+@dataclass
+class Measured:
+    """One decoder in one repeat: outputs by prompt, rounds of whole batches (none without a
+    drafter), wall and processor seconds."""
 
-    tokens: tuple[int, ...]
-    traces: list[DecodeTrace]
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    traces: list[DecodeTrace] = field(default_factory=list)
+    rounds: int = 0
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """New tokens."""
+        return sum(len(output) for output in self.outputs)
+
+    def speed(self, clock: str) -> float:
+        """Tokens a second."""
+        return self.tokens / (self.wall if clock == "wall" else self.cpu)
 
 
-Decode = Callable[[list[int], int], Output]
+Prompts = Sequence[list[int]]
+Outputs = tuple[list[tuple[int, ...]], list[DecodeTrace]]
+Decode = Callable[[Prompts, int], Outputs]
 
 
 def main() -> None:
-    """Decode and print the table."""
+    """Decode and print a table a batch size."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder, a checkpoint, or an export")
     parser.add_argument("--prompts", type=int, default=4, help="of each benchmark")
+    parser.add_argument("--skip", default="", help="ids of prompts that are left out, by commas")
+    parser.add_argument("--batches", default="1", help="batch sizes, by commas")
+    parser.add_argument("--verify", default="", help="drafts verified, by commas; else whole blocks")
+    parser.add_argument("--compile", action="store_true", help="also with decoding.compile=true")
+    parser.add_argument("--layers", type=int, default=2, help="of the target, for the assistant")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
     options = parser.parse_args()
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
 
     source = open_source(options.run)
     target = open_target(source.config)
     drafter = source.load(target).to(target.device)
-    decoder = Decoder(target, drafter_kind(source.kind).proposer(drafter, target))
-    decoders: dict[str, Decode] = {
-        PLAIN: plain(target),
-        "transformers": transformers_generate(target),
-        "verifying": verifying(decoder),
-    }
-    prompts = read_prompts(source.config, target, options.prompts)
-    for decode in decoders.values():
-        decode(prompts[0], WARM_UP_TOKENS)
-
+    proposer = drafter_kind(source.kind).proposer(drafter, target)
+    lengths = [int(n) for n in options.verify.split(",") if n] or [proposer.block_size]
+    prompts = read_prompts(source.config, target, options.prompts, options.skip.split(","))
     limit = source.config.decoding.max_new_tokens
-    speeds: dict[str, list[float]] = {name: [] for name in decoders}
-    for repeat in range(options.repeats):
-        outputs: dict[str, list[Output]] = {name: [] for name in decoders}
-        seconds = dict.fromkeys(decoders, 0.0)
-        for number, prompt in enumerate(prompts, start=repeat):
-            for name in turned(list(decoders), number):
-                begun = clock()
-                outputs[name].append(decoders[name](prompt, limit))
-                seconds[name] += clock() - begun
-        for name in decoders:
-            speeds[name].append(sum(len(out.tokens) for out in outputs[name]) / seconds[name])
-    Console().print(summary(speeds, outputs, len(prompts)))
+    console = Console()
+    for size in (int(number) for number in options.batches.split(",")):
+        decoders = ours(target, proposer, size, lengths, compiled=False)
+        if options.compile:
+            decoders |= ours(target, proposer, size, lengths, compiled=True)
+        decoders[THEIRS] = partial(transformers_generate, target)
+        if size == 1:
+            decoders |= assisted(target, proposer.block_size, options.layers)
+        groups = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+        for decode in decoders.values():
+            decode(groups[-1], WARM_UP_TOKENS)
+        repeats = [measured(decoders, groups, limit, number) for number in range(options.repeats)]
+        console.print(summary(repeats, options.clock, f"{len(prompts)} prompts, batch {size}"))
     machine = describe_machine()
-    print(f"{machine['processor']}, {options.threads} threads, torch {machine['torch']}")
+    print(
+        f"{machine['processor']}, {options.threads} threads, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}; {options.repeats} repeats"
+    )
+
+
+def read_prompts(
+    config: RunConfig, target: Target, count: int, skip: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of the first `count` prompts of each of the run's benchmarks but those of ids
+    `skip`, neighbours in length together."""
+    data = config.data
+    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+    prompts = [
+        encoder.prompt(conversation.messages)
+        for name in config.evaluation.benchmarks
+        for conversation in load_prompts(name, count, data.fields)[1]
+        if conversation.id not in skip
+    ]
+    return sorted(prompts, key=len)
+
+
+def ours(
+    target: Target, proposer: Proposer, size: int, lengths: Sequence[int], compiled: bool
+) -> dict[str, Decode]:
+    """Plain and verifying decoding at batch `size`."""
+
+    def outputs(result: DecodeResult) -> Outputs:
+        return [completion.tokens for completion in result.completions], result.traces
+
+    def plain(prompts: Prompts, limit: int) -> Outputs:
+        return outputs(
+            plain_decode(target, prompts, GREEDY, limit, batch_size=size, compiled=compiled)
+        )
+
+    def verifying(length: int) -> Decode:
+        decoder = Decoder(
+            target,
+            proposer,
+            size,
+            schedule=lambda _, limits: [min(limit, length) for limit in limits],
+            compiled=compiled,
+        )
+        return lambda prompts, limit: outputs(decoder.generate(prompts, GREEDY, limit))
+
+    how = ", compiled" if compiled else ""
+    drafting = {f"verifying {length}{how}": verifying(length) for length in lengths}
+    return {f"{PLAIN}{how}": plain, **drafting}
+
+
+def transformers_generate(
+    target: Target, prompts: Prompts, limit: int, **options: Any
+) -> Outputs:
+    """Transformers' `generate`, greedy, on its own cache; no traces."""
+    stop, width = target.stop_token_ids, max(map(len, prompts))
+    ids = torch.tensor([[stop[0]] * (width - len(p)) + p for p in prompts], device=target.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    with torch.inference_mode():
+        generated = target.model.generate(
+            ids,
+            attention_mask=mask.to(target.device),
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=limit,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+            **options,
+        )
+    return [ended(row, stop) for row in generated[:, width:].tolist()], []
+
+
+def ended(tokens: list[int], stop: Sequence[int]) -> tuple[int, ...]:
+    """`tokens` without the padding behind the first stop token."""
+    ends = [place for place, token in enumerate(tokens, start=1) if token in stop]
+    return tuple(tokens[: ends[0]] if ends else tokens)
+
+
+def assisted(target: Target, drafts: int, layers: int) -> dict[str, Decode]:
+    """Transformers' assisted generation, with `drafts` of prompt lookup, and an assistant of the
+    target's own first `layers`."""
+    assistant = copy.copy(target.model)
+    assistant._modules = dict(target.model._modules)
+    assistant.config = copy.deepcopy(target.model.config)
+    assistant.config.num_hidden_layers = layers
+    assistant.generation_config = copy.deepcopy(target.model.generation_config)
+    backbone = copy.copy(target.backbone)
+    backbone._modules = dict(target.backbone._modules)
+    backbone.config = assistant.config
+    backbone.layers = nn.ModuleList(target.backbone.layers[:layers])
+    setattr(assistant, target.model.base_model_prefix, backbone)
+    return {
+        "prompt lookup": partial(transformers_generate, target, prompt_lookup_num_tokens=drafts),
+        f"assistant, {layers} layers": partial(
+            transformers_generate, target, assistant_model=assistant
+        ),
+    }
+
+
+def measured(
+    decoders: dict[str, Decode], groups: Sequence[Prompts], limit: int, repeat: int
+) -> dict[str, Measured]:
+    """Every group through every decoder once."""
+    found = {name: Measured() for name in decoders}
+    for number, group in enumerate(groups, start=repeat):
+        for name in turned(list(decoders), number):
+            begun = time.perf_counter(), time.process_time()
+            outputs, traces = decoders[name](group, limit)
+            found[name].wall += time.perf_counter() - begun[0]
+            found[name].cpu += time.process_time() - begun[1]
+            found[name].outputs += outputs
+            found[name].traces += traces
+            found[name].rounds += len({trace.round for trace in traces})
+    return found
 
 
 def turned(names: list[str], by: int) -> list[str]:
@@ -100,81 +238,36 @@ def turned(names: list[str], by: int) -> list[str]:
     return names[first:] + names[:first]
 
 
-def read_prompts(config: RunConfig, target: Target, count: int) -> list[list[int]]:
-    """Token ids of the first `count` prompts of each of the run's benchmarks."""
-    data = config.data
-    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
-    return [
-        encoder.prompt(conversation.messages)
-        for name in config.evaluation.benchmarks
-        for conversation in load_prompts(name, count, data.fields)[1]
-    ]
-
-
-def verifying(decoder: Decoder) -> Decode:
-    """Drafts, verified by the target."""
-
-    def decode(prompt: list[int], limit: int) -> Output:
-        result = decoder.generate([prompt], GREEDY, limit)
-        return Output(result.completions[0].tokens, result.traces)
-
-    return decode
-
-
-def plain(target: Target) -> Decode:
-    """One token a forward, in our own loop."""
-
-    def decode(prompt: list[int], limit: int) -> Output:
-        return Output(plain_decode(target, [prompt], GREEDY, limit).completions[0].tokens, [])
-
-    return decode
-
-
-def transformers_generate(target: Target) -> Decode:
-    """One token a forward, in transformers' loop, on its own cache."""
-
-    def decode(prompt: list[int], limit: int) -> Output:
-        ids = torch.tensor([prompt], device=target.device)
-        with torch.inference_mode():
-            generated = target.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                use_cache=True,
-                max_new_tokens=limit,
-                eos_token_id=target.stop_token_ids,
-                pad_token_id=target.stop_token_ids[0],
-            )
-        return Output(tuple(generated[0, len(prompt) :].tolist()), [])
-
-    return decode
-
-
-def summary(
-    speeds: dict[str, list[float]], outputs: dict[str, list[Output]], prompts: int
-) -> Table:
-    """A row a decoder: median and range of its speed, ratio over plain_decode, agreement."""
-    baseline, expected = speeds[PLAIN], outputs[PLAIN]
-    table = Table(title=f"{prompts} prompts, batch 1, greedy, {len(baseline)} repeats")
-    for column in ("", "tokens/s", "range", "ratio", "range", "accepted", "same"):
+def summary(repeats: Sequence[dict[str, Measured]], clock: str, title: str) -> Table:
+    """A row a decoder: median speeds, ratios with their range, accepted length, agreement."""
+    table = Table(title=f"{title}, greedy; ratios of {clock} time")
+    columns = ("", "tokens/s wall", "tokens/s cpu", "over plain", "over transformers")
+    for column in (*columns, "rounds/s", "accepted", "same"):
         table.add_column(column, justify="right" if column else "left")
-    for name, found in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(found, baseline, strict=True)]
-        numerator, rounds = accepted_length([t for out in outputs[name] for t in out.traces])
-        same = sum(
-            ours.tokens == theirs.tokens
-            for ours, theirs in zip(outputs[name], expected, strict=True)
-        )
+    expected = repeats[0][PLAIN].outputs
+    for name in repeats[0]:
+        own = [repeat[name] for repeat in repeats]
+        ratios = [
+            spread([r[name].speed(clock) / r[baseline].speed(clock) for r in repeats])
+            for baseline in (PLAIN, THEIRS)
+        ]
+        numerator, steps = accepted_length(own[0].traces)
+        seconds = median([m.wall if clock == "wall" else m.cpu for m in own])
         table.add_row(
             name,
-            f"{median(found):.0f}",
-            f"{min(found):.0f}-{max(found):.0f}",
-            f"{median(ratios):.2f}",
-            f"{min(ratios):.2f}-{max(ratios):.2f}",
-            f"{numerator / rounds:.2f}" if rounds else "1",
-            f"{same}/{prompts}",
+            f"{median([m.speed('wall') for m in own]):.0f}",
+            f"{median([m.speed('cpu') for m in own]):.0f}",
+            *ratios,
+            f"{own[0].rounds / seconds:.0f}" if steps else "",
+            f"{numerator / steps:.2f}" if steps else "",
+            f"{sum(a == b for a, b in zip(own[0].outputs, expected, strict=True))}/{len(expected)}",
         )
     return table
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 if __name__ == "__main__":

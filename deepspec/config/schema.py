@@ -200,6 +200,7 @@ class DecodingConfig:
     top_k: int = 0
     batch_size: int = 1
     stop_token_ids: list[int] | None = None
+    compile: bool = False
     scheduler: str = "none"  # none | fixed | threshold | algorithm1 | async
     verify_length: int | None = None
     threshold: float = 0.5

@@ -19,8 +19,10 @@ from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
 from deepspec.decoding.state import require_rollback
+from deepspec.decoding.transfers import download, integers, upload
 from deepspec.decoding.verification import verify
-from deepspec.drafters.base import Draw, Observation, Proposer
+from deepspec.drafters.base import Draw, Observation, Proposer, greedy
+from deepspec.drafters.compiling import Compilable
 from deepspec.records import DecodeTrace, Proposal, Verification
 from deepspec.targets import Target, TargetOutput
 
@@ -31,7 +33,8 @@ can use; must not depend on a token that it admits (that is what keeps it lossle
 
 class Decoder:
     """A frozen target with a proposer. Greedy output equals plain decoding token by token;
-    sampled output has the target's distribution."""
+    sampled output has the target's distribution. `compiled`: the forwards of a round are; the
+    target's at one width, so that what a schedule leaves out is computed too."""
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Decoder:
         batch_size: int = 1,
         stop_token_ids: Sequence[int] | None = None,
         schedule: Schedule | None = None,
+        compiled: bool = False,
     ) -> None:
         require_rollback(target)
         self.target = target
@@ -47,6 +51,9 @@ class Decoder:
         self.batch_size = batch_size
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
+        self._fixed = proposer.block_size + 1 if compiled else None
+        if compiled and isinstance(proposer, Compilable):
+            proposer.compile()
 
     @torch.inference_mode()
     def generate(
@@ -75,6 +82,7 @@ class Decoder:
                 [prompts[i] for i in group],
                 max_new_tokens,
                 self.stop_token_ids,
+                self._fixed,
             )
             random = RandomRows(seed, rows.requests, self.target.device)
             self._run(rows, random, sampling, traces)
@@ -88,7 +96,8 @@ class Decoder:
         """Prefill one group, then rounds until its last row has finished."""
         tokens, output = rows.prefill(with_context=True)
         self.proposer.start(len(rows))
-        self._observe(tokens, output, rows.prompt_lengths, [0] * len(rows))
+        starts = torch.zeros(len(rows), dtype=torch.int64, device=tokens.device)
+        self._observe(tokens, output, rows.prompt_lengths, starts, tokens.shape[1])
         logits = rows.last_logits(output)
         first = (
             logits.argmax(-1)
@@ -111,8 +120,8 @@ class Decoder:
         begun = time.perf_counter()
         device, size = self.target.device, self.proposer.block_size
         starts = rows.positions()
-        positions = torch.tensor(starts, device=device)
-        anchors = torch.tensor([tokens[-1] for tokens in rows.emitted], device=device)
+        newest = [tokens[-1] for tokens in rows.emitted]
+        positions, anchors = upload([starts, newest], device)
         uniforms = None if sampling.greedy else random.uniforms(2 * size + 1)
 
         proposal = self.proposer.propose(
@@ -130,21 +139,24 @@ class Decoder:
 
         block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
         lengths = [count + 1 for count in scheduled]
-        output = rows.forward(block, positions, max(starts) + width + 1, True, lengths)
+        end = max(starts) + width + 1
+        output = rows.forward(block, positions, end, True, lengths)
         verdict = self._judge(proposal, output, scheduled, sampling, uniforms)
         # the round's only synchronisation: what was accepted, and the tokens
         confidence = proposal.confidence
-        accepted = verdict.accepted.tolist()
-        chosen = torch.cat((block[:, 1:], verdict.next_token[:, None]), dim=1).tolist()
-        confidences = [()] * len(rows) if confidence is None else confidence.tolist()
+        verdicts = torch.stack((verdict.accepted, verdict.next_token), dim=1)
+        judged, drafts, confidences = download(
+            verdicts, block[:, 1:], block[:, :0] if confidence is None else confidence
+        )
+        accepted, last = zip(*integers(judged), strict=True)
 
         emitted = [
-            rows.emit(row, chosen[row][:count] + chosen[row][-1:])
-            for row, count in enumerate(accepted)
+            rows.emit(row, [*own[: accepted[row]], last[row]])
+            for row, own in enumerate(integers(drafts))
         ]
         kept = [count + 1 for count in accepted]
         rows.keep(kept)
-        self._observe(block, output, kept, starts)
+        self._observe(block, output, kept, positions, end)
         seconds = (time.perf_counter() - begun) / len(rows)
         return [
             DecodeTrace(
@@ -175,24 +187,28 @@ class Decoder:
             proposal.tokens[:, :width],
             None if proposal.probabilities is None else proposal.probabilities[:, :width],
             self.target.head(packed(output.final, [count + 1 for count in scheduled])),
-            torch.tensor(scheduled, device=self.target.device),
+            upload(scheduled, self.target.device),
             sampling,
             None if uniforms is None else uniforms[:, self.proposer.block_size :],
         )
 
     def _observe(
-        self, tokens: Tensor, output: TargetOutput, counts: Sequence[int], starts: Sequence[int]
+        self,
+        tokens: Tensor,
+        output: TargetOutput,
+        counts: Sequence[int],
+        starts: Tensor,
+        end: int,
     ) -> None:
-        device = tokens.device
         assert output.context is not None
         self.proposer.observe(
             Observation(
                 tokens=tokens,
                 context=output.context,
                 final=output.final,
-                starts=torch.tensor(starts, device=device),
-                counts=torch.tensor(counts, device=device),
-                end=max(starts) + tokens.shape[1],
+                starts=starts,
+                counts=upload(counts, tokens.device),
+                end=end,
             )
         )
 
@@ -206,12 +222,12 @@ class Decoder:
 
 def _draw_by(sampling: Sampling, uniforms: Tensor | None) -> Draw:
     """The drafter's sampling rule: the target's own, on the row's own random numbers."""
+    if uniforms is None:
+        return greedy
     slot = 0
 
-    def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal slot
-        if uniforms is None:
-            return logits.argmax(-1), None
         probabilities = sampling.probabilities(logits)
         tokens = draw(probabilities, uniforms[:, slot])
         slot += 1

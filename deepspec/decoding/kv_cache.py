@@ -8,26 +8,31 @@ next forward begins earlier and overwrites. Legend: B rows, Q new tokens, C keys
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from deepspec.decoding.packing import Packing, can_pack, packed_attention
+from deepspec.decoding.packing import Packing, can_pack, own_attention
 from deepspec.drafters.cache import RowKV
+from deepspec.drafters.compiling import compiled
 from deepspec.targets import Target, TargetOutput, attention_kinds
 
 
 class RowState:
     """A `TargetState` (see `state`) of keys and values with a length a row, all rows in one
-    forward."""
+    forward. `fixed`: the width of forwards that run compiled, after the first; None compiles
+    nothing."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, fixed: int | None = None) -> None:
         self._target = target
         self._cache = RowCache(target.num_layers)
         self._masks = AttentionMasks(target.config, target.dtype)
         self._can_pack = can_pack(target.model)
+        self._fixed = fixed
 
     def forward(
         self,
@@ -38,18 +43,23 @@ class RowState:
         lengths: Sequence[int] | None = None,
     ) -> TargetOutput:
         """See `TargetState.forward`. Padding is not computed where the target's attention can do
-        without; elsewhere no real token sees it."""
+        without, and the forward is not compiled; elsewhere no real token sees it."""
         width = tokens.shape[1]
+        if self._fixed is not None and self._cache.written and width <= self._fixed:
+            return self._compiled(tokens, starts, end, with_context)
         positions = starts[:, None] + torch.arange(width, device=tokens.device)
         masks = self._masks(positions, end)
         if lengths is None or min(lengths) == width or not self._can_pack:
             self._cache.begin(starts, end)
-            return self._target.forward(
-                tokens, positions, self._cache, masks, with_context=with_context
-            )
+            # a single query is what Transformers' own function does best
+            faster = self._can_pack and width > 1 and self._target.device.type == "cpu"
+            with own_attention(self._target.config, None) if faster else nullcontext():
+                return self._target.forward(
+                    tokens, positions, self._cache, masks, with_context=with_context
+                )
         packing = Packing.of(lengths, width, tokens.device)
         self._cache.begin(starts, end, packing)
-        with packed_attention(self._target.config, packing):
+        with own_attention(self._target.config, packing):
             output = self._target.forward(
                 packing.pack(tokens)[None],
                 packing.pack(positions)[None],
@@ -60,12 +70,43 @@ class RowState:
         context = None if output.context is None else packing.unpack(output.context[0])
         return TargetOutput(packing.unpack(output.final[0]), context)
 
+    def _compiled(
+        self, tokens: Tensor, starts: Tensor, end: int, with_context: bool
+    ) -> TargetOutput:
+        """Padded to the one width, over the whole buffers: few shapes, few compilations."""
+        width = tokens.shape[1]
+        assert self._fixed is not None
+        tokens = F.pad(tokens, (0, self._fixed - width))
+        positions = starts[:, None] + torch.arange(self._fixed, device=tokens.device)
+        self._cache.begin_fixed(positions, end - width + self._fixed)
+        ours = self._can_pack and self._target.device.type == "cpu"
+        with own_attention(self._target.config, None) if ours else nullcontext():
+            final, context = compiled(_forward)(
+                self._target, tokens, positions, self._cache, self._masks, with_context
+            )
+        return TargetOutput(final[:, :width], None if context is None else context[:, :width])
+
     def keep(self, counts: Sequence[int]) -> None:
         """Nothing to do: the next forward begins behind what was kept."""
 
     def select(self, rows: Sequence[int]) -> None:
         """See `TargetState.select`."""
         self._cache.select(torch.tensor(rows, device=self._target.device))
+
+
+
+def _forward(
+    target: Target,
+    tokens: Tensor,
+    positions: Tensor,
+    cache: RowCache,
+    masks: AttentionMasks,
+    with_context: bool,
+) -> tuple[Tensor, Tensor | None]:
+    output = target.forward(
+        tokens, positions, cache, masks(positions, cache.end), with_context=with_context
+    )
+    return output.final, output.context
 
 
 class _RowLayer(CacheLayerMixin):
@@ -87,6 +128,8 @@ class _RowLayer(CacheLayerMixin):
         """Write `[B, G, Q, E]`, or `[1, G, N, E]` packed, behind the rows' starts; everything below
         the current end."""
         owner, packing = self._owner, self._owner.packing
+        if owner.fixed:
+            return self.rows.write_fixed(key_states, value_states, owner.positions)
         if packing is None:
             return self.rows.write(key_states, value_states, owner.starts, owner.end)
         rows = packing.rows.to(key_states.device)
@@ -110,23 +153,35 @@ class _RowLayer(CacheLayerMixin):
 
 class RowCache(Cache):
     """Keys and values of all layers. `starts` [B] and `end` describe the current forward; where its
-    rows are packed, `packing` does too, with the `positions` [N] of its tokens."""
+    rows are packed, `packing` does too, with the `positions` [N] of its tokens. A `fixed` one sees
+    the whole buffers, `end` long, and has `positions` [B, Q]."""
 
     starts: Tensor
     end: int
     packing: Packing | None
     positions: Tensor
+    fixed: bool
 
     def __init__(self, num_layers: int) -> None:
         self._rows = [_RowLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._rows))
         self.end = 0
 
+    @property
+    def written(self) -> bool:
+        """Whether there was a forward before."""
+        return self.end > 0
+
     def begin(self, starts: Tensor, end: int, packing: Packing | None = None) -> None:
         """The next forward writes row b from `starts[b]`; `end` = max(starts) + Q, on the host."""
-        self.starts, self.end, self.packing = starts, end, packing
+        self.starts, self.end, self.packing, self.fixed = starts, end, packing, False
         if packing is not None:
             self.positions = starts[packing.rows] + packing.columns
+
+    def begin_fixed(self, positions: Tensor, end: int) -> None:
+        """The next forward writes at `positions` [B, Q], all below `end`, over whole buffers."""
+        self.end = max(layer.rows.reserve(len(positions), end) for layer in self._rows)
+        self.positions, self.packing, self.fixed = positions, None, True
 
     def update(
         self,
@@ -149,15 +204,15 @@ class AttentionMasks:
     """Masks for queries at given positions, as the model of `config` takes them.
 
     A key at index k is position k. Where all layers attend alike one mask, else a dict by layer
-    type. [B, 1, Q, C]: bool for sdpa; for eager attention, which adds it to the scores in `dtype`,
-    0 or the lowest number.
+    type. [B, 1, Q, C]: 0 or -inf in `dtype`, to be added to the scores; bool for sdpa on CUDA.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         kinds = attention_kinds(config)
         self._window = config.sliding_window if "sliding_attention" in kinds else None
         self._by_type = bool(getattr(config, "layer_types", None))
-        self._dtype = dtype if config._attn_implementation == "eager" else None
+        self._dtype = dtype
+        self._eager = config._attn_implementation == "eager"
 
     def __call__(self, positions: Tensor, end: int) -> Any:
         """Of queries at `positions` [B, Q] and keys 0 to `end` - 1."""
@@ -172,7 +227,8 @@ class AttentionMasks:
         return {"full_attention": self._as_taken(full), "sliding_attention": sliding}
 
     def _as_taken(self, seen: Tensor) -> Tensor:
-        if self._dtype is None:
+        """sdpa on a CPU takes both, but makes numbers of bools anew in every layer."""
+        if seen.is_cuda and not self._eager:
             return seen
         scores = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device)
-        return scores.masked_fill_(~seen, torch.finfo(self._dtype).min)
+        return scores.masked_fill_(~seen, torch.finfo(self._dtype).min if self._eager else -torch.inf)

@@ -2,8 +2,9 @@
 
 All of a model but attention works on one token alone, so the tokens of all rows go through it in
 one sequence of N. In attention each row's queries are laid beside its own keys, by a function that
-Transformers calls in place of its own. Legend: B rows, Q tokens of the longest, N of all rows,
-H heads, G key/value heads, C keys, E head size, D hidden size.
+Transformers calls in place of its own; on a CPU also where nothing is packed, because it is faster.
+Legend: B rows, Q tokens of the longest, N of all rows, H heads, G key/value heads, C keys, E head
+size, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-NAME = "deepspec_packed"
+from deepspec.decoding.transfers import upload
+
+PADDED, PACKED = "deepspec_rows", "deepspec_packed_rows"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Packing:
         """Row b has `lengths[b]` of `width` tokens."""
         rows = np.repeat(np.arange(len(lengths)), lengths)
         columns = np.concatenate([np.arange(length) for length in lengths])
-        index = torch.from_numpy(np.stack((rows, columns))).to(device)
+        index = upload(torch.from_numpy(np.stack((rows, columns))), device)
         return cls(index[0], index[1], (len(lengths), width))
 
     def pack(self, values: Tensor) -> Tensor:
@@ -69,26 +73,52 @@ _current: ContextVar[Packing] = ContextVar("packing of the forward that runs")
 
 
 @contextmanager
-def packed_attention(config: Any, packing: Packing) -> Iterator[None]:
-    """Inside, attention of the model of `config` takes queries [1, H, N, E] and keys of all rows
-    [B, G, C, E]."""
-    before, token = config._attn_implementation, _current.set(packing)
-    config._attn_implementation = NAME
+def own_attention(config: Any, packing: Packing | None) -> Iterator[None]:
+    """Inside, the model of `config` attends by a function of ours: queries [B, H, Q, E], or
+    [1, H, N, E] where they are packed, and keys of all rows [B, G, C, E]."""
+    before, token = config._attn_implementation, None
+    if packing is not None:
+        token = _current.set(packing)
+    config._attn_implementation = PADDED if packing is None else PACKED
     try:
         yield
     finally:
         config._attn_implementation = before
-        _current.reset(token)
+        if token is not None:
+            _current.reset(token)
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """As Transformers' attention functions: output [1, N, H, E]; `mask` [B, 1, Q, C]."""
+    """As Transformers' attention functions: output [B, Q, H, E]; `mask` [B, 1, Q, C].
+
+    Transformers' own repeats the keys of a group for each of its heads, because CUDA's kernels want
+    it so where there is a mask; the CPU's does not, and gives the same bits.
+    """
+    special = any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    if query.device.type != "cpu" or special:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=options.get("scaling"),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2), None
+
+
+def _attend_packed(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The same for packed queries: output [1, N, H, E]."""
     packing = _current.get()
     queries = packing.unpack(query[0].transpose(0, 1)).transpose(1, 2)
-    output, _ = sdpa_attention_forward(module, queries, key, value, mask, **options)
+    output, _ = _attend(module, queries, key, value, mask, **options)
     return packing.pack(output)[None], None
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(PADDED, _attend)
+AttentionInterface.register(PACKED, _attend_packed)

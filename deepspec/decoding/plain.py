@@ -10,6 +10,7 @@ import torch
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
+from deepspec.decoding.transfers import upload
 from deepspec.targets import Target
 
 
@@ -23,6 +24,7 @@ def plain_decode(
     requests: Sequence[str] | None = None,
     batch_size: int = 1,
     stop_token_ids: Sequence[int] | None = None,
+    compiled: bool = False,
 ) -> DecodeResult:
     """Continue each prompt without a drafter; arguments as `Decoder.generate`. No traces."""
     names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
@@ -33,7 +35,12 @@ def plain_decode(
     for first in range(0, len(order), batch_size):
         group = order[first : first + batch_size]
         rows = Rows(
-            target, [names[i] for i in group], [prompts[i] for i in group], max_new_tokens, stop
+            target,
+            [names[i] for i in group],
+            [prompts[i] for i in group],
+            max_new_tokens,
+            stop,
+            fixed=1 if compiled else None,
         )
         random = RandomRows(seed, rows.requests, target.device)
         _, output = rows.prefill(with_context=False)
@@ -54,7 +61,7 @@ def plain_decode(
             starts = rows.positions()
             output = rows.forward(
                 tokens[:, None],
-                torch.tensor(starts, device=target.device),
+                upload(starts, target.device),
                 max(starts) + 1,
                 with_context=False,
             )

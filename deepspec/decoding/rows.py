@@ -16,7 +16,10 @@ from deepspec.targets import Target, TargetOutput
 
 
 class Rows:
-    """Prompts being continued: tokens and lengths on the host, the target's state on the device."""
+    """Prompts being continued: tokens and lengths on the host, the target's state on the device.
+
+    `fixed`: see `open_state`.
+    """
 
     def __init__(
         self,
@@ -25,6 +28,7 @@ class Rows:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stop_token_ids: Sequence[int],
+        fixed: int | None = None,
     ) -> None:
         self.target = target
         self.requests = list(requests)
@@ -33,7 +37,7 @@ class Rows:
         self._stop = set(stop_token_ids)
         self._limit = max_new_tokens
         self._prompts = [list(prompt) for prompt in prompts]
-        self._state = open_state(target, len(prompts))
+        self._state = open_state(target, len(prompts), fixed)
         self._finished: list[Completion] = []
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspec.decoding.transfers import upload
 from deepspec.errors import ConfigError
 
 
@@ -77,7 +78,7 @@ class RandomRows:
     def uniforms(self, count: int) -> Tensor:
         """[B, count] in [0, 1)."""
         rows = [torch.rand(count, generator=g, dtype=torch.float64) for g in self._generators]
-        return torch.stack(rows).to(self._device)
+        return upload(torch.stack(rows), self._device)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""

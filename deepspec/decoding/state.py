@@ -38,13 +38,21 @@ class TargetState(Protocol):
         """Keep `rows`, in this order."""
 
 
-def open_state(target: Target, rows: int) -> TargetState:
-    """A state of `rows` rows that have fed nothing yet.
+def open_state(target: Target, rows: int, fixed: int | None = None) -> TargetState:
+    """A state of `rows` rows that have fed nothing yet; forwards of at most `fixed` tokens a row
+    run compiled, None compiles nothing.
 
-    Raises TargetError where the target's attention takes no mask a row. A family without a proven
-    rollback has caches of its own a row: plain decoding takes nothing back.
+    Raises TargetError where the target's attention takes no mask a row, or nothing can be compiled.
+    A family without a proven rollback has caches of its own a row: plain decoding takes nothing
+    back.
     """
     if target.rollback != ROWS:
+        if fixed is not None:
+            raise TargetError(
+                f"decoding.compile=true needs keys and values with a length a row, but target "
+                f"family {target.family!r} decodes with target.rollback={target.rollback}; set "
+                "decoding.compile=false"
+            )
         return SnapshotState(target, rows)
     implementation = target.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
@@ -52,7 +60,7 @@ def open_state(target: Target, rows: int) -> TargetState:
             f"target.attention={implementation} takes no mask with a length a row, which decoding "
             "needs; set target.attention=sdpa, or eager"
         )
-    return RowState(target)
+    return RowState(target, fixed)
 
 
 def require_rollback(target: TargetEnds) -> None:

@@ -88,6 +88,11 @@ Draw = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 probabilities are None at temperature 0, where a draft is a point mass."""
 
 
+def greedy(logits: Tensor) -> tuple[Tensor, None]:
+    """The sampling rule at temperature 0; see `Draw`."""
+    return logits.argmax(-1), None
+
+
 def within(draw: Draw, vocabulary: Tensor | None, size: int) -> Draw:
     """`draw` for logits [B, V_draft] of the target's tokens `vocabulary`; None: of all `size`.
 

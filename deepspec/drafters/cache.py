@@ -54,6 +54,29 @@ class RowKV:
         self._values[rows, :, positions] = values.transpose(0, 1)
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def write_fixed(
+        self, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write `[B, H, Q, head_dim]` at `positions` [B, Q]; return the whole buffers.
+
+        For compiled forwards: nothing here depends on a number of the host. There must be room,
+        see `reserve`.
+        """
+        assert self._keys is not None
+        assert self._values is not None
+        rows = keys.shape[0]
+        row = torch.arange(rows, device=keys.device)[:, None]
+        self._keys[row, :, positions] = keys.transpose(1, 2)
+        self._values[row, :, positions] = values.transpose(1, 2)
+        return self._keys[:rows], self._values[:rows]
+
+    def reserve(self, rows: int, end: int) -> int:
+        """Make room for `rows` rows of length `end`, once something was written; the capacity."""
+        assert self._keys is not None
+        assert self._values is not None
+        self._reserve(self._keys, self._values, rows, end)
+        return self._keys.shape[2]
+
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64, in this order."""
         if self._keys is not None and self._values is not None:

@@ -176,15 +176,19 @@ class _Run:
         self.target, self.seed, self.progress = target, seed, progress
         self.block_size, self.batch_size = proposer.block_size, decoding.batch_size
         self.limit, self.stop = decoding.max_new_tokens, decoding.stop_token_ids
+        self.compiled = decoding.compile
         self.sampling = Sampling(temperature)
         if temperature:
             self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
-        self.decoder = Decoder(target, proposer, self.batch_size, self.stop, schedule)
+        self.decoder = Decoder(target, proposer, self.batch_size, self.stop, schedule, self.compiled)
         self.lookup: Decoder | None = None
         if config.evaluation.ngram and not isinstance(proposer, NgramProposer):
             longest, shortest = config.drafter.ngram_max, config.drafter.ngram_min
             wanted = NgramConfig(self.block_size, longest, shortest)
-            self.lookup = Decoder(target, NgramProposer(wanted), self.batch_size, self.stop)
+            lookup = NgramProposer(wanted)
+            self.lookup = Decoder(
+                target, lookup, self.batch_size, self.stop, compiled=self.compiled
+            )
 
     def benchmark(
         self, name: str, prompts: list[Prompt], compared: int
@@ -235,7 +239,15 @@ class _Run:
         names = [prompt.request for prompt in prompts]
         tokens = [prompt.tokens for prompt in prompts]
         return plain_decode(
-            self.target, tokens, self.sampling, limit, self.seed, names, self.batch_size, self.stop
+            self.target,
+            tokens,
+            self.sampling,
+            limit,
+            self.seed,
+            names,
+            self.batch_size,
+            self.stop,
+            self.compiled,
         )
 
     def _decode(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.drafters.base import Draw, Observation, within
+from deepspec.drafters.base import Draw, Observation, greedy, within
 from deepspec.drafters.cache import RowKV
+from deepspec.drafters.compiling import compiled
 from deepspec.drafters.dspark.heads import draw_block
 from deepspec.drafters.dspark.model import ContextKeysValues, DSparkDrafter
 from deepspec.records import Proposal
@@ -23,7 +24,8 @@ class DSparkProposer:
 
     `embedding` [V, D] and `head` are the target's, frozen; a drafter of fewer tokens takes their
     rows of the head. The block's own keys are written behind the context and overwritten by the
-    next observation, so the mask is one comparison.
+    next observation, so the mask is one comparison. `block_size` may be set lower than the
+    drafter's: the backbone runs over whole blocks, the heads over what is drafted.
     """
 
     def __init__(self, drafter: DSparkDrafter, embedding: Tensor, head: Any) -> None:
@@ -33,6 +35,7 @@ class DSparkProposer:
         self._vocabulary = drafter.vocabulary
         self._head = head if self._vocabulary is None else head.rows(self._vocabulary)
         self._caches: list[RowKV] = []
+        self._compiled = False
         self._offsets = torch.arange(self.block_size, device=embedding.device)
         config = drafter.config
         self._group = config.num_attention_heads // config.num_key_value_heads
@@ -56,17 +59,47 @@ class DSparkProposer:
 
     def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
         """Draft K tokens after `anchors` [B] at `positions` [B]; see `Proposer.propose`."""
-        rows, size = anchors.shape[0], self.block_size
-        last = end - 1 + size
-        mask = None
-        if rows > 1:  # one row ends exactly at its block: nothing behind it to hide
-            limit = positions[:, None, None, None] + size
-            mask = torch.arange(last, device=anchors.device) < limit
+        last = end - 1 + self.drafter.config.block_size
+        if not self._compiled:
+            return self._sample(*self._block(anchors, positions, last), anchors, draw)
+        for cache in self._caches:
+            cache.reserve(len(anchors), last)
+        if draw is greedy:
+            tokens, confidence = compiled(DSparkProposer._greedy)(self, anchors, positions)
+            return Proposal(tokens, None, confidence)
+        hidden, logits = compiled(DSparkProposer._block)(self, anchors, positions, None)
+        return self._sample(hidden, logits, anchors, draw)
+
+    def compile(self) -> None:
+        """Run compiled from now on; of the sequential head only what is greedy."""
+        self._compiled = True
+
+    def _greedy(self, anchors: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens and confidence [B, K], by one graph."""
+        proposal = self._sample(*self._block(anchors, positions, None), anchors, greedy)
+        return proposal.tokens, proposal.confidence
+
+    def _block(
+        self, anchors: Tensor, positions: Tensor, last: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, K, D] and logits [B, K, V] of the slots that are drafted.
+
+        `last`: the length of the longest row with its block; None attends over whole buffers, of
+        whatever length.
+        """
+        rows, size = anchors.shape[0], self.drafter.config.block_size
+        place = positions[:, None] + self._offsets
+        limit = positions[:, None, None, None] + size
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            all_keys, all_values = self._caches[layer].write(
-                keys.transpose(1, 2), values.transpose(1, 2), positions, last
-            )
+            block, cache = (keys.transpose(1, 2), values.transpose(1, 2)), self._caches[layer]
+            if last is None:
+                all_keys, all_values = cache.write_fixed(*block, place)
+            else:
+                all_keys, all_values = cache.write(*block, positions, last)
+            mask = None
+            if rows > 1 or last is None:  # else the row ends at its block: nothing to hide
+                mask = torch.arange(all_keys.shape[2], device=anchors.device) < limit
             attended = F.scaled_dot_product_attention(
                 queries.transpose(1, 2),
                 all_keys,
@@ -76,18 +109,15 @@ class DSparkProposer:
             )
             return attended.transpose(1, 2)
 
-        hidden = self.drafter.draft_hidden(
-            self.drafter.inputs(anchors),
-            positions[:, None] + self._offsets,
-            self._embedding,
-            attend,
-        )
-        draw = within(draw, self._vocabulary, self.drafter.config.vocab_size)
-        return self._sample(hidden, anchors, draw)
+        tokens = self.drafter.inputs(anchors)
+        hidden = self.drafter.draft_hidden(tokens, place, self._embedding, attend)
+        hidden = hidden[:, : self.block_size]
+        return hidden, self._head(hidden)
 
-    def _sample(self, hidden: Tensor, anchors: Tensor, draw: Draw) -> Proposal:
-        """The heads' part; `hidden` [B, K, D]."""
-        drawn = draw_block(self.drafter.markov_head, hidden, self._head(hidden), anchors, draw)
+    def _sample(self, hidden: Tensor, logits: Tensor, anchors: Tensor, draw: Draw) -> Proposal:
+        """The sequential head's part; `hidden` [B, K, D], `logits` [B, K, V]."""
+        draw = within(draw, self._vocabulary, self.drafter.config.vocab_size)
+        drawn = draw_block(self.drafter.markov_head, hidden, logits, anchors, draw)
         confidence = None
         if self.drafter.confidence_head is not None:
             confidence = torch.sigmoid(self.drafter.confidence(hidden, drawn.embedded).float())
