@@ -133,7 +133,7 @@ def train(
         # what is minimised; a little cross-entropy helps where they hardly overlap, and the
         # confidence head learns the acceptance itself. A mean, weighted by slot.
         loss = eager_loss(
-            slots_of(output, drafter.bias_weight, blocks, features),
+            slots_of(output, drafter, blocks, features),
             draft_head=target.head,
             target_head=target.head,
             config=OBJECTIVE,

@@ -181,7 +181,7 @@ def _training_step(target: Target, samples: Sequence[Sample]) -> Outcome:
 
     def loss() -> Tensor:
         output = drafter(features, batch, target.embedding, visibility)
-        slots = slots_of(output, drafter.bias_weight, batch, features)
+        slots = slots_of(output, drafter, batch, features)
         weight = float(batch.weights.sum())
         return eager_loss(slots, target.head, target.head, ObjectiveConfig(), weight).loss
 

@@ -106,6 +106,7 @@ class ObjectiveConfig:
     decay: float | None = None
     implementation: str = "fused"  # fused | eager
     chunk_size: int = 256
+    compile: str = "auto"  # auto | always | never
 
 
 @dataclass
@@ -161,6 +162,8 @@ class TrainingConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0
     precision: str = "bf16"  # bf16 | fp32
+    compile: bool = False
+    activation_checkpointing: bool = False
     validation_samples: int = 64
     evaluate_every: int = 500
     save_every: int = 500
@@ -180,6 +183,7 @@ class EngineConfig:
     overlap_comm: bool = True
     persistence_threshold: int = 100_000
     timeout: float = 1800.0
+    peak_tflops: float | None = None
 
 
 @dataclass

@@ -17,6 +17,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "drafter.kind": ("dspark", "dflash", "dspark_v4", "eagle3", "mtp", "ngram"),
     "drafter.markov_head": ("vanilla", "gated", "rnn"),
     "objective.implementation": ("fused", "eager"),
+    "objective.compile": ("auto", "always", "never"),
     "features.source": ("online", "stored", "hybrid", "remote"),
     "extract.dtype": ("auto", "bfloat16", "float8"),
     "serve.dtype": ("auto", "bfloat16", "float8"),
@@ -30,7 +31,10 @@ CHOICES: dict[str, Sequence[str]] = {
     "export.format": ("flat", "speculators", "deepseek_v4"),
     "export.profile": ("serving", "full"),
 }
-REDUCIBLE = ("dspark", "dflash")  # kinds that can draft a part of the vocabulary
+# kinds of drafter that a setting is for
+REDUCIBLE = ("dspark", "dflash")
+COMPILABLE = ("dspark", "dflash")
+RECOMPUTABLE = ("dspark", "dflash", "dspark_v4")  # a step of the others has effects besides
 AT_LEAST_ONE = (
     "target.num_layer_ids",
     "data.max_length",
@@ -88,6 +92,7 @@ POSITIVE = (
     "training.max_grad_norm",
     "training.max_steps",
     "engine.timeout",
+    "engine.peak_tflops",
     "features.timeout",
     "features.patience",
     "extract.limit_gib",
@@ -194,6 +199,17 @@ def _cross(config: RunConfig) -> None:
         raise ConfigError(
             f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
             f"{' and '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
+        )
+    for key, kinds in (("compile", COMPILABLE), ("activation_checkpointing", RECOMPUTABLE)):
+        if value_of(config, f"training.{key}") and config.drafter.kind not in kinds:
+            raise ConfigError(
+                f"training.{key}=true is for drafter.kind={', '.join(kinds)}, not "
+                f"{config.drafter.kind}; set it to false"
+            )
+    if config.training.compile and config.engine.kind == "zero3":
+        raise ConfigError(
+            "training.compile=true needs whole layers, but engine=zero3 shards them; set engine="
+            "zero2, or training.compile=false"
         )
     if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
         raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def build_visibility(
     return Visibility(tuple(_segments(batch, limits, queries, keys)), None)
 
 
+@partial(torch.compiler.disable, recursive=False)  # its own kernels; masks differ a batch
 def block_attention(
     queries: Tensor,
     context_keys: Tensor,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepspec.records import Proposal
 
@@ -42,6 +43,7 @@ class Drafter(nn.Module):
 
     config: Any
     d2t: Tensor | None
+    recomputed = False  # whether what goes through `through` is computed again in the backward
 
     def __init__(self, draft_vocab_size: int | None = None) -> None:
         super().__init__()
@@ -64,6 +66,22 @@ class Drafter(nn.Module):
     def bias_weight(self) -> Tensor | None:
         """[V or V_draft, R], turns a latent into a bias on the logits; None without such a head."""
         return None
+
+    @property
+    def compilable(self) -> list[nn.Module]:
+        """What training.compile compiles, each for itself; empty where a kind has nothing."""
+        return []
+
+    def through(self, layer: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        """`layer(states)`, of which only `states` are kept for the backward where `recomputed`."""
+        if self.recomputed and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(layer, states, use_reentrant=False))
+        return layer(states)
+
+    @property
+    def latent_of_token(self) -> bool:
+        """Whether a latent is a function of the previous token alone."""
+        return False
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ def eager_loss(
     precise = torch.promote_types(inputs.hidden.dtype, torch.float32)
     draft_logits = draft_head(inputs.hidden).to(precise)
     if inputs.latent is not None and inputs.bias_weight is not None:
-        draft_logits = draft_logits + (inputs.latent @ inputs.bias_weight.T).to(precise)
+        w2 = inputs.bias_weight.to(inputs.latent.dtype)
+        draft_logits = draft_logits + (inputs.latent @ w2.T).to(precise)
     with torch.no_grad():
-        target = target_head(inputs.target_final).to(precise).softmax(-1)
+        target = target_head(inputs.target_final[inputs.target_rows]).to(precise).softmax(-1)
     log_draft = draft_logits.log_softmax(-1)
     if inputs.vocabulary is not None:
         nowhere = torch.full_like(target, -torch.inf)

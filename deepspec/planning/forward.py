@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from deepspec.objective.kernels import tile_rows
 from deepspec.planning.shapes import FP32, Job, MicroBatch
 from deepspec.targets.attributes import common
 
@@ -64,31 +67,46 @@ class Objective:
 
 
 def objective_bytes(job: Job, batch: MicroBatch) -> Objective:
-    """The loss computes in fp32 (the drafter's last norm gives fp32 at any precision)."""
+    """The loss computes in fp32; its products too, but on CUDA they are of training.precision."""
     shape, config, slots = job.shapes.drafter, job.config.objective, batch.slots
     vocabulary, hidden, rank = shape.vocab_size, shape.hidden_size, job.shapes.rank
     drafted = job.shapes.drafted
-    # a head saved in bf16 is copied to fp32 for the draft's logits
-    head = drafted * hidden * FP32 if job.value != FP32 else 0
-    finals = slots * hidden * job.value  # the target's state behind each slot
-    states = slots * (hidden + rank) * FP32
+    product = job.work if job.cuda else FP32
+    # a head saved in another precision than that of the draft's products is copied
+    head = drafted * hidden * product if job.value != product else 0
+    states = slots * (hidden + rank) * product
     shared = drafted * rank * FP32
     if config.implementation == "eager":
+        finals = slots * hidden * job.value  # the target's state behind each slot
         # base and biased logits, log-softmax, its exp, the target's softmax, the distance; and in
         # the backward one less. Fewer drafts' logits come before they are put among all
         logits = slots * vocabulary * FP32
         fewer = slots * drafted * FP32 if drafted < vocabulary else 0
         most, least = 6 * logits + 2 * fewer, 5 * logits + fewer
         return Objective(most + finals + head, least + head, states + shared)
-    chunk = min(config.chunk_size, slots)
-    # p, q and scratch; a soft cap's slope and a product; target logits before they become fp32, and
-    # where fewer tokens are drafted, all of the target's distribution beside what of it is q
-    wide = (job.value if job.value != FP32 else 0) + (FP32 if drafted < vocabulary else 0)
-    rows = drafted * (3 * FP32 + 2 * FP32 * job.shapes.soft_cap) + vocabulary * wide
     # slots of weight zero are left out, so what is left is a copy: counted as if all weighed
-    picked = states + finals
+    picked = states + batch.positions * hidden * job.value
     return Objective(
-        forward=finals + picked + chunk * rows + states + shared + head,
+        forward=picked + _chunk_bytes(job, batch) + states + shared + head,
         backward=2 * (states + shared),  # scaled by the gradient of the loss: a copy
         left=states + shared,
     )
+
+
+def _chunk_bytes(job: Job, batch: MicroBatch) -> int:
+    """Buffers of one chunk's slots."""
+    chunk = min(job.config.objective.chunk_size, batch.slots)
+    drafted, vocabulary = job.shapes.drafted, job.shapes.drafter.vocab_size
+    compiled = job.config.objective.compile == "always" or (
+        job.config.objective.compile == "auto" and job.cuda
+    )
+    # p and q; a bias that slots share, or the gradient as compiled code makes it
+    own = 2 * FP32 + (job.work if compiled else FP32 * job.shapes.by_token)
+    own += 2 * FP32 * job.shapes.soft_cap  # its slope, and a product
+    # where fewer tokens are drafted, all of the target's distribution beside what of it is q
+    whole = FP32 if drafted < vocabulary else 0
+    tile = 0 if compiled else tile_rows(chunk, drafted, torch.device("cuda" if job.cuda else "cpu"))
+    size = chunk * (drafted * own + vocabulary * whole) + tile * drafted * FP32
+    if job.value != FP32 and not job.cuda:  # target logits before they become fp32
+        size += min(chunk, -(-chunk * batch.positions // batch.slots)) * vocabulary * job.value
+    return size

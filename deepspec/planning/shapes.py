@@ -28,7 +28,8 @@ class Shapes:
     that autocast copies to bf16, and keeps. `target_parameters` counts tied weights once;
     `target_active`: those a token's forward multiplies with, LM head apart; `ends`: those of
     embedding and head; `scaled_ends`: those that are held twice, as files and as the family scales
-    them; `saved_value`: bytes of a number under target.dtype=auto. `text`: its text config.
+    them; `saved_value`: bytes of a number under target.dtype=auto; `by_token`: the drafter's
+    `latent_of_token`; `text`: the target's text config.
     """
 
     drafter: Any  # the kind's own config
@@ -42,6 +43,7 @@ class Shapes:
     scaled_ends: int
     saved_value: int
     soft_cap: bool
+    by_token: bool
     text: Any
 
     @property
@@ -86,6 +88,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
         scaled_ends=scaled,
         saved_value=target.dtype.itemsize,
         soft_cap=target.head.soft_cap is not None,
+        by_token=drafter.latent_of_token,
         text=target.config,
     )
 
@@ -130,6 +133,17 @@ class MicroBatch:
     def slots(self) -> int:
         """S."""
         return sum(self.blocks) * self.block_size
+
+    @property
+    def positions(self) -> int:
+        """Of the target, that slots are held against: blocks of one sample overlap. Expected, for
+        anchors all over the sample; where only its end is an answer there are fewer."""
+        return round(
+            sum(
+                context * (1 - (1 - min(1.0, blocks / context)) ** self.block_size)
+                for context, blocks in zip(self.contexts, self.blocks, strict=True)
+            )
+        )
 
     def pairs(self, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
         """(queries, keys that they meet) of each sample: its context and its blocks.

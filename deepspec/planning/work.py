@@ -55,11 +55,13 @@ def drafter_flops(job: Job, batch: MicroBatch) -> int:
 
 
 def objective_flops(job: Job, batch: MicroBatch) -> int:
-    """Logits of target and draft, and the gradients of hidden states, latents and W2."""
+    """Logits of target (a position once) and draft, gradients of hidden states, latents and W2."""
     shape = job.shapes.drafter
     target = 2 * shape.vocab_size * shape.hidden_size
     draft = job.shapes.drafted * (4 * shape.hidden_size + 6 * job.shapes.rank)
-    return batch.slots * (target + draft)
+    if job.config.objective.implementation == "eager":
+        return batch.slots * (target + draft)
+    return batch.positions * target + batch.slots * draft
 
 
 def batch_flops(job: Job, batch: MicroBatch) -> int:

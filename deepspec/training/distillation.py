@@ -17,7 +17,8 @@ from deepspec.targets import TargetEnds
 
 
 class Distillation(nn.Module):
-    """Loss of one micro-batch: the drafter in `training.precision`, the objective in fp32.
+    """Loss of one micro-batch: the drafter in `training.precision`, the objective in fp32 but for
+    its products on CUDA.
 
     Only the drafter's parameters are seen by the engine.
     """
@@ -32,6 +33,10 @@ class Distillation(nn.Module):
         self._frozen = (target.embedding, head, target.head, vocabulary)
         self._config = config.objective
         self._bf16 = config.training.precision == "bf16"
+        drafter.recomputed = config.training.activation_checkpointing
+        if config.training.compile:
+            for layer in drafter.compilable:
+                layer.compile(dynamic=True)
 
     def forward(
         self, context: Tensor, final: Tensor, batch: BlockBatch, denominator: float
@@ -41,6 +46,8 @@ class Distillation(nn.Module):
         features = TargetFeatures(context, final)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=self._bf16):
             output = self.drafter(features, batch, embedding)
-        inputs = slots_of(output, self.drafter.bias_weight, batch, features, vocabulary)
+        # a processor without bf16 units, which is most, does the products over V faster in fp32
+        dtype = torch.bfloat16 if self._bf16 and context.is_cuda else None
+        inputs = slots_of(output, self.drafter, batch, features, vocabulary, dtype)
         loss = compute_loss(inputs, draft_head, target_head, self._config, denominator)
         return loss.loss, loss.ce_sum, loss.l1_sum, loss.confidence_sum, loss.acceptance

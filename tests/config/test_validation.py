@@ -140,6 +140,18 @@ def test_choices_are_listed(key: str, choices: str) -> None:
             {"drafter__kind": "eagle3", "drafter__draft_vocab_size": 100},
             ("drafter.draft_vocab_size=100", "eagle3"),
         ),
+        (
+            {"drafter__kind": "dspark_v4", "training__compile": True},
+            ("training.compile=true", "dspark_v4"),
+        ),
+        (
+            {"drafter__kind": "eagle3", "training__activation_checkpointing": True},
+            ("training.activation_checkpointing=true", "eagle3"),
+        ),
+        (
+            {"engine__kind": "zero3", "training__compile": True},
+            ("training.compile=true", "engine=zero3"),
+        ),
     ],
 )
 def test_keys_that_do_not_agree_are_both_named(

@@ -425,16 +425,15 @@ def test_loss_falls_on_a_tiny_v4_and_its_checkpoint_holds_all(
         one.folder.__exit__(None, None, None)
 
 
-def test_micro_batches_change_nothing(v4_target: Target, tmp_path: Path) -> None:
+def test_micro_batches_and_recomputing_change_nothing(v4_target: Target, tmp_path: Path) -> None:
     steps = []
-    for size in (1, 4):
-        trainer = build_trainer(
-            v4_target, tmp_path / str(size), *NATIVE, f"training.micro_batch_size={size}"
-        )
+    for change in ("micro_batch_size=1", "micro_batch_size=4", "activation_checkpointing=true"):
+        trainer = build_trainer(v4_target, tmp_path / change, *NATIVE, f"training.{change}")
         rows = [trainer.train_step() for _ in range(2)]
         steps.append([row[key] for row in rows for key in ("loss", "gradient_norm")])
         trainer.folder.__exit__(None, None, None)
-    assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4)
+    assert steps[2] == pytest.approx(steps[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

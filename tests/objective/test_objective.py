@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec.config.schema import ObjectiveConfig
-from deepspec.objective import LossInputs, LossOutput, compute_loss
+from deepspec.objective import LossInputs, LossOutput, compute_loss, kernels
 from deepspec.targets import FrozenHead
 
 TRAINED = ("hidden", "latent", "bias_weight", "confidence_logits")
@@ -42,12 +42,14 @@ def problem(
     if drafted is not None:
         chosen = torch.randperm(vocabulary, generator=g)[:drafted].sort().values
     rows = vocabulary if drafted is None else drafted
+    positions = 1 + slots // 3  # behind three slots each, on average
     inputs = LossInputs(
         hidden=draw(slots, 8),
         latent=draw(slots, rank) if rank else None,
         bias_weight=draw(rows, rank) if rank else None,
         confidence_logits=draw(slots) if confidence else None,
-        target_final=draw(slots, 6),
+        target_final=draw(positions, 6),
+        target_rows=torch.randint(0, positions, (slots,), generator=g),
         labels=torch.randint(0, vocabulary, (slots,), generator=g),
         weights=weights,
         vocabulary=chosen,
@@ -71,9 +73,11 @@ def run(
     return output, {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def assert_same(inputs: LossInputs, heads, tolerance: float, chunk: int = 5) -> None:
+def assert_same(
+    inputs: LossInputs, heads, tolerance: float, chunk: int = 5, compile: str = "auto"
+) -> None:
     eager, eager_grads = run(inputs, heads, implementation="eager")
-    fused, fused_grads = run(inputs, heads, implementation="fused", chunk_size=chunk)
+    fused, fused_grads = run(inputs, heads, chunk_size=chunk, compile=compile)
     for name in ("loss", "ce_sum", "l1_sum", "confidence_sum", "acceptance"):
         torch.testing.assert_close(
             getattr(fused, name), getattr(eager, name), rtol=tolerance, atol=tolerance
@@ -147,6 +151,44 @@ def test_a_draft_vocabulary_is_the_whole_one_without_chances_outside(implementat
     torch.testing.assert_close(reduced.loss, expected.loss)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("drafted", [None, 17])
+def test_latents_of_the_same_token_give_the_same_gradient(chunk: int, drafted: int | None) -> None:
+    """Of slots that share a latent, whose gradient may come to any of them: summed by token."""
+    inputs, *heads = problem(60, drafted=drafted)
+    ids = torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(1))
+    inputs = replace(inputs, latent=inputs.latent[ids], latent_ids=ids)
+    eager, wanted = run(inputs, tuple(heads), implementation="eager")
+    fused, found = run(inputs, tuple(heads), chunk_size=chunk)
+    torch.testing.assert_close(fused.loss, eager.loss)
+    torch.testing.assert_close(fused.acceptance, eager.acceptance)
+    for grads in (found, wanted):
+        grads["latent"] = torch.zeros(9, 3).double().index_add(0, ids, grads["latent"])
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad)
+
+
+@pytest.mark.parametrize("drafted", [None, 90])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_what_is_compiled_gives_the_same(
+    dtype: torch.dtype, tolerance: float, drafted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The expression itself, run as it is written."""
+    monkeypatch.setattr(kernels, "_compiled", lambda: kernels.terms)
+    inputs, *heads = problem(200, 300, dtype=dtype, drafted=drafted, soft_cap=9.0)
+    assert_same(inputs, tuple(heads), tolerance, chunk=64, compile="always")
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_compiled_once_for_batches_of_any_size() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for slots in (200, 64, 30, 301):
+        inputs, *heads = problem(slots, 300, dtype=torch.float32)
+        assert_same(inputs, tuple(heads), 1e-5, chunk=64, compile="always")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_eager_is_the_papers_formula() -> None:
     inputs, draft_head, target_head = problem()
     output, _ = run(inputs, (draft_head, target_head), implementation="eager")
@@ -156,7 +198,10 @@ def test_eager_is_the_papers_formula() -> None:
         return e / e.sum(-1, keepdims=True)
 
     z = inputs.hidden @ draft_head.weight.T + inputs.latent @ inputs.bias_weight.T
-    p, q = softmax(z.numpy()), softmax((inputs.target_final @ target_head.weight.T).numpy())
+    p, q = (
+        softmax(z.numpy()),
+        softmax((inputs.target_final[inputs.target_rows] @ target_head.weight.T).numpy()),
+    )
     w = inputs.weights.numpy().astype(float)
     ce = -np.log(p[np.arange(len(w)), inputs.labels])
     l1 = np.abs(p - q).sum(-1)
@@ -191,7 +236,7 @@ def test_pieces_with_the_same_denominator_add_up() -> None:
     for piece in pieces:
         cut = {
             name: value[piece]
-            for name in (*TRAINED, "target_final", "labels", "weights")
+            for name in (*TRAINED, "target_rows", "labels", "weights")
             if name != "bias_weight" and (value := getattr(inputs, name)) is not None
         }
         output, grads = run(replace(inputs, **cut), tuple(heads))

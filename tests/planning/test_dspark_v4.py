@@ -74,6 +74,7 @@ def job_of(drafter: DSparkV4Drafter, precision: str, *words: str) -> Job:
         scaled_ends=0,
         saved_value=value,
         soft_cap=False,
+        by_token=True,
         text=None,
     )
     config.target.dtype = "auto"

@@ -21,6 +21,8 @@ from deepspec.drafters.base import Draw
 class MarkovHead(nn.Module):
     """Vanilla: B_j = W2 W1[x_{j-1}]; W1 [V, R] of any token, W2 [V_draft, R] of what is drafted."""
 
+    of_token = True  # the latent depends on the previous token alone
+
     def __init__(
         self, hidden_size: int, vocab_size: int, rank: int, draft_vocab_size: int | None = None
     ) -> None:
@@ -50,6 +52,8 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """B_j = W2 (sigmoid(W_g [h_j; W1[x_{j-1}]]) * W1[x_{j-1}])."""
 
+    of_token = False
+
     def __init__(
         self, hidden_size: int, vocab_size: int, rank: int, draft_vocab_size: int | None = None
     ) -> None:
@@ -69,6 +73,8 @@ class RnnMarkovHead(MarkovHead):
 
     g goes through a sigmoid; s is zero at the start of every block.
     """
+
+    of_token = False
 
     def __init__(
         self, hidden_size: int, vocab_size: int, rank: int, draft_vocab_size: int | None = None

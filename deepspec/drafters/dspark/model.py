@@ -79,9 +79,19 @@ class DSparkDrafter(Drafter):
         return [cast(DraftLayer, layer) for layer in self.layers]
 
     @property
+    def compilable(self) -> list[nn.Module]:
+        """See `Drafter.compilable`."""
+        return list(self.layers)
+
+    @property
     def bias_weight(self) -> Tensor | None:
         """W2 [V_draft, R]: turns a latent into a bias on the logits; None at rank 0."""
         return None if self.markov_head is None else self.markov_head.markov_w2.weight
+
+    @property
+    def latent_of_token(self) -> bool:
+        """See `Drafter.latent_of_token`."""
+        return self.markov_head is not None and self.markov_head.of_token
 
     def forward(
         self,
@@ -98,18 +108,16 @@ class DSparkDrafter(Drafter):
         context_rotation = self.rotary(batch.positions, states.dtype)
         block_rotation = self.rotary(batch.anchors[:, None] + offsets, states.dtype)
 
-        for layer in self.draft_layers:
-            past_keys, past_values = layer.self_attn.keys_values(projected, context_rotation)
+        def run(layer: DraftLayer, states: Tensor) -> Tensor:
+            past = layer.self_attn.keys_values(projected, context_rotation)
 
-            def attend(
-                queries: Tensor,
-                keys: Tensor,
-                values: Tensor,
-                past: tuple[Tensor, Tensor] = (past_keys, past_values),
-            ) -> Tensor:
+            def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
                 return block_attention(queries, *past, keys, values, visibility)
 
-            states = layer(states, block_rotation, attend)
+            return cast(Tensor, layer(states, block_rotation, attend))
+
+        for layer in self.draft_layers:
+            states = self.through(partial(run, layer), states)
         return self.heads(self.norm(states), batch.previous)
 
     def heads(self, hidden: Tensor, previous: Tensor) -> DraftOutput:

@@ -90,6 +90,11 @@ class DSparkV4Drafter(Drafter):
         """W2 [V, R]: turns a latent into a bias on the logits."""
         return self.markov_head.markov_w2.weight
 
+    @property
+    def latent_of_token(self) -> bool:
+        """See `Drafter.latent_of_token`."""
+        return self.markov_head.of_token
+
     def forward(
         self, features: TargetFeatures, batch: BlockBatch, embedding: Tensor
     ) -> DraftOutput:
@@ -126,7 +131,8 @@ class DSparkV4Drafter(Drafter):
         rotation = self.rotary(positions[:, None] + offsets, embedded.dtype)
         streams = embedded[..., None, :].expand(-1, -1, self.config.hc_mult, -1)
         for index, stage in enumerate(self.stages):
-            streams = stage(streams, rotation, partial(see, index))
+            run = partial(stage, rotation=rotation, see=partial(see, index))
+            streams = self.through(run, streams)
         return self.hc_head(streams)
 
     def inputs(self, anchors: Tensor) -> Tensor:
