@@ -28,6 +28,7 @@ COMMANDS = (
     "profile",
     "export",
     "check",
+    "reproduce",
     "recipes",
     "doctor",
 )
