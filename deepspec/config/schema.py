@@ -256,6 +256,8 @@ class ReproduceConfig:
     thresholds: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
     calibration_prompts: int | None = None
     calibration_seeds: int = 2
+    loads: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    load_seconds: float = 10.0
 
 
 @dataclass

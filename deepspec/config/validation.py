@@ -103,6 +103,7 @@ POSITIVE = (
     "extract.shard_mib",
     "data.limit",
     "evaluation.limit",
+    "reproduce.load_seconds",
 )
 SHARES = ("regenerate.top_p", "decoding.top_p")
 SEEDS = range(2**63)  # what torch takes
@@ -166,7 +167,7 @@ def _reproduction(config: RunConfig) -> None:
     wanted = config.reproduce
     key = "reproduce.figures"
     _require(_distinct(wanted.figures, FIGURES), config, key, f"some of {', '.join(FIGURES)}")
-    for key in ("reproduce.depths", "reproduce.blocks"):
+    for key in ("reproduce.depths", "reproduce.blocks", "reproduce.loads"):
         sizes = value_of(config, key)
         fine = bool(sizes) and sizes == sorted(set(sizes)) and sizes[0] >= 1
         _require(fine, config, key, "a list of ascending numbers of at least 1")

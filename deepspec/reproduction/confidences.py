@@ -11,7 +11,7 @@ from deepspec.evaluation.report import Table
 from deepspec.evaluation.results import BenchmarkResult, mean_over_seeds, read_report
 from deepspec.reproduction import paper
 from deepspec.reproduction.drawing import Scales, Series, lines
-from deepspec.reproduction.finding import Claim, Finding
+from deepspec.reproduction.finding import Claim, Finding, percent
 from deepspec.reproduction.lengths import LENGTH
 from deepspec.reproduction.plan import METHODS, Plan, threshold_name
 from deepspec.scheduling.calibration_file import HELD_OUT, NAME, Half, read_calibration_file
@@ -74,7 +74,7 @@ def thresholds(plan: Plan) -> Finding:
     return Finding(
         "thresholds",
         "Figure 5: verifying only above a confidence",
-        f"On chat the acceptance rate rises from {first:.1%} to {last:.1%} ({paper.SOURCE}, "
+        f"On chat the acceptance rate rises from {percent(first, 1)} to {percent(last, 1)} ({paper.SOURCE}, "
         "figure 5).",
         "Temperature 1. A draft is verified where its predicted survival reaches the threshold; "
         f"predictions are calibrated ({METHODS[-1]}) on half of all prompts, of which these are "
@@ -96,8 +96,8 @@ def _sweep_claims(found: dict[str, list[BenchmarkResult]]) -> tuple[Claim, ...]:
     rising = all(later >= earlier for earlier, later in pairwise(rates))
     first, last = paper.CHAT_ACCEPTANCE
     text = (
-        f"{domain} goes from {rates[0]:.0%} to {rates[-1]:.0%}"
-        f"{'' if rising else ', not always rising'} (paper {first:.0%} to {last:.0%})"
+        f"{domain} goes from {percent(rates[0])} to {percent(rates[-1])}"
+        f"{'' if rising else ', not always rising'}, paper {percent(first)} to {percent(last)}"
     )
     return (Claim(rising and rates[-1] >= ENOUGH, text),)
 
@@ -125,16 +125,16 @@ def reliability(plan: Plan) -> Finding:
     return Finding(
         "reliability",
         "Figure 6: reliability before and after STS",
-        f"ECE of {low:.0%} to {high:.0%} becomes about {paper.ECE_AFTER:.0%}; AUC {paper.AUC[0]} "
+        f"ECE of {percent(low)} to {percent(high)} becomes about {percent(paper.ECE_AFTER)}; AUC {paper.AUC[0]} "
         f"to {paper.AUC[1]} ({paper.SOURCE}, figure 6).",
         "Temperature 1, prefix survival; Sequential Temperature Scaling fitted on one half of the "
         f"prompts, {half.rounds} rounds of the other half measured. Platt scaling, which also "
-        f"shifts the logit, leaves {platt:.1%} instead.",
+        f"shifts the logit, leaves {percent(platt, 1)} instead.",
         (
             Claim(
                 after < before and after <= 1.5 * paper.ECE_AFTER,
-                f"mean ECE goes from {before:.1%} to {after:.1%}, paper: to about "
-                f"{paper.ECE_AFTER:.0%}",
+                f"mean ECE goes from {percent(before, 1)} to {percent(after, 1)}, paper: to about "
+                f"{percent(paper.ECE_AFTER)}",
             ),
             *_area_claims(areas),
         ),

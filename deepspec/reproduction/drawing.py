@@ -21,6 +21,7 @@ from deepspec.evaluation.drawing import (
     svg_of,
 )
 
+GREY = "#7A7F8A"  # of the bar behind the palette's
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # the next round of colours
 
 
@@ -116,10 +117,10 @@ def bars(name: str, description: str, ylabel: str, panels: Sequence[Bars]) -> st
                 width * 0.9,
                 yerr=errors,
                 error_kw={"ecolor": INK, "elinewidth": 1},
-                color=colour(index),
+                color=colour(index) if index < len(PALETTE) else GREY,
                 label=label,
             )
-            axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=9.5)
+            axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=9)
         axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)), label="plain decoding")
         axes.set_xticks(range(len(panel.places)), panel.places)
         axes.tick_params(axis="x", length=0)

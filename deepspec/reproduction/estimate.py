@@ -24,6 +24,7 @@ STEP = {
 RNN = 0.005  # more for each draft, with the rnn head
 PROMPT = 0.25  # seconds that a prompt is decoded, 16 at a time
 ANSWER = 0.08  # seconds that an answer takes, 256 at a time
+PROFILE = 60.0  # seconds that steps a second by tokens take to measure
 PROMPTS, DOMAINS, ANSWERS = 100, 3, 3598  # of the recipe tiny
 PROBE = 0.33  # seconds that `probe` takes there
 
@@ -46,6 +47,13 @@ def evaluation(config: RunConfig, prompts: int | None, times: int) -> float:
 def answers(config: RunConfig) -> float:
     """Seconds of answering the training's prompts."""
     return START + (config.reproduce.samples or ANSWERS) * ANSWER
+
+
+def load(contenders: int, config: RunConfig) -> float:
+    """Seconds of a load test of so many policies, and of the table that it measures first."""
+    return (
+        START + PROFILE + contenders * len(config.reproduce.loads) * config.reproduce.load_seconds
+    )
 
 
 def probe() -> float:

@@ -70,6 +70,11 @@ class Finding:
         return path
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """0.31 -> 31 %."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def signed(share: float) -> str:
     """0.31 -> +31 %."""
-    return f"{100 * share:+.0f} %"
+    return f"{round(100 * share):+d} %"

@@ -16,7 +16,7 @@ from deepspec.evaluation.report import Table
 from deepspec.records import DecodeTrace
 from deepspec.reproduction import paper
 from deepspec.reproduction.drawing import Bars, Scales, Series, bars, lines
-from deepspec.reproduction.finding import Claim, Finding, signed
+from deepspec.reproduction.finding import Claim, Finding, percent, signed
 from deepspec.reproduction.jobs import LABELS, Training
 from deepspec.reproduction.plan import NGRAM, Plan, by_block, by_depth, compared
 
@@ -97,7 +97,7 @@ def _table1_claims(found: Found) -> tuple[Claim, ...]:
     for index, kind in ((1, "dflash"), (2, "eagle3")):
         gain, error = _gain(found[MEAN][0], found[MEAN][index])
         text = (
-            f"DSpark is {abs(100 * gain):.0f} % (± {100 * error:.0f}) "
+            f"DSpark is {percent(abs(gain))} (± {100 * error:.0f}) "
             f"{'longer' if gain > 0 else 'shorter'} than {LABELS[kind]}, paper "
             f"{signed(paper.gain(kind))}"
         )
@@ -151,6 +151,7 @@ def positions(plan: Plan) -> Finding:
         series,
     )
     falls, keeps = ends["dflash"], ends["dspark"]
+    first, last = (keeps[0] - falls[0], keeps[1] - falls[1])
     return Finding(
         "positions",
         "Figure 2: acceptance by position, all earlier drafts accepted",
@@ -160,12 +161,17 @@ def positions(plan: Plan) -> Finding:
         (
             Claim(
                 falls[1] - falls[0] < -2 * falls[2],
-                f"DFlash goes from {falls[0]:.0%} at the first to {falls[1]:.0%} at the last "
-                "position, paper: falls",
+                f"DFlash goes from {percent(falls[0])} at the first to {percent(falls[1])} at the "
+                "last position, paper: falls",
             ),
             Claim(
                 keeps[1] - keeps[0] > -2 * keeps[2],
-                f"DSpark goes from {keeps[0]:.0%} to {keeps[1]:.0%}, paper: does not fall",
+                f"DSpark goes from {percent(keeps[0])} to {percent(keeps[1])}, paper: does not fall",
+            ),
+            Claim(
+                last > first,
+                f"DSpark's lead over DFlash goes from {100 * first:.0f} to {100 * last:.0f} "
+                "points, paper: grows",
             ),
         ),
         Table(["drafter", *(str(place + 1) for place in range(size))], cells),

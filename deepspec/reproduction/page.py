@@ -12,7 +12,7 @@ from deepspec import __version__
 from deepspec.atomic import atomic_file
 from deepspec.evaluation.report import environment
 from deepspec.machine import describe_machine
-from deepspec.reproduction import confidences, lengths
+from deepspec.reproduction import confidences, lengths, loads
 from deepspec.reproduction.finding import Finding
 from deepspec.reproduction.plan import Plan
 
@@ -24,6 +24,8 @@ MAKERS: dict[str, Callable[[Plan], Finding]] = {
     "blocks": lengths.blocks,
     "thresholds": confidences.thresholds,
     "reliability": confidences.reliability,
+    "throughput": loads.throughput,
+    "budget": loads.budget,
 }
 
 

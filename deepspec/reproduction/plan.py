@@ -13,8 +13,10 @@ from deepspec.config.schema import FIGURES, RunConfig
 from deepspec.reproduction import estimate
 from deepspec.reproduction.jobs import Job, Training, listed
 
-ANSWERS, NGRAM = "answers", "ngram"
+ANSWERS, NGRAM, LOAD = "answers", "ngram", "load"
 METHODS = ("sts", "platt")  # in this order: schedulers see confidences through the last
+
+POLICIES = ("plain", "fixed", "threshold", "algorithm1", "async")  # MTP-1 stands beside them
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,23 @@ class _Planner:
         return tuple(names)
 
     def _throughput(self) -> tuple[str, ...]:
-        return ()
+        drafter, other = (self._train(main_training(self.config, k)) for k in ("dspark", "mtp"))
+        fitted = self._calibrate(METHODS[-1])
+        runs, loads = self.out / "runs", self.wanted.loads
+        words = [
+            f"run={runs / drafter}",
+            f"against=[{runs / other}]",
+            f"policies=[{','.join(POLICIES)}]",
+            f"concurrency=[{','.join(map(str, loads))}]",
+            f"seconds={self.wanted.load_seconds:g}",
+            f"out={runs / LOAD}",
+        ]
+        work = estimate.load(len(POLICIES) + 1, self.config)
+        needs = (drafter, other, fitted)
+        return (self._add(Job(LOAD, ("load", *words), needs, work, alone=True)),)
 
     def _budget(self) -> tuple[str, ...]:
-        return ()
+        return self._throughput()
 
 
 def _value(value: object) -> str:
