@@ -74,8 +74,8 @@ def thresholds(plan: Plan) -> Finding:
     return Finding(
         "thresholds",
         "Figure 5: verifying only above a confidence",
-        f"On chat the acceptance rate rises from {percent(first, 1)} to {percent(last, 1)} ({paper.SOURCE}, "
-        "figure 5).",
+        f"On chat the acceptance rate rises from {percent(first, 1)} to {percent(last, 1)} "
+        f"({paper.SOURCE}, figure 5).",
         "Temperature 1. A draft is verified where its predicted survival reaches the threshold; "
         f"predictions are calibrated ({METHODS[-1]}) on half of all prompts, of which these are "
         "the first. Accepted: of the verified drafts; verified: of the proposed ones.",
@@ -125,8 +125,8 @@ def reliability(plan: Plan) -> Finding:
     return Finding(
         "reliability",
         "Figure 6: reliability before and after STS",
-        f"ECE of {percent(low)} to {percent(high)} becomes about {percent(paper.ECE_AFTER)}; AUC {paper.AUC[0]} "
-        f"to {paper.AUC[1]} ({paper.SOURCE}, figure 6).",
+        f"ECE of {percent(low)} to {percent(high)} becomes about {percent(paper.ECE_AFTER)}; AUC "
+        f"{paper.AUC[0]} to {paper.AUC[1]} ({paper.SOURCE}, figure 6).",
         "Temperature 1, prefix survival; Sequential Temperature Scaling fitted on one half of the "
         f"prompts, {half.rounds} rounds of the other half measured. Platt scaling, which also "
         f"shifts the logit, leaves {percent(platt, 1)} instead.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from deepspec.reproduction.plan import NGRAM, Plan, by_block, by_depth, compared
 
 MEAN = "mean"
 LENGTH = "accepted length (tokens a round)"
+ENOUGH = 100  # rounds that have to get to a position for a claim about it
 SPREAD = (
     "± is one standard error over prompts (bootstrap, all rounds of a prompt together); it says "
     "nothing about other trainings."
@@ -115,68 +118,88 @@ def _table1_claims(found: Found) -> tuple[Claim, ...]:
 
 def positions(plan: Plan) -> Finding:
     """Conditional acceptance at each position of the block, domains and seeds pooled."""
-    series, rows, ends = [], [], {}
-    size = plan.config.reproduce.block_size
-    cells = []
-    for kind, trainings in compared(plan.config).items():
-        traces = [each for one in trainings for each in _traces(plan.folder(one.name))]
-        pairs = metrics.conditional_acceptance(traces, trainings[0].block)
-        known = [
-            (n + 1, a / b, np.sqrt(a / b * (1 - a / b) / b), b)
-            for n, (a, b) in enumerate(pairs)
-            if b
-        ]
-        for place, rate, error, count in known:
-            rows.append(
-                {
-                    "drafter": kind,
-                    "position": place,
-                    "rounds": count,
-                    "conditional_acceptance": round(rate, 5),
-                    "standard_error": round(float(error), 5),
-                }
-            )
-        places, rates, errors, _ = zip(*known, strict=True)
-        series.append(Series(LABELS[kind], places, rates, errors))
-        ends[kind] = (rates[0], rates[-1], float(np.hypot(errors[0], errors[-1])))
-        cells.append(
-            [LABELS[kind], *(f"{rate:.1%}" for rate in rates), *["–"] * (size - len(rates))]
+    rates = {kind: _rates(plan, same) for kind, same in compared(plan.config).items()}
+    rows = [
+        {
+            "drafter": kind,
+            "position": place + 1,
+            "rounds": own.rounds,
+            "conditional_acceptance": round(own.share, 5),
+            "standard_error": round(own.error, 5),
+        }
+        for kind, same in rates.items()
+        for place, own in enumerate(same)
+    ]
+    series = [
+        Series(
+            LABELS[kind],
+            range(1, len(same) + 1),
+            [own.share for own in same],
+            [own.error for own in same],
         )
-    drawing = lines(
-        "positions",
-        "Conditional acceptance by position in the block",
-        Scales(
-            "position in the block", "acceptance, all earlier accepted", percent=True, ticks=True
-        ),
-        series,
-    )
-    falls, keeps = ends["dflash"], ends["dspark"]
-    first, last = (keeps[0] - falls[0], keeps[1] - falls[1])
+        for kind, same in rates.items()
+    ]
+    size = max(map(len, rates.values()))
+    scales = Scales("position in the block", "acceptance, all earlier accepted", True, True)
+    drawing = lines("positions", "Conditional acceptance by position in the block", scales, series)
     return Finding(
         "positions",
         "Figure 2: acceptance by position, all earlier drafts accepted",
         f"DFlash's decays along the block, DSpark's does not ({paper.SOURCE}, figure 2).",
         f"Temperature 1, all domains and {_of_seeds(plan.config.reproduce.seeds)} together. MTP-1 "
         "drafts one token. Few rounds get to the last positions, and those are the easy ones.",
-        (
-            Claim(
-                falls[1] - falls[0] < -2 * falls[2],
-                f"DFlash goes from {percent(falls[0])} at the first to {percent(falls[1])} at the "
-                "last position, paper: falls",
-            ),
-            Claim(
-                keeps[1] - keeps[0] > -2 * keeps[2],
-                f"DSpark goes from {percent(keeps[0])} to {percent(keeps[1])}, paper: does not fall",
-            ),
-            Claim(
-                last > first,
-                f"DSpark's lead over DFlash goes from {100 * first:.0f} to {100 * last:.0f} "
-                "points, paper: grows",
-            ),
+        _position_claims(rates["dspark"], rates["dflash"]),
+        Table(
+            ["drafter", *(str(place + 1) for place in range(size))],
+            [
+                [LABELS[kind], *(f"{own.share:.1%}" for own in same), *["–"] * (size - len(same))]
+                for kind, same in rates.items()
+            ],
         ),
-        Table(["drafter", *(str(place + 1) for place in range(size))], cells),
         rows,
         ((drawing, "Share of rounds in which the draft is accepted, of those that got there."),),
+    )
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """`share` of `rounds` in which a draft was accepted, and its standard `error`."""
+
+    share: float
+    rounds: int
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.share * (1 - self.share) / self.rounds)
+
+
+def _rates(plan: Plan, trainings: Sequence[Training]) -> list[_Rate]:
+    """By position, as far as a round got."""
+    traces = [each for one in trainings for each in _traces(plan.folder(one.name))]
+    pairs = metrics.conditional_acceptance(traces, trainings[0].block)
+    return [_Rate(accepted / rounds, rounds) for accepted, rounds in pairs if rounds]
+
+
+def _position_claims(ours: list[_Rate], theirs: list[_Rate]) -> tuple[Claim, ...]:
+    """From the first position to the last that enough rounds of both drafters got to."""
+    reached = [min(a.rounds, b.rounds) >= ENOUGH for a, b in zip(ours, theirs, strict=False)]
+    last = max(1, sum(reached)) - 1
+    changes = []
+    for own in (ours, theirs):
+        chance = 2 * math.hypot(own[0].error, own[last].error)
+        text = (
+            f"goes from {percent(own[0].share)} to {percent(own[last].share)} at draft {last + 1}"
+        )
+        changes.append((own[last].share - own[0].share, chance, text))
+    (kept, by_chance, ours_text), (fell, beyond, theirs_text) = changes
+    lead, end = (100 * (ours[place].share - theirs[place].share) for place in (0, last))
+    return (
+        Claim(fell < -beyond, f"DFlash {theirs_text}, paper: falls"),
+        Claim(kept > -by_chance, f"DSpark {ours_text}, paper: does not fall"),
+        Claim(
+            end > lead,
+            f"DSpark's lead over DFlash goes from {lead:.0f} to {end:.0f} points, paper: grows",
+        ),
     )
 
 
