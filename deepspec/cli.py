@@ -26,6 +26,7 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "profile",
+    "load",
     "export",
     "check",
     "reproduce",

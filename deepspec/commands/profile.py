@@ -36,7 +36,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Measure, save, and print the table."""
     from pathlib import Path
 
-    from deepspec.commands.settings import print_config, take, whole_number
+    from deepspec.commands.settings import non_negative, print_config, take, whole_number
     from deepspec.config.loading import load_config
     from deepspec.errors import ConfigError
 
@@ -58,7 +58,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         rows=whole_number("rows", values.get("rows", str(config.decoding.batch_size))),
         context=whole_number("context", values.get("context", "256")),
         repeats=whole_number("repeats", values.get("repeats", "20")),
-        temperature=_temperature(values.get("temperature", "1")),
+        temperature=non_negative("temperature", values.get("temperature", "1")),
     )
     out = Path(values.get("out", f"runs/throughput-{config.recipe}.json")).expanduser()
     _measure(config, source, load, values.get("tokens"), out)
@@ -130,23 +130,10 @@ def _shown(table: Throughput, load: Load) -> RichTable:
 
 
 def _listed(word: str) -> list[int]:
-    from deepspec.commands.settings import whole_number
+    from deepspec.commands.settings import listed, whole_number
     from deepspec.errors import ConfigError
 
-    parts = word.strip("[]").split(",")
-    counts = sorted({whole_number("tokens", part.strip()) for part in parts})
+    counts = sorted({whole_number("tokens", part) for part in listed(word)})
     if len(counts) < 2:
         raise ConfigError(f"tokens={word} must be at least two numbers, such as [1,2,4,8]")
     return counts
-
-
-def _temperature(word: str) -> float:
-    from deepspec.errors import ConfigError
-
-    try:
-        temperature = float(word)
-    except ValueError:
-        temperature = -1.0
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={word} must be a number of at least 0")
-    return temperature

@@ -86,6 +86,14 @@ class Decoder:
         self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]
     ) -> None:
         """Prefill one group, then rounds until its last row has finished."""
+        self.begin(rows, random, sampling)
+        number = 0
+        while len(rows):
+            traces += self.round(rows, random, sampling, number)
+            number += 1
+
+    def begin(self, rows: Rows, random: RandomRows, sampling: Sampling) -> None:
+        """Prefill `rows`, the only requests of the proposer from now on; each says a token."""
         tokens, output = rows.prefill(with_context=True)
         self.proposer.start(len(rows))
         self._observe(tokens, output, rows.prompt_lengths, [0] * len(rows))
@@ -98,16 +106,18 @@ class Decoder:
         for row, token in enumerate(first.tolist()):
             rows.emit(row, [token])
         self._let_go(rows, random)
-        number = 0
-        while len(rows):
-            traces += self._round(rows, random, sampling, number)
-            self._let_go(rows, random)
-            number += 1
+
+    def round(
+        self, rows: Rows, random: RandomRows, sampling: Sampling, number: int
+    ) -> list[DecodeTrace]:
+        """One round of every running row; those that finish leave."""
+        traces = self._round(rows, random, sampling, number)
+        self._let_go(rows, random)
+        return traces
 
     def _round(
         self, rows: Rows, random: RandomRows, sampling: Sampling, number: int
     ) -> list[DecodeTrace]:
-        """One round of every running row."""
         begun = time.perf_counter()
         device, size = self.target.device, self.proposer.block_size
         starts = rows.positions()

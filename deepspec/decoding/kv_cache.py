@@ -67,6 +67,10 @@ class RowState:
         """See `TargetState.select`."""
         self._cache.select(torch.tensor(rows, device=self._target.device))
 
+    def join(self, other: RowState) -> None:
+        """See `TargetState.join`."""
+        self._cache.join(other._cache)
+
 
 class _RowLayer(CacheLayerMixin):
     """One decoder layer's `RowKV`."""
@@ -143,6 +147,11 @@ class RowCache(Cache):
         """Keep `rows` [B'], in this order."""
         for layer in self._rows:
             layer.rows.select(rows)
+
+    def join(self, other: RowCache) -> None:
+        """Append the rows of `other`."""
+        for layer, joining in zip(self._rows, other._rows, strict=True):
+            layer.rows.join(joining.rows)
 
 
 class AttentionMasks:

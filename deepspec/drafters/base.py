@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -126,3 +126,6 @@ class Proposer(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keep the requests `rows` [B'], in this order."""
+
+    def join(self, other: Self) -> None:
+        """Append the requests of another proposer of the same drafter, which is not used again."""

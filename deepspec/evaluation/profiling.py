@@ -56,6 +56,9 @@ class Blanks:
     def select(self, rows: Tensor) -> None:
         """Nothing to keep."""
 
+    def join(self, other: Blanks) -> None:
+        """Nothing to append."""
+
 
 def default_tokens(rows: int, block_size: int) -> list[int]:
     """1, 2, 4, ... up to a whole block of each row, and the row count itself."""

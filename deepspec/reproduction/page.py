@@ -12,14 +12,14 @@ from deepspec import __version__
 from deepspec.atomic import atomic_file
 from deepspec.evaluation.report import environment
 from deepspec.machine import describe_machine
-from deepspec.reproduction import confidences, lengths, loads
+from deepspec.reproduction import confidences, lengths, loads, positions
 from deepspec.reproduction.finding import Finding
 from deepspec.reproduction.plan import Plan
 
 PAGE = "reproduction.html"
 MAKERS: dict[str, Callable[[Plan], Finding]] = {
     "table1": lengths.table1,
-    "positions": lengths.positions,
+    "positions": positions.positions,
     "depth": lengths.depth,
     "blocks": lengths.blocks,
     "thresholds": confidences.thresholds,

@@ -109,25 +109,35 @@ class ConfidenceSchedule:
         return self._policy(chances, np.asarray(limits)).tolist()
 
 
-def open_schedule(
-    config: DecodingConfig, scaling: Scaling | None
-) -> Callable[[Proposal, Sequence[int]], Sequence[int]] | None:
-    """The schedule that `config.scheduler` names, as the decoder takes it; None verifies all.
+def open_policy(config: DecodingConfig, table: Throughput | None = None) -> Policy | None:
+    """The policy that `config.scheduler` names, new; None verifies all.
 
-    `scaling` of confidences; None takes them as the drafter gives them. Raises ConfigError where
-    the file of `config.throughput` cannot be used.
+    `table` stands for the file of `config.throughput`; raises ConfigError where that is asked and
+    cannot be used.
     """
     match config.scheduler:
         case "none":
             return None
         case "fixed":
-            fixed, nothing = FixedLength(int(config.verify_length or 0)), np.empty((0, 0))
-            return lambda proposal, limits: fixed(nothing, np.asarray(limits)).tolist()
+            return FixedLength(int(config.verify_length or 0))
         case "threshold":
-            return ConfidenceSchedule(Threshold(config.threshold), scaling)
-    table = read_throughput(str(config.throughput))
-    policy = Algorithm1(table) if config.scheduler == "algorithm1" else Asynchronous(table)
-    return ConfidenceSchedule(policy, scaling)
+            return Threshold(config.threshold)
+    table = table or read_throughput(str(config.throughput))
+    return Algorithm1(table) if config.scheduler == "algorithm1" else Asynchronous(table)
+
+
+def open_schedule(
+    config: DecodingConfig, scaling: Scaling | None, table: Throughput | None = None
+) -> Callable[[Proposal, Sequence[int]], Sequence[int]] | None:
+    """The schedule of `open_policy`, as the decoder takes it.
+
+    `scaling` of confidences; None takes them as the drafter gives them.
+    """
+    policy = open_policy(config, table)
+    if isinstance(policy, FixedLength):
+        fixed, nothing = policy, np.empty((0, 0))
+        return lambda proposal, limits: fixed(nothing, np.asarray(limits)).tolist()
+    return None if policy is None else ConfidenceSchedule(policy, scaling)
 
 
 def _ranked(survival: Floats, limits: Ints) -> tuple[Ints, Floats]:
