@@ -111,9 +111,9 @@ def _check_settings(config: RunConfig, out: Path) -> None:
     if path.is_file():
         before = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
         for key, value in now.items():
-            if before.get(key) != value:
+            if before.get(key, value) != value:
                 raise ConfigError(
-                    f"{key}={value}, but {out} was begun with {before.get(key)}; set out= to a new "
+                    f"{key}={value}, but {out} was begun with {before[key]}; set out= to a new "
                     "folder, or say the same again"
                 )
     path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
