@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.commands import calibrate, evaluate, load, regenerate, train
+from deepspec.commands import calibrate, evaluate, load, regenerate
 from deepspec.config.loading import load_config
 from deepspec.config.schema import FIGURES
 from deepspec.errors import ConfigError
