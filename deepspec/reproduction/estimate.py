@@ -1,7 +1,7 @@
 """How long jobs take: seconds measured on one machine, scaled by a short measurement on this one.
 
-An estimate and no more. The seconds are those of the recipe tiny, two jobs at a time with a thread
-each, on two cores of an AMD EPYC (AVX2).
+An estimate and no more. The seconds are processor time with the recipe tiny, a thread a job, on two
+cores of an AMD EPYC (AVX2) that had other work too; `probe` took what it says there then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEP = {
 }
 RNN = 0.005  # more for each draft, with the rnn head
 PROMPT = 0.25  # seconds that a prompt is decoded, 16 at a time
-ANSWER = 0.08  # seconds that an answer takes, 256 at a time
+ANSWER = 0.035  # seconds that an answer takes, 256 at a time
 PROFILE = 60.0  # seconds that steps a second by tokens take to measure
 PROMPTS, DOMAINS, ANSWERS = 100, 3, 3598  # of the recipe tiny
 PROBE = 0.33  # seconds that `probe` takes there

@@ -133,7 +133,7 @@ def _gains(
 
 def _matched(what: str, gains: list[float], theirs: str) -> Claim:
     if not gains:
-        return Claim(False, f"{OURS} and {BASELINE} have no common range of {what.split()[-1]}")
+        return Claim(False, f"{what}: {OURS} and {BASELINE} have no range in common")
     low, high = signed(min(gains)), signed(max(gains))
     spread = low if low == high else f"{low} to {high}"
     return Claim(min(gains) > 0, f"{what} of {OURS} over {BASELINE} {spread}, paper {theirs}")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,7 @@ from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.page import PAGE
 from deepspec.reproduction.plan import Plan
 from deepspec.reproduction.run import Runner
-from tests.jobs import open_process, wait_for_step
+from tests.jobs import LAST, open_process, train_command, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -52,8 +51,47 @@ def test_a_failed_job_costs_only_what_needs_it(
     assert Runner(Plan(tmp_path, plan.config, (changed,), {})).missing == [changed]
 
 
+RUN = """
+import sys
+from pathlib import Path
+from deepspec.config.loading import load_config
+from deepspec.reproduction.board import Board
+from deepspec.reproduction.jobs import Job
+from deepspec.reproduction.plan import Plan
+from deepspec.reproduction.run import Runner
+plan = Plan(Path(sys.argv[1]), load_config("tiny"), (Job("training", tuple(sys.argv[2:])),), {})
+Runner(plan).run(Board(1, 1, 1.0), lambda job: None)
+"""
+
+
+def test_jobs_die_with_it_and_go_on_where_they_were(recipe: Path, tmp_path: Path) -> None:
+    """SIGKILL of the process that starts them; the whole command is in the slow suite."""
+    job = Job("training", tuple(train_command(recipe, tmp_path / "run")[3:]))
+    process = open_process([sys.executable, "-c", RUN, str(tmp_path), *job.words])
+    wait_for_step(tmp_path / "run", 3, process)
+    await_end_of_jobs(process)
+    assert not (tmp_path / "run" / LAST).exists()
+
+    runner = Runner(Plan(tmp_path, load_config("tiny"), (job,), {}))
+    assert runner.missing == [job]
+    runner.run(Board(1, 1, 1.0), lambda job: None)
+    assert runner.missing == []
+    assert "going on from" in (tmp_path / "logs" / "training.log").read_text()
+    assert (tmp_path / "run" / LAST).exists()
+
+
+def await_end_of_jobs(process: subprocess.Popen[str]) -> None:
+    """SIGKILL, and nothing that it started is left."""
+    jobs = psutil.Process(process.pid).children()
+    assert jobs
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(jobs, timeout=10)
+    assert not alive, "a job outlived the one that started it"
+
+
 def words(recipe: Path, folder: Path) -> list[str]:
-    """A reproduction of two trainings of 24 steps, on answers that are there."""
+    """A reproduction of two trainings of 80 steps, on answers that are there."""
     path = folder / "answers.jsonl"
     turns = ("Say something about {}.", "About {} there is nothing that I could say.")
     rows = [
@@ -73,7 +111,7 @@ def words(recipe: Path, folder: Path) -> list[str]:
         "figures=[depth]",
         "reproduce.depths=[1]",
         "reproduce.block_size=4",
-        "reproduce.steps=24",
+        "reproduce.steps=80",
         "reproduce.prompts=2",
         f"data.path=[{path}]",
         "regenerate.enabled=false",
@@ -114,19 +152,12 @@ def finish(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "jobs to run" not in again.err
 
 
+@pytest.mark.slow  # what it rests on is tested above
 def test_killed_it_goes_on_where_it_was(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = words(recipe, tmp_path)
-    process = begin(given)
-    jobs = psutil.Process(process.pid).children()
-    assert jobs
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    deadline = time.monotonic() + 10
-    while any(job.is_running() and job.status() != psutil.STATUS_ZOMBIE for job in jobs):
-        assert time.monotonic() < deadline, "a job outlived the one that started it"
-        time.sleep(0.05)
+    await_end_of_jobs(begin(given))
     finish(given, capsys)
     with pytest.raises(SystemExit):
         main(["reproduce", *given, "training.learning_rate=0.5"])
