@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepspec.scheduling.throughput import Throughput
 
 SETTINGS = (
-    "recipe=R (the target alone), or run=DIR or checkpoint=DIR (with that drafter's own time), "
+    "recipe=R (the target alone), or run=DIR or checkpoint=DIR (and that drafter's own time), "
     "rows=N (requests in a batch, else decoding.batch_size), tokens=[1,2,4] (verified in a step, "
     "else up to a whole block of each request), context=256 (tokens of each request), "
     "temperature=1, repeats=20, out=FILE, and overrides of the config"
@@ -115,8 +115,15 @@ def _shown(table: Throughput, load: Load) -> RichTable:
     from rich.table import Table as RichTable
 
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("tokens", "rows", "steps/s", "ms a step", "spread", "tokens/s"):
+    names = ["tokens", "rows", "steps/s", "ms a step", "spread", "tokens/s"]
+    if table.knows_drafting:
+        names += ["ms to draft", "ms to observe"]
+    for name in names:
         drawn.add_column(name, justify="right")
+
+    def milliseconds(seconds: float | None) -> str:
+        return "" if seconds is None else f"{1e3 * seconds:,.2f}"
+
     for point in table.points:
         drawn.add_row(
             f"{point.tokens:,}",
@@ -125,6 +132,7 @@ def _shown(table: Throughput, load: Load) -> RichTable:
             f"{1e3 / point.steps_per_second:,.2f}",
             f"{point.spread or 0:.0%}",
             f"{point.tokens * point.steps_per_second:,.0f}",
+            *map(milliseconds, (point.propose_seconds, point.observe_seconds)[: len(names) - 6]),
         )
     return drawn
 

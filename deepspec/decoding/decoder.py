@@ -18,6 +18,7 @@ from deepspec.decoding.packing import packed
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
+from deepspec.decoding.skipping import SkippingProposer
 from deepspec.decoding.state import require_rollback
 from deepspec.decoding.verification import verify
 from deepspec.drafters.base import Draw, Observation, Proposer
@@ -26,7 +27,8 @@ from deepspec.targets import Target, TargetOutput
 
 Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
 """How many drafts of each row to verify, by the proposal's confidences and the most that each row
-can use; must not depend on a token that it admits (that is what keeps it lossless)."""
+can use; must not depend on a token that it admits (that is what keeps it lossless). One with an
+attribute `pays` (see `scheduling.drafting`) may have rounds without drafts."""
 
 
 class Decoder:
@@ -43,7 +45,8 @@ class Decoder:
     ) -> None:
         require_rollback(target)
         self.target = target
-        self.proposer = proposer
+        pays = getattr(schedule, "pays", None)
+        self.proposer = proposer if pays is None else SkippingProposer(proposer, pays)
         self.batch_size = batch_size
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule

@@ -56,6 +56,12 @@ class RowKV:
         self._values[rows, :, positions] = values.transpose(0, 1)
         return self._keys[:count, :, :end], self._values[:count, :, :end]
 
+    def read(self, end: int) -> tuple[Tensor, Tensor]:
+        """Everything below `end`, of rows that have been written."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys[: self._rows, :, :end], self._values[: self._rows, :, :end]
+
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64, in this order; only those that change their place are copied."""
         self._rows = len(rows)

@@ -3,7 +3,6 @@ what is counted is what was said."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +10,7 @@ import pytest
 import torch
 
 from deepspec.checks.proposers import Rehearsed
-from deepspec.config.schema import DrafterConfig
 from deepspec.decoding import ContinuousBatch, Decoder, NoDrafts, Sampling, plain_decode
-from deepspec.drafters.base import Proposer
-from deepspec.drafters.dspark import DSparkProposer
-from deepspec.drafters.ngram import NgramConfig, NgramProposer
-from deepspec.drafters.registry import drafter_kind
 from deepspec.scheduling.schedulers import (
     Algorithm1,
     Asynchronous,
@@ -31,28 +25,10 @@ from deepspec.targets import Target
 from tests.decoding.proposers import RandomProposer
 from tests.decoding.test_lossless import prompts_of
 from tests.decoding.test_schedules import STEEP
-from tests.export.conftest import make_drafter
+from tests.serving.proposers import PROPOSERS
 
 LIMIT = 10
 SAMPLED = Sampling(1.0, top_k=50)
-
-
-def causal(target: Target, kind: str) -> Proposer:
-    torch.manual_seed(0)
-    of = drafter_kind(kind)
-    shape = DrafterConfig(kind=kind, num_layers=1, block_size=3)
-    return of.proposer(of.build(of.resolve(shape, target)).eval(), target)
-
-
-PROPOSERS: dict[str, Callable[[Target], Proposer]] = {
-    "plain": lambda target: NoDrafts(),
-    "random": lambda target: RandomProposer(target.vocab_size),
-    "dspark": lambda target: DSparkProposer(
-        make_drafter(target, "vanilla"), target.embedding, target.head
-    ),
-    "eagle3": lambda target: causal(target, "eagle3"),
-    "ngram": lambda target: NgramProposer(NgramConfig(4, 3, 1)),
-}
 
 
 def prompts() -> list[Prompt]:
