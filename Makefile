@@ -4,11 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow storm lint clean
+ARGS ?=
+
+.PHONY: help demo reproduce test test-slow storm lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train, check and export a drafter for the embedded tiny target"
+	@echo "make reproduce   the paper's figures, in kind; an hour on 2 cores (ARGS='seeds=3', ...)"
 	@echo "make test        lint, format, types and the tests"
 	@echo "make test-slow   the slow suites too"
 	@echo "make storm       20 kills and cuts at random moments of a training, and other faults"
@@ -25,6 +28,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/deepspec train recipe=tiny
+
+reproduce: $(VENV)/.installed
+	$(BIN)/deepspec reproduce out=runs/paper $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check deepspec tests data examples benchmarks

@@ -87,7 +87,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="of each benchmark")
     parser.add_argument("--skip", default="", help="ids of prompts that are left out, by commas")
     parser.add_argument("--batches", default="1", help="batch sizes, by commas")
-    parser.add_argument("--verify", default="", help="drafts verified, by commas; else whole blocks")
+    parser.add_argument(
+        "--verify", default="", help="drafts verified, by commas; else whole blocks"
+    )
     parser.add_argument("--compile", action="store_true", help="also with decoding.compile=true")
     parser.add_argument("--layers", type=int, default=2, help="of the target, for the assistant")
     parser.add_argument("--repeats", type=int, default=5)
@@ -167,9 +169,7 @@ def ours(
     return {f"{PLAIN}{how}": plain, **drafting}
 
 
-def transformers_generate(
-    target: Target, prompts: Prompts, limit: int, **options: Any
-) -> Outputs:
+def transformers_generate(target: Target, prompts: Prompts, limit: int, **options: Any) -> Outputs:
     """Transformers' `generate`, greedy, on its own cache; no traces."""
     stop, width = target.stop_token_ids, max(map(len, prompts))
     ids = torch.tensor([[stop[0]] * (width - len(p)) + p for p in prompts], device=target.device)

@@ -26,8 +26,10 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "profile",
+    "load",
     "export",
     "check",
+    "reproduce",
     "recipes",
     "doctor",
 )

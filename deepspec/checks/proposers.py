@@ -39,6 +39,11 @@ class Rehearsed:
         self._seen = [self._seen[row] for row in rows.tolist()]
         self._rows = [self._rows[row] for row in rows.tolist()]
 
+    def join(self, other: Rehearsed) -> None:
+        """See `Proposer.join`."""
+        self._seen += other._seen
+        self._rows += other._rows
+
     def observe(self, seen: Observation) -> None:
         """The first observation is the prompt; every later one follows what was seen before."""
         assert seen.starts.tolist() == self._seen

@@ -168,7 +168,7 @@ class _Recorder:
 
     def start(self, rows: int) -> None:
         """See `Proposer.start`."""
-        self._rows = torch.arange(rows)
+        self._rows, self._count = torch.arange(rows), rows
         self._inner.start(rows)
 
     def observe(self, seen: Observation) -> None:
@@ -179,6 +179,12 @@ class _Recorder:
         """See `Proposer.select`."""
         self._rows = self._rows[rows.cpu()]
         self._inner.select(rows)
+
+    def join(self, other: _Recorder) -> None:
+        """See `Proposer.join`; newcomers are numbered on."""
+        self._rows = torch.cat((self._rows, other._rows + self._count))
+        self._count += other._count
+        self._inner.join(other._inner)
 
     def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
         """See `Proposer.propose`."""

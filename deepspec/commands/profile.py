@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepspec.scheduling.throughput import Throughput
 
 SETTINGS = (
-    "recipe=R (the target alone), or run=DIR or checkpoint=DIR (with that drafter's own time), "
+    "recipe=R (the target alone), or run=DIR or checkpoint=DIR (and that drafter's own time), "
     "rows=N (requests in a batch, else decoding.batch_size), tokens=[1,2,4] (verified in a step, "
     "else up to a whole block of each request), context=256 (tokens of each request), "
     "temperature=1, repeats=20, out=FILE, and overrides of the config"
@@ -36,7 +36,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Measure, save, and print the table."""
     from pathlib import Path
 
-    from deepspec.commands.settings import print_config, take, whole_number
+    from deepspec.commands.settings import non_negative, print_config, take, whole_number
     from deepspec.config.loading import load_config
     from deepspec.errors import ConfigError
 
@@ -58,7 +58,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         rows=whole_number("rows", values.get("rows", str(config.decoding.batch_size))),
         context=whole_number("context", values.get("context", "256")),
         repeats=whole_number("repeats", values.get("repeats", "20")),
-        temperature=_temperature(values.get("temperature", "1")),
+        temperature=non_negative("temperature", values.get("temperature", "1")),
     )
     out = Path(values.get("out", f"runs/throughput-{config.recipe}.json")).expanduser()
     _measure(config, source, load, values.get("tokens"), out)
@@ -115,8 +115,15 @@ def _shown(table: Throughput, load: Load) -> RichTable:
     from rich.table import Table as RichTable
 
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("tokens", "rows", "steps/s", "ms a step", "spread", "tokens/s"):
+    names = ["tokens", "rows", "steps/s", "ms a step", "spread", "tokens/s"]
+    if table.knows_drafting:
+        names += ["ms to draft", "ms to observe"]
+    for name in names:
         drawn.add_column(name, justify="right")
+
+    def milliseconds(seconds: float | None) -> str:
+        return "" if seconds is None else f"{1e3 * seconds:,.2f}"
+
     for point in table.points:
         drawn.add_row(
             f"{point.tokens:,}",
@@ -125,28 +132,16 @@ def _shown(table: Throughput, load: Load) -> RichTable:
             f"{1e3 / point.steps_per_second:,.2f}",
             f"{point.spread or 0:.0%}",
             f"{point.tokens * point.steps_per_second:,.0f}",
+            *map(milliseconds, (point.propose_seconds, point.observe_seconds)[: len(names) - 6]),
         )
     return drawn
 
 
 def _listed(word: str) -> list[int]:
-    from deepspec.commands.settings import whole_number
+    from deepspec.commands.settings import listed, whole_number
     from deepspec.errors import ConfigError
 
-    parts = word.strip("[]").split(",")
-    counts = sorted({whole_number("tokens", part.strip()) for part in parts})
+    counts = sorted({whole_number("tokens", part) for part in listed(word)})
     if len(counts) < 2:
         raise ConfigError(f"tokens={word} must be at least two numbers, such as [1,2,4,8]")
     return counts
-
-
-def _temperature(word: str) -> float:
-    from deepspec.errors import ConfigError
-
-    try:
-        temperature = float(word)
-    except ValueError:
-        temperature = -1.0
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={word} must be a number of at least 0")
-    return temperature

@@ -44,6 +44,23 @@ def whole_number(name: str, word: str) -> int:
     return int(word)
 
 
+def non_negative(name: str, word: str) -> float:
+    """The value of the command's own key `name`. Raises ConfigError for less than 0."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"{name}={word} must be a number of at least 0")
+    return number
+
+
+def listed(word: str) -> list[str]:
+    """The parts of `[a,b,c]`, or of `a`."""
+    parts = [part.strip() for part in word.strip("[]").split(",")]
+    return [part for part in parts if part]
+
+
 def given_keys(settings: Sequence[str]) -> set[str]:
     """The keys on the command line."""
     return {word.partition("=")[0] for word in settings}

@@ -45,6 +45,7 @@ from deepspec.regeneration import (
     regenerate,
     regenerate_together,
 )
+from deepspec.scheduling.calibration_file import read_calibration
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
@@ -338,8 +339,13 @@ def export_drafter(
 ) -> Traits:
     """Stage 5: files for serving engines, with a model card; what engines go by.
 
-    Raises ConfigError for a drafter that `export.format` cannot hold.
+    The calibration beside the drafter goes into config.json. Raises ConfigError for a drafter that
+    `export.format` cannot hold, CheckpointError for a calibration of other weights.
     """
+    own = {}
+    if source.place is not None and source.config.decoding.calibration != "none":
+        calibration = read_calibration(source.place)
+        own = {"calibration": calibration.embedded()} if calibration else {}
     export, anchors = source.config.export, source.config.training.anchors_per_sample
     table = markdown_table(report) if report is not None and report.results else None
 
@@ -348,7 +354,7 @@ def export_drafter(
         return model_card(out.name, drafter.config, config, traits, run, step, table)
 
     return write_export(
-        export.format, source.kind, drafter, target, out, export.profile, anchors, card
+        export.format, source.kind, drafter, target, out, export.profile, anchors, card, own
     )
 
 

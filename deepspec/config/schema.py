@@ -11,6 +11,18 @@ from typing import Any
 
 from omegaconf import MISSING
 
+# the paper's table 1 and figures 2 to 8
+FIGURES = (
+    "table1",
+    "positions",
+    "depth",
+    "blocks",
+    "thresholds",
+    "reliability",
+    "throughput",
+    "budget",
+)
+
 
 @dataclass
 class TargetConfig:
@@ -234,6 +246,27 @@ class ExportConfig:
 
 
 @dataclass
+class ReproduceConfig:
+    """The paper's figures: which, and how much work goes into them."""
+
+    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    seeds: int = 1
+    jobs: int = 2
+    samples: int | None = None
+    steps: int = 600
+    prompts: int | None = 40
+    batch_size: int = 16
+    block_size: int = 7
+    depths: list[int] = field(default_factory=lambda: [1, 2, 5])
+    blocks: list[int] = field(default_factory=lambda: [4, 8, 12, 16])
+    thresholds: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
+    calibration_prompts: int | None = None
+    calibration_seeds: int = 2
+    loads: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    load_seconds: float = 10.0
+
+
+@dataclass
 class RunConfig:
     """Everything a run is made of; goes resolved into every checkpoint and report."""
 
@@ -255,6 +288,7 @@ class RunConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    reproduce: ReproduceConfig = field(default_factory=ReproduceConfig)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepspec.config.keys import KEYS
-from deepspec.config.schema import RunConfig
+from deepspec.config.schema import FIGURES, RunConfig
 from deepspec.errors import ConfigError
 
 CHOICES: dict[str, Sequence[str]] = {
@@ -66,6 +66,15 @@ AT_LEAST_ONE = (
     "engine.bucket_size",
     "decoding.max_new_tokens",
     "decoding.batch_size",
+    "reproduce.seeds",
+    "reproduce.jobs",
+    "reproduce.samples",
+    "reproduce.steps",
+    "reproduce.prompts",
+    "reproduce.batch_size",
+    "reproduce.block_size",
+    "reproduce.calibration_prompts",
+    "reproduce.calibration_seeds",
 )
 NOT_NEGATIVE = (
     "regenerate.temperature",
@@ -99,6 +108,7 @@ POSITIVE = (
     "extract.shard_mib",
     "data.limit",
     "evaluation.limit",
+    "reproduce.load_seconds",
 )
 SHARES = ("regenerate.top_p", "decoding.top_p")
 SEEDS = range(2**63)  # what torch takes
@@ -154,7 +164,26 @@ def validate(config: RunConfig) -> None:
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
     _require(config.serve.port in range(65536), config, "serve.port", "from 0 to 65535")
+    _reproduction(config)
     _cross(config)
+
+
+def _reproduction(config: RunConfig) -> None:
+    wanted = config.reproduce
+    key = "reproduce.figures"
+    _require(_distinct(wanted.figures, FIGURES), config, key, f"some of {', '.join(FIGURES)}")
+    for key in ("reproduce.depths", "reproduce.blocks", "reproduce.loads"):
+        sizes = value_of(config, key)
+        fine = bool(sizes) and sizes == sorted(set(sizes)) and sizes[0] >= 1
+        _require(fine, config, key, "a list of ascending numbers of at least 1")
+    key, steps = "reproduce.thresholds", wanted.thresholds
+    fine = bool(steps) and steps == sorted(set(steps)) and steps[0] >= 0 and steps[-1] <= 1
+    _require(fine, config, key, "a list of ascending numbers from 0 to 1")
+
+
+def _distinct(names: Sequence[str], choices: Sequence[str]) -> bool:
+    """Whether these are some of `choices`, each once."""
+    return bool(names) and len(names) == len(set(names)) and set(names) <= set(choices)
 
 
 def _cross(config: RunConfig) -> None:

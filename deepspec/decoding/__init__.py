@@ -1,5 +1,6 @@
 """The verifying decoder: drafts, verifies, and changes not one token of the target's output."""
 
+from deepspec.decoding.continuous import ContinuousBatch, NoDrafts
 from deepspec.decoding.decoder import Decoder
 from deepspec.decoding.plain import plain_decode
 from deepspec.decoding.results import Completion, DecodeResult
@@ -8,8 +9,10 @@ from deepspec.decoding.state import require_rollback
 
 __all__ = [
     "Completion",
+    "ContinuousBatch",
     "DecodeResult",
     "Decoder",
+    "NoDrafts",
     "Sampling",
     "plain_decode",
     "require_rollback",

@@ -18,6 +18,7 @@ from deepspec.decoding.packing import packed
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
+from deepspec.decoding.skipping import SkippingProposer
 from deepspec.decoding.state import require_rollback
 from deepspec.decoding.transfers import download, integers, upload
 from deepspec.decoding.verification import verify
@@ -28,7 +29,8 @@ from deepspec.targets import Target, TargetOutput
 
 Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
 """How many drafts of each row to verify, by the proposal's confidences and the most that each row
-can use; must not depend on a token that it admits (that is what keeps it lossless)."""
+can use; must not depend on a token that it admits (that is what keeps it lossless). One with an
+attribute `pays` (see `scheduling.drafting`) may have rounds without drafts."""
 
 
 class Decoder:
@@ -47,7 +49,8 @@ class Decoder:
     ) -> None:
         require_rollback(target)
         self.target = target
-        self.proposer = proposer
+        pays = getattr(schedule, "pays", None)
+        self.proposer = proposer if pays is None else SkippingProposer(proposer, pays)
         self.batch_size = batch_size
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
@@ -94,6 +97,14 @@ class Decoder:
         self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]
     ) -> None:
         """Prefill one group, then rounds until its last row has finished."""
+        self.begin(rows, random, sampling)
+        number = 0
+        while len(rows):
+            traces += self.round(rows, random, sampling, number)
+            number += 1
+
+    def begin(self, rows: Rows, random: RandomRows, sampling: Sampling) -> None:
+        """Prefill `rows`, the only requests of the proposer from now on; each says a token."""
         tokens, output = rows.prefill(with_context=True)
         self.proposer.start(len(rows))
         starts = torch.zeros(len(rows), dtype=torch.int64, device=tokens.device)
@@ -107,16 +118,18 @@ class Decoder:
         for row, token in enumerate(first.tolist()):
             rows.emit(row, [token])
         self._let_go(rows, random)
-        number = 0
-        while len(rows):
-            traces += self._round(rows, random, sampling, number)
-            self._let_go(rows, random)
-            number += 1
+
+    def round(
+        self, rows: Rows, random: RandomRows, sampling: Sampling, number: int
+    ) -> list[DecodeTrace]:
+        """One round of every running row; those that finish leave."""
+        traces = self._round(rows, random, sampling, number)
+        self._let_go(rows, random)
+        return traces
 
     def _round(
         self, rows: Rows, random: RandomRows, sampling: Sampling, number: int
     ) -> list[DecodeTrace]:
-        """One round of every running row."""
         begun = time.perf_counter()
         device, size = self.target.device, self.proposer.block_size
         starts = rows.positions()

@@ -93,6 +93,9 @@ class RowState:
         """See `TargetState.select`."""
         self._cache.select(torch.tensor(rows, device=self._target.device))
 
+    def join(self, other: RowState) -> None:
+        """See `TargetState.join`."""
+        self._cache.join(other._cache)
 
 
 def _forward(
@@ -199,6 +202,11 @@ class RowCache(Cache):
         for layer in self._rows:
             layer.rows.select(rows)
 
+    def join(self, other: RowCache) -> None:
+        """Append the rows of `other`."""
+        for layer, joining in zip(self._rows, other._rows, strict=True):
+            layer.rows.join(joining.rows)
+
 
 class AttentionMasks:
     """Masks for queries at given positions, as the model of `config` takes them.
@@ -231,4 +239,6 @@ class AttentionMasks:
         if seen.is_cuda and not self._eager:
             return seen
         scores = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device)
-        return scores.masked_fill_(~seen, torch.finfo(self._dtype).min if self._eager else -torch.inf)
+        return scores.masked_fill_(
+            ~seen, torch.finfo(self._dtype).min if self._eager else -torch.inf
+        )

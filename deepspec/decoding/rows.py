@@ -92,7 +92,10 @@ class Rows:
         return len(tokens)
 
     def leave(self) -> list[int] | None:
-        """Let finished rows go; the indices that stay, or None when nobody left."""
+        """Let finished rows go; the indices that stay, or None when nobody left.
+
+        The last rows take the places of those that left: all others need not be moved.
+        """
         stay = []
         for row, tokens in enumerate(self.emitted):
             stopped = tokens[-1] in self._stop
@@ -103,12 +106,27 @@ class Rows:
                 stay.append(row)
         if len(stay) == len(self):
             return None
+        behind = [row for row in stay if row >= len(stay)]
+        kept = set(stay)
+        stay = [row if row in kept else behind.pop() for row in range(len(stay))]
         self.requests = [self.requests[row] for row in stay]
         self.prompt_lengths = [self.prompt_lengths[row] for row in stay]
         self.emitted = [self.emitted[row] for row in stay]
         if stay:
             self._state.select(stay)
         return stay
+
+    def join(self, other: Rows) -> None:
+        """Append the rows of `other`, which have read their prompts."""
+        self.requests += other.requests
+        self.prompt_lengths += other.prompt_lengths
+        self.emitted += other.emitted
+        self._state.join(other._state)
+
+    def take_finished(self) -> list[Completion]:
+        """Completions since the last time that this was asked."""
+        taken, self._finished = self._finished, []
+        return taken
 
     @property
     def finished(self) -> list[Completion]:

@@ -83,3 +83,7 @@ class RandomRows:
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
         self._generators = [self._generators[row] for row in rows]
+
+    def join(self, other: RandomRows) -> None:
+        """Append the streams of `other`."""
+        self._generators += other._generators

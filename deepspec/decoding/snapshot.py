@@ -57,6 +57,10 @@ class SnapshotState:
         """See `TargetState.select`."""
         self._rows = [self._rows[row] for row in rows]
 
+    def join(self, other: SnapshotState) -> None:
+        """See `TargetState.join`."""
+        self._rows += other._rows
+
 
 class _Row:
     """One row: a cache, how many tokens it holds, and accepted tokens that it does not hold yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -36,6 +36,9 @@ class TargetState(Protocol):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep `rows`, in this order."""
+
+    def join(self, other: Self) -> None:
+        """Append the rows of `other`, of the same target, which is not used again."""
 
 
 def open_state(target: Target, rows: int, fixed: int | None = None) -> TargetState:

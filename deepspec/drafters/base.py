@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,3 +149,6 @@ class Proposer(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keep the requests `rows` [B'], in this order."""
+
+    def join(self, other: Self) -> None:
+        """Append the requests of another proposer of the same drafter, which is not used again."""

@@ -147,13 +147,20 @@ class CausalProposer:
 
     def start(self, rows: int) -> None:
         """Forget everything and expect `rows` requests."""
-        self._cache, self._newest = RowKV(), None
+        self._cache, self._newest = RowKV(rows), None
 
     def select(self, rows: Tensor) -> None:
         """Keep the requests `rows` [B'], in this order."""
         self._cache.select(rows)
         if self._newest is not None:
             self._newest = self._newest.index_select(0, rows)
+
+    def join(self, other: CausalProposer) -> None:
+        """Append the requests of `other`; see `Proposer.join`."""
+        assert self._newest is not None
+        assert other._newest is not None, "a prompt has at least one token"
+        self._cache.join(other._cache)
+        self._newest = torch.cat((self._newest, other._newest))
 
     def observe(self, seen: Observation) -> None:
         """Append the pairs that one target forward completes; see `Observation`.

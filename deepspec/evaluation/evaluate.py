@@ -92,7 +92,7 @@ def evaluate(
     evaluation = Evaluation()
     benchmarks: dict[str, list[Prompt]] = {}
     for name in config.evaluation.benchmarks:
-        short, prompts, skips = _load(name, config, target)
+        short, prompts, skips = load_benchmark(name, config, target)
         benchmarks[short] = prompts
         if skips:
             evaluation.skipped[f"benchmark {short}"] = skips
@@ -116,7 +116,9 @@ def evaluate(
     return evaluation
 
 
-def _load(name: str, config: RunConfig, target: Target) -> tuple[str, list[Prompt], dict[str, int]]:
+def load_benchmark(
+    name: str, config: RunConfig, target: Target
+) -> tuple[str, list[Prompt], dict[str, int]]:
     """(short name, tokenised prompts, rows left out by reason) of one benchmark."""
     data = config.data
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
@@ -180,7 +182,9 @@ class _Run:
         self.sampling = Sampling(temperature)
         if temperature:
             self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
-        self.decoder = Decoder(target, proposer, self.batch_size, self.stop, schedule, self.compiled)
+        self.decoder = Decoder(
+            target, proposer, self.batch_size, self.stop, schedule, self.compiled
+        )
         self.lookup: Decoder | None = None
         if config.evaluation.ngram and not isinstance(proposer, NgramProposer):
             longest, shortest = config.drafter.ngram_max, config.drafter.ngram_min

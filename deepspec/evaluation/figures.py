@@ -1,49 +1,27 @@
-"""Figures of reports: results in, one `<svg>` element out, the same bytes for the same numbers.
-
-Text stays text and takes the page's font; ink is `currentColor`, so a figure follows the page from
-light to dark. All are 400 units wide: about the width of a phone, half the width of a desktop page.
-"""
+"""Figures of reports: results in, one `<svg>` element out, drawn as `drawing` says."""
 
 from __future__ import annotations
-
-import io
-import re
-from html import escape
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from deepspec.evaluation.drawing import (
+    HEIGHT,
+    INK,
+    MARKERS,
+    STYLE,
+    canvas,
+    colour,
+    legend,
+    short,
+    svg_of,
+)
 from deepspec.evaluation.results import Report, mean_over_seeds
 from deepspec.scheduling.calibration_file import Half
 
-WIDTH, HEIGHT = 400, 290  # SVG units; text is 11 of them, so 10 px on a phone of 390 px
-INK = "#010203"  # becomes currentColor
-# The four colours of Okabe and Ito (2008) with a contrast of 3 or more on white and near-black both
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-MARKERS = "os^Dvp"
 TEMPERATURE_COLOUR = "#5B5FC7"  # one hue, paler as the temperature rises
-STYLE: Any = {  # matplotlib types the keys as one long Literal
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a `$` in a benchmark's name is a dollar
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.labelsize": 11,
-    "legend.fontsize": 11,
-    "legend.frameon": False,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.15,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 @rc_context(STYLE)
@@ -52,7 +30,7 @@ def accepted_length_figure(report: Report) -> str:
     rows = mean_over_seeds(report.results)
     benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
     temperatures = sorted({row.temperature for row in rows})
-    figure = _figure(max(HEIGHT, 90 + 16 * len(benchmarks) * (len(temperatures) + 1)))
+    figure = canvas(max(HEIGHT, 90 + 16 * len(benchmarks) * (len(temperatures) + 1)))
     axes = figure.subplots()
     thickness = 0.8 / max(1, len(temperatures))
     for index, temperature in enumerate(temperatures):
@@ -67,14 +45,14 @@ def accepted_length_figure(report: Report) -> str:
         )
         axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)), label="plain")
-    axes.set_yticks(range(len(benchmarks)), [_short(name) for name in benchmarks])
+    axes.set_yticks(range(len(benchmarks)), [short(name) for name in benchmarks])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.12)
     axes.set_xlabel("accepted length (tokens a round)")
     axes.grid(axis="x")
-    _legend(figure, axes)
-    return _svg(figure, "accepted-length", "Accepted length by benchmark and temperature")
+    legend(figure, axes)
+    return svg_of(figure, "accepted-length", "Accepted length by benchmark and temperature")
 
 
 @rc_context(STYLE)
@@ -85,7 +63,7 @@ def conditional_acceptance_figure(report: Report) -> str:
     temperatures = sorted({row.temperature for row in rows}) or [0.0]
     columns = min(2, len(temperatures))
     lines = -(-len(temperatures) // columns)
-    figure = _figure(HEIGHT + 180 * (lines - 1))
+    figure = canvas(HEIGHT + 180 * (lines - 1))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, temperature in zip(panels, temperatures, strict=False):
         for row in (row for row in rows if row.temperature == temperature):
@@ -94,10 +72,10 @@ def conditional_acceptance_figure(report: Report) -> str:
             panel.plot(
                 range(1, len(rates) + 1),
                 rates,
-                color=_colour(index),
+                color=colour(index),
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=5,
-                label=_short(row.benchmark),
+                label=short(row.benchmark),
             )
         panel.set_title(f"temperature {temperature:g}")
         panel.set_ylim(0, 1.04)
@@ -109,8 +87,8 @@ def conditional_acceptance_figure(report: Report) -> str:
         unused.remove()
     figure.supxlabel("position in the block", fontsize=11)
     figure.supylabel("acceptance, all earlier accepted", fontsize=11)
-    _legend(figure, *panels)
-    return _svg(figure, "conditional", "Conditional acceptance by position in the block")
+    legend(figure, *panels)
+    return svg_of(figure, "conditional", "Conditional acceptance by position in the block")
 
 
 @rc_context(STYLE)
@@ -129,7 +107,7 @@ def training_loss_figure(report: Report) -> str | None:
     axes.yaxis.set_minor_locator(NullLocator())
     if not axes.lines:
         return None
-    return _svg(figure, "training-loss", "Training and validation loss over optimizer steps")
+    return svg_of(figure, "training-loss", "Training and validation loss over optimizer steps")
 
 
 @rc_context(STYLE)
@@ -138,7 +116,7 @@ def training_length_figure(report: Report) -> str | None:
     figure, axes = _curves(report, {"accept_length": "training"}, "expected tokens a round")
     if not axes.lines:
         return None
-    return _svg(figure, "training-length", "Expected accepted length over optimizer steps")
+    return svg_of(figure, "training-length", "Expected accepted length over optimizer steps")
 
 
 @rc_context(STYLE)
@@ -147,7 +125,7 @@ def reliability_figure(half: Half, name: str) -> str:
     the rounds. On the diagonal, what is predicted happens."""
     columns = min(3, len(half.before))
     lines = -(-len(half.before) // columns)
-    figure = _figure(90 + 400 // columns * lines)
+    figure = canvas(90 + 400 // columns * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, *pair in zip(panels, half.before, half.after, strict=False):
         panel.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (3, 3)), label="exact")
@@ -155,8 +133,8 @@ def reliability_figure(half: Half, name: str) -> str:
             predicted = [each.predicted for each in reliability.bins]
             happened = [each.happened for each in reliability.bins]
             sizes = [4 + 90 * each.count / reliability.samples for each in reliability.bins]
-            panel.plot(predicted, happened, color=_colour(index), linewidth=1.2, label=label)
-            panel.scatter(predicted, happened, sizes, color=_colour(index), marker=MARKERS[index])
+            panel.plot(predicted, happened, color=colour(index), linewidth=1.2, label=label)
+            panel.scatter(predicted, happened, sizes, color=colour(index), marker=MARKERS[index])
         panel.set_title(f"draft {pair[0].position}")
         panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
         panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -167,14 +145,14 @@ def reliability_figure(half: Half, name: str) -> str:
         unused.remove()
     figure.supxlabel("predicted survival", fontsize=11)
     figure.supylabel("share that survived", fontsize=11)
-    _legend(figure, *panels)
-    return _svg(figure, f"reliability-{name}", f"Predicted and observed prefix survival, {name}")
+    legend(figure, *panels)
+    return svg_of(figure, f"reliability-{name}", f"Predicted and observed prefix survival, {name}")
 
 
 @rc_context(STYLE)
 def calibration_error_figure(half: Half, name: str) -> str:
     """ECE by position before and after, and what chance alone would leave."""
-    figure = _figure(HEIGHT)
+    figure = canvas(HEIGHT)
     axes = figure.subplots()
     lines = {
         "before": [each.ece for each in half.before],
@@ -187,7 +165,7 @@ def calibration_error_figure(half: Half, name: str) -> str:
         axes.plot(
             places,
             errors,
-            color=INK if chance else _colour(index),
+            color=INK if chance else colour(index),
             linestyle=(0, (3, 3)) if chance else "-",
             linewidth=1 if chance else 1.5,
             marker="" if chance else MARKERS[index],
@@ -200,8 +178,8 @@ def calibration_error_figure(half: Half, name: str) -> str:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
-    _legend(figure, axes)
-    return _svg(figure, f"calibration-error-{name}", f"ECE by position before and after, {name}")
+    legend(figure, axes)
+    return svg_of(figure, f"calibration-error-{name}", f"ECE by position before and after, {name}")
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -209,7 +187,7 @@ def calibration_error_figure(half: Half, name: str) -> str:
 
 def _curves(report: Report, terms: dict[str, str], ylabel: str) -> tuple[Figure, Axes]:
     """Each term over the steps as a line; its validation dashed, with a dot a measurement."""
-    figure = _figure(HEIGHT)
+    figure = canvas(HEIGHT)
     axes = figure.subplots()
     for prefix, line, marker in (("", "-", ""), ("validation_", "--", "o")):
         for index, (term, label) in enumerate(terms.items()):
@@ -218,7 +196,7 @@ def _curves(report: Report, terms: dict[str, str], ylabel: str) -> tuple[Figure,
             if points:
                 axes.plot(
                     *zip(*points, strict=True),
-                    color=_colour(index),
+                    color=colour(index),
                     linestyle=line,
                     marker=marker if len(points) > 1 else "o",
                     markersize=4,
@@ -228,46 +206,5 @@ def _curves(report: Report, terms: dict[str, str], ylabel: str) -> tuple[Figure,
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure, axes
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-
-
-def _colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
-
-
-def _short(name: str, limit: int = 18) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"
-
-
-def _legend(figure: Figure, *panels: Axes) -> None:
-    """One entry a label, above all panels."""
-    entries: dict[str, Any] = {}
-    for panel in panels:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    if entries:
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="outside upper left",
-            ncols=3,
-            handlelength=1.6,
-            columnspacing=1.2,
-        )
-
-
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """One `<svg>` element: no prolog, no date, ids that no other figure of the page has."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
-    svg = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', svg.replace(INK, "currentColor"))
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1).strip()

@@ -228,7 +228,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 def render(path: Path, context: Mapping[str, Any]) -> None:
     """Write the page at `path` by the template of its name."""
-    text = _environment().get_template(f"{path.name}.j2").render(context)
+    text = environment().get_template(f"{path.name}.j2").render(context)
     path.write_text(text, encoding="utf-8")
 
 
@@ -297,16 +297,17 @@ def _context(report: Report) -> dict[str, Any]:
     }
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Where the pages' templates are, and what they can say."""
+    found = Environment(
         loader=PackageLoader("deepspec.evaluation"),
         autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"facts": _facts, "markdown": _markdown, "plain": _plain}
-    return environment
+    found.filters |= {"facts": _facts, "markdown": _markdown, "plain": _plain}
+    return found
 
 
 def _markdown(table: Table) -> str:

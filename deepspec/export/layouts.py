@@ -196,16 +196,19 @@ def write_export(
     profile: str,
     num_anchors: int,
     card: Callable[[Config, Traits], str],
+    own: Config | None = None,
 ) -> Traits:
     """Write `drafter` for serving beside `target` into `out`, whole or not at all.
 
     `name` of the layout, `kind` of drafter, `profile` serving or full, `num_anchors` what it was
-    trained with (training.anchors_per_sample); `card(config, traits)` is the text of README.md.
+    trained with (training.anchors_per_sample); `card(config, traits)` is the text of README.md;
+    `own` goes under config.json's key `deepspec`.
     Weights are rounded to bf16. An earlier export is replaced. Returns what engines go by. Raises
     ConfigError for what the layout cannot hold, CheckpointError when `out` cannot be written.
     """
     layout = require_layout(name, kind, drafter.config)
     config = layout.config(drafter.config, target, profile, num_anchors)
+    config["deepspec"] |= own or {}
     tensors = layout.tensors(drafter, target, profile)
     traits = layout.traits(config, headers_of(tensors))
     write_folder(out, config, tensors, card(config, traits))

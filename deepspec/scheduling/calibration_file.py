@@ -129,7 +129,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     """
     path = folder / NAME
     if path.is_file():
-        found = _parsed(path, _json(path))
+        found = read_calibration_file(path)
         if found.weights != weights_digest(folder):
             raise CheckpointError(
                 f"{path} was fitted to other weights than those beside it; run deepspec calibrate "
@@ -141,6 +141,12 @@ def read_calibration(folder: Path) -> Calibration | None:
         return None
     embedded = _json(config).get("deepspec", {}).get("calibration")
     return None if embedded is None else _parsed(config, embedded)
+
+
+def read_calibration_file(path: Path) -> Calibration:
+    """What a calibration.json says, as a report has one too; whose weights lie beside it is not
+    looked at. Raises CheckpointError."""
+    return _parsed(path, _json(path))
 
 
 def weights_digest(folder: Path) -> str:

@@ -18,6 +18,7 @@ from deepspec.config.schema import DecodingConfig
 from deepspec.errors import ConfigError
 from deepspec.records import Proposal
 from deepspec.scheduling.calibration import Floats, Scaling, calibrated, survival
+from deepspec.scheduling.drafting import DraftingPays
 from deepspec.scheduling.throughput import Throughput, read_throughput
 
 Ints = NDArray[np.int64]
@@ -56,6 +57,7 @@ class Algorithm1:
     """
 
     def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
         self._theta = _Theta(throughput)
 
     def __call__(self, survival: Floats, limits: Ints) -> Ints:
@@ -76,6 +78,7 @@ class Asynchronous:
     """
 
     def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
         self._theta = _Theta(throughput)
         self._budgets: deque[int] = deque(maxlen=2)
 
@@ -88,17 +91,25 @@ class Asynchronous:
 
 
 class ConfidenceSchedule:
-    """A policy as the decoder calls it: on a proposal's confidences, calibrated."""
+    """A policy as the decoder calls it: on a proposal's confidences, calibrated.
 
-    def __init__(self, policy: Policy, scaling: Scaling | None = None) -> None:
+    `pays` is told of them, for later rounds.
+    """
+
+    def __init__(
+        self, policy: Policy, scaling: Scaling | None = None, pays: DraftingPays | None = None
+    ) -> None:
         self._policy = policy
         self._scaling = scaling
+        self.pays = pays
 
     def __call__(self, proposal: Proposal, limits: Sequence[int]) -> list[int]:
         """Drafts of each row to verify, of at most `limits` [R].
 
         Raises ConfigError where the drafter gives no confidences.
         """
+        if not any(limits):
+            return list(limits)
         if proposal.confidence is None:
             raise ConfigError(
                 "decoding.scheduler needs a drafter with a confidence head (drafter.confidence_head"
@@ -106,28 +117,47 @@ class ConfidenceSchedule:
             )
         confidence = proposal.confidence.double().cpu().numpy()
         chances = survival(calibrated(confidence, self._scaling))
+        if self.pays is not None:
+            self.pays.saw(chances)
         return self._policy(chances, np.asarray(limits)).tolist()
 
 
-def open_schedule(
-    config: DecodingConfig, scaling: Scaling | None
-) -> Callable[[Proposal, Sequence[int]], Sequence[int]] | None:
-    """The schedule that `config.scheduler` names, as the decoder takes it; None verifies all.
+def open_policy(config: DecodingConfig, table: Throughput | None = None) -> Policy | None:
+    """The policy that `config.scheduler` names, new; None verifies all.
 
-    `scaling` of confidences; None takes them as the drafter gives them. Raises ConfigError where
-    the file of `config.throughput` cannot be used.
+    `table` stands for the file of `config.throughput`; raises ConfigError where that is asked and
+    cannot be used.
     """
     match config.scheduler:
         case "none":
             return None
         case "fixed":
-            fixed, nothing = FixedLength(int(config.verify_length or 0)), np.empty((0, 0))
-            return lambda proposal, limits: fixed(nothing, np.asarray(limits)).tolist()
+            return FixedLength(int(config.verify_length or 0))
         case "threshold":
-            return ConfidenceSchedule(Threshold(config.threshold), scaling)
-    table = read_throughput(str(config.throughput))
-    policy = Algorithm1(table) if config.scheduler == "algorithm1" else Asynchronous(table)
-    return ConfidenceSchedule(policy, scaling)
+            return Threshold(config.threshold)
+    table = table or read_throughput(str(config.throughput))
+    return Algorithm1(table) if config.scheduler == "algorithm1" else Asynchronous(table)
+
+
+def open_schedule(
+    config: DecodingConfig, scaling: Scaling | None, table: Throughput | None = None
+) -> Callable[[Proposal, Sequence[int]], Sequence[int]] | None:
+    """The schedule of `open_policy`, as the decoder takes it.
+
+    `scaling` of confidences; None takes them as the drafter gives them.
+    """
+    policy = open_policy(config, table)
+    if isinstance(policy, FixedLength):
+        fixed, nothing = policy, np.empty((0, 0))
+        return lambda proposal, limits: fixed(nothing, np.asarray(limits)).tolist()
+    return None if policy is None else ConfidenceSchedule(policy, scaling, open_pays(policy))
+
+
+def open_pays(policy: Policy | None) -> DraftingPays | None:
+    """Whether drafting pays, new, for a policy whose table knows what it costs; else None."""
+    if isinstance(policy, Algorithm1 | Asynchronous) and policy.throughput.knows_drafting:
+        return DraftingPays(policy.throughput)
+    return None
 
 
 def _ranked(survival: Floats, limits: Ints) -> tuple[Ints, Floats]:
@@ -143,16 +173,19 @@ def _ranked(survival: Floats, limits: Ints) -> tuple[Ints, Floats]:
 
 
 class _Theta:
-    """The throughput model, with SPS tabulated: a round is too short for an interpolation."""
+    """The throughput model, with seconds tabulated: a round is too short for an interpolation."""
 
     def __init__(self, throughput: Throughput) -> None:
         self._throughput = throughput
-        self._steps = np.empty(0)
+        self._seconds = self._propose = np.empty(0)
 
     def __call__(self, values: Floats, rows: int) -> Floats:
         """Theta [n + 1] behind 0 to n admissions of survivals `values` [n], best first."""
         last = rows + len(values)
-        if len(self._steps) <= last:
-            self._steps = self._throughput.steps_per_second(np.arange(2 * last + 1))
+        if len(self._seconds) <= last:
+            counts = np.arange(2 * last + 1)
+            table = self._throughput
+            self._seconds = table.seconds(counts) + table.observe_seconds(counts)
+            self._propose = table.propose_seconds(counts)
         tokens = np.cumsum(np.concatenate(([rows], values)))
-        return tokens * self._steps[rows : last + 1]
+        return tokens / (self._seconds[rows : last + 1] + self._propose[rows])

@@ -3,7 +3,8 @@
 Measured at some B (`deepspec profile`) or given as a CSV file, and asked at any: between two
 points the seconds of a step lie on a straight line, below the first they are the first's, behind
 the last they go on as between the last two. A step of more tokens is never taken to be faster:
-where points say so, the slower one counts.
+where points say so, the slower one counts. Where the drafter's own seconds are given too, a step is
+the target's part alone, and a round without drafts costs no more than that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,24 @@ from deepspec.errors import ConfigError
 from deepspec.scheduling.calibration import Floats
 
 FORMAT = 1
-COLUMNS = ("tokens", "steps_per_second")  # of a CSV file; others are not read
+COLUMNS = ("tokens", "steps_per_second")  # of a CSV file
+DRAFTING = ("propose_seconds", "observe_seconds")  # it may have these too; others are not read
 
 
 @dataclass(frozen=True)
 class Point:
     """Steps a second with `tokens` in a step, the median, and the `spread` of a step's seconds:
-    their interquartile range over their median, None where unknown."""
+    their interquartile range over their median, None where unknown.
+
+    `propose_seconds`: what the drafter takes to draft for so many requests; `observe_seconds`: to
+    take in what the target computed for so many tokens. None where it was not measured apart.
+    """
 
     tokens: int
     steps_per_second: float
     spread: float | None = None
+    propose_seconds: float | None = None
+    observe_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,26 @@ class Throughput:
     points: tuple[Point, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    def seconds(self, tokens: ArrayLike) -> Floats:
+        """Of a step with each of `tokens` [..]; the module says by which rule."""
+        return _line([(point.tokens, 1 / point.steps_per_second) for point in self.points], tokens)
+
     def steps_per_second(self, tokens: ArrayLike) -> Floats:
-        """SPS at each of `tokens` [..]; the module says by which rule."""
-        wanted = np.asarray(tokens, dtype=np.float64)
-        known = np.array([point.tokens for point in self.points], dtype=np.float64)
-        seconds = np.array([1 / point.steps_per_second for point in self.points])
-        seconds = np.maximum.accumulate(seconds)
-        slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
-        beyond = np.maximum(wanted - known[-1], 0) * slope
-        return 1 / (np.interp(wanted, known, seconds) + beyond)
+        """SPS at each of `tokens` [..]."""
+        return 1 / self.seconds(tokens)
+
+    @property
+    def knows_drafting(self) -> bool:
+        """Whether the drafter's own seconds are known."""
+        return any(point.propose_seconds is not None for point in self.points)
+
+    def propose_seconds(self, rows: ArrayLike) -> Floats:
+        """Of drafting for each of `rows` [..] requests; 0 where unknown."""
+        return _line([(p.tokens, p.propose_seconds) for p in self.points], rows)
+
+    def observe_seconds(self, tokens: ArrayLike) -> Floats:
+        """Of taking in each of `tokens` [..]; 0 where unknown."""
+        return _line([(p.tokens, p.observe_seconds) for p in self.points], tokens)
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all. Raises OSError."""
@@ -86,7 +105,12 @@ def read_throughput(file: str) -> Throughput:
                 "again"
             )
         points = [
-            (int(row["tokens"]), float(row["steps_per_second"]), float(row["spread"]))
+            Point(
+                int(row["tokens"]),
+                float(row["steps_per_second"]),
+                float(row["spread"]),
+                *(row.get(name) and float(row[name]) for name in DRAFTING),
+            )
             for row in raw["points"]
         ]
         about = dict(raw["about"])
@@ -110,19 +134,33 @@ def _from_csv(file: str, text: str) -> Throughput:
     points = []
     for row in reader:
         try:
-            points.append((int(row["tokens"]), float(row["steps_per_second"]), None))
+            drafting = [float(row[name]) if row.get(name) else None for name in DRAFTING]
+            points.append(
+                Point(int(row["tokens"]), float(row["steps_per_second"]), None, *drafting)
+            )
         except (TypeError, ValueError):
             raise ConfigError(
                 f"decoding.throughput={file}, line {reader.line_num}: expected a whole number of "
-                f"tokens and steps a second, found {row['tokens']!r} and "
-                f"{row['steps_per_second']!r}"
+                f"tokens, then numbers; found {' and '.join(repr(value) for value in row.values())}"
             ) from None
     return Throughput(_checked(file, points), {"source": Path(file).name})
 
 
-def _checked(file: str, points: Iterable[tuple[int, float, float | None]]) -> tuple[Point, ...]:
+def _line(known: Sequence[tuple[int, float | None]], wanted: ArrayLike) -> Floats:
+    """Seconds at `wanted` [..] by those that are `known`; the module says by which rule."""
+    where = np.asarray(wanted, dtype=np.float64)
+    points = [(count, seconds) for count, seconds in known if seconds is not None]
+    if not points:
+        return np.zeros(where.shape)
+    counts, values = np.array(points, dtype=np.float64).T
+    values = np.maximum.accumulate(values)
+    steep = (values[-1] - values[-2]) / (counts[-1] - counts[-2]) if len(points) > 1 else 0.0
+    return np.interp(where, counts, values) + np.maximum(where - counts[-1], 0) * steep
+
+
+def _checked(file: str, points: Iterable[Point]) -> tuple[Point, ...]:
     """Ascending points that can be interpolated."""
-    ordered = tuple(Point(*point) for point in sorted(points, key=lambda point: point[0]))
+    ordered = tuple(sorted(points, key=lambda point: point.tokens))
     if len({point.tokens for point in ordered}) != len(ordered) or len(ordered) < 2:
         raise ConfigError(
             f"decoding.throughput={file} must have at least two rows, each with another number of "

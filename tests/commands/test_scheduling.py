@@ -12,7 +12,13 @@ import pytest
 
 from deepspec.cli import main
 from deepspec.scheduling.calibration import Scaling, calibrated, survival
-from deepspec.scheduling.calibration_file import NAME, read_calibration, weights_digest
+from deepspec.scheduling.calibration_file import (
+    NAME,
+    Calibration,
+    Fit,
+    read_calibration,
+    weights_digest,
+)
 from deepspec.scheduling.throughput import read_throughput
 from deepspec.training.checkpoint import best_checkpoint
 from tests.recipes.small import small, words, write_prompts
@@ -211,6 +217,22 @@ def test_an_export_is_calibrated_unchecked(
     assert "no calibration.json" not in capsys.readouterr().err
     main(["export", f"checkpoint={run}", f"out={run / 'export'}"])  # replaced: other weights
     assert not (run / "export" / NAME).exists()
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+def test_an_export_carries_the_scaling(run: Path, layout: str, refused: Refused) -> None:
+    """In its config.json, where decoding finds it; that of other weights is refused."""
+    best = best_checkpoint(run / "checkpoints").folder
+    fit = Fit(1.0, 1.0, 0, Scaling((1.5, 0.5), (0.1, 0.0)), {})
+    Calibration((fit,), "platt", weights_digest(best), ("mine",)).save(best)
+    main(["export", f"checkpoint={run}", f"out={run / 'new'}", f"export.format={layout}"])
+    found = read_calibration(run / "new")
+    assert found == Calibration((fit,), "platt")
+    Calibration((fit,), weights="others").save(best)
+    command = ["export", f"checkpoint={run}", f"out={run / 'new'}", f"export.format={layout}"]
+    assert "fitted to other weights" in refused(*command)
+    main([*command, "decoding.calibration=none"])
+    assert read_calibration(run / "new") is None
 
 
 def test_calibration_that_does_not_fit(run: Path, held_out: Path, refused: Refused) -> None:

@@ -27,6 +27,9 @@ class RandomProposer:
     def select(self, rows: Tensor) -> None:
         self.rows = len(rows)
 
+    def join(self, other: RandomProposer) -> None:
+        self.rows += other.rows
+
     def observe(self, seen: Observation) -> None:
         assert seen.tokens.shape[0] == self.rows
         self.seen.append(seen)

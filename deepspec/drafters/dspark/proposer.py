@@ -42,13 +42,18 @@ class DSparkProposer:
 
     def start(self, rows: int) -> None:
         """Forget everything and expect `rows` requests."""
-        self._caches = [RowKV() for _ in self.drafter.layers]
+        self._caches = [RowKV(rows) for _ in self.drafter.layers]
         self._context_keys_values = ContextKeysValues(self.drafter)
 
     def select(self, rows: Tensor) -> None:
         """Keep the requests `rows` [B'], in this order."""
         for cache in self._caches:
             cache.select(rows)
+
+    def join(self, other: DSparkProposer) -> None:
+        """Append the requests of `other`; see `Proposer.join`."""
+        for cache, joining in zip(self._caches, other._caches, strict=True):
+            cache.join(joining)
 
     def observe(self, seen: Observation) -> None:
         """Append the context keys and values of one target forward; see `Observation`."""
@@ -79,9 +84,7 @@ class DSparkProposer:
         proposal = self._sample(*self._block(anchors, positions, None), anchors, greedy)
         return proposal.tokens, proposal.confidence
 
-    def _block(
-        self, anchors: Tensor, positions: Tensor, last: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _block(self, anchors: Tensor, positions: Tensor, last: int | None) -> tuple[Tensor, Tensor]:
         """Hidden states [B, K, D] and logits [B, K, V] of the slots that are drafted.
 
         `last`: the length of the longest row with its block; None attends over whole buffers, of

@@ -31,12 +31,17 @@ class DSparkV4Proposer:
 
     def start(self, rows: int) -> None:
         """Forget everything and expect `rows` requests."""
-        self._caches = [RowKV() for _ in self.drafter.stages]
+        self._caches = [RowKV(rows) for _ in self.drafter.stages]
 
     def select(self, rows: Tensor) -> None:
         """Keep the requests `rows` [B'], in this order."""
         for cache in self._caches:
             cache.select(rows)
+
+    def join(self, other: DSparkV4Proposer) -> None:
+        """Append the requests of `other`; see `Proposer.join`."""
+        for cache, joining in zip(self._caches, other._caches, strict=True):
+            cache.join(joining)
 
     def observe(self, seen: Observation) -> None:
         """Append the latents of one target forward; see `Observation`."""

@@ -33,6 +33,10 @@ class NgramProposer:
         """Keep the requests `rows` [B'], in this order."""
         self._texts = [self._texts[row] for row in rows.tolist()]
 
+    def join(self, other: NgramProposer) -> None:
+        """Append the requests of `other`; see `Proposer.join`."""
+        self._texts += other._texts
+
     def observe(self, seen: Observation) -> None:
         """Append the verified tokens of one target forward."""
         counts = seen.counts.tolist()

@@ -1,0 +1,74 @@
+"""Measure throughput and speed a user while load rises, policy beside policy.
+
+A continuous-batching loop on this machine: requests arrive, join, finish and leave. Writes
+load.json, load.csv (a line a policy and level) and traces.jsonl (rounds of whole blocks, which
+deepspec simulate replays) into out=.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+SETTINGS = (
+    "run=DIR or checkpoint=DIR (a checkpoint, a run, or an export, which may take its config from "
+    "recipe=R), against=[DIR,...] (other drafters of the same target, with whole blocks), "
+    "policies=[plain,fixed,fixed:2,threshold,threshold:0.7,algorithm1,async], "
+    "concurrency=[1,2,4,8,16,32] (users that are always busy), rates=[2,8] (requests a second, at "
+    "most concurrency=N at once), seconds=10 (a policy and level), temperature=1, out=DIR, and "
+    "overrides of the config; decoding.throughput=FILE, else one is measured first"
+)
+EXAMPLES = """\
+  deepspec load run=runs/tiny against=[runs/mtp] out=runs/load
+  deepspec load run=runs/tiny concurrency=64 rates=[1,4,16] policies=[plain,fixed:3,algorithm1]
+"""
+HAS_CONFIG = True
+
+LEVELS, SECONDS, TEMPERATURE = "[1,2,4,8,16,32]", "10", "1"
+
+
+def run(settings: Sequence[str], options: argparse.Namespace) -> None:
+    """Decode under each load, save, and print the table."""
+    from pathlib import Path
+
+    from deepspec.commands.settings import listed, non_negative, print_config, take, whole_number
+    from deepspec.errors import ConfigError
+    from deepspec.serving.policies import DEFAULT, parse_policies
+
+    own = ("against", "policies", "concurrency", "rates", "seconds", "temperature", "out")
+    values, overrides = take(settings, "run", "checkpoint", "recipe", *own)
+    given = [values[key] for key in ("run", "checkpoint") if key in values]
+    if len(given) != 1:
+        raise ConfigError("give one of run=DIR and checkpoint=DIR")
+    policies = parse_policies(listed(values["policies"]) if "policies" in values else DEFAULT)
+    words = listed(values.get("concurrency", LEVELS))
+    concurrency = sorted({whole_number("concurrency", word) for word in words})
+    rates = sorted({non_negative("rates", word) for word in listed(values.get("rates", "[]"))})
+    if rates and (len(concurrency) > 1 or not rates[0]):
+        raise ConfigError(
+            "rates=[...] must be above 0 and need one concurrency=N, the most requests at once"
+        )
+    from deepspec.commands.sources import open_source
+
+    source = open_source(Path(given[0]), overrides, values.get("recipe"))
+    if options.cfg:
+        print_config(source.config)
+        return
+    from rich.console import Console
+
+    from deepspec.commands.loads import measure_load, records_table
+    from deepspec.serving.contest import Level
+
+    levels = (
+        [Level(concurrency[0], rate) for rate in rates]
+        if rates
+        else [Level(count) for count in concurrency]
+    )
+    out = Path(values.get("out", f"runs/load-{source.config.recipe}")).expanduser()
+    others = [open_source(Path(place)) for place in listed(values.get("against", "[]"))]
+    seconds = non_negative("seconds", values.get("seconds", SECONDS))
+    temperature = non_negative("temperature", values.get("temperature", TEMPERATURE))
+    records = measure_load(source, others, policies, levels, seconds, temperature, out)
+    Console().print(records_table(records))
+    print(f"load:   {out / 'load.csv'}")
+    print(f"traces: {out / 'traces.jsonl'}")

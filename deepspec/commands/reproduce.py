@@ -1,0 +1,119 @@
+"""The paper's figures in kind, on a small target: train, measure, and say what agrees.
+
+One page with table 1 and figures 2 to 8, and a CSV of each. Stopped or killed at any moment, the
+same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepspec.config.schema import RunConfig
+    from deepspec.reproduction.plan import Plan
+    from deepspec.reproduction.run import Runner
+
+SETTINGS = (
+    "out=DIR, figures=[table1,positions,depth,blocks,thresholds,reliability,throughput,budget], "
+    "seeds=N (trainings of each drafter of table 1), jobs=N (at a time), reproduce=short (minutes "
+    "for a look), recipe=R (else tiny), and overrides of the config"
+)
+EXAMPLES = """\
+  deepspec reproduce out=runs/paper
+  deepspec reproduce out=runs/paper seeds=3
+  deepspec reproduce out=runs/table figures=[table1,positions] reproduce.steps=1000
+  deepspec reproduce out=runs/look reproduce=short
+"""
+HAS_CONFIG = True
+
+SHORT = ("figures", "seeds", "jobs")  # of the group reproduce
+FREE = {f"reproduce.{name}" for name in SHORT}  # may change while a folder is filled
+
+
+def run(settings: Sequence[str], options: argparse.Namespace) -> None:
+    """Say how long it will take, do what is missing, and print what agrees."""
+    from deepspec.commands.settings import print_config, take
+    from deepspec.config.loading import load_config
+
+    values, words = take(settings, "out", "recipe", *SHORT)
+    recipe = values.get("recipe", "tiny")
+    own = [f"reproduce.{name}={values[name]}" for name in SHORT if name in values]
+    config = load_config(recipe, [*words, *own])
+    if options.cfg:
+        print_config(config)
+        return
+    passed_on = [word for word in words if not word.startswith(("reproduce=", "reproduce."))]
+    out = Path(values.get("out", "runs/reproduce")).expanduser()
+    _reproduce(config, [f"recipe={recipe}", *passed_on], out)
+
+
+def _reproduce(config: RunConfig, words: Sequence[str], out: Path) -> None:
+    import sys
+
+    from deepspec.reproduction.page import PAGE, findings, write_page
+    from deepspec.reproduction.plan import make_plan
+    from deepspec.reproduction.run import Runner, hold
+
+    with hold(out):
+        _check_settings(config, out)
+        plan = make_plan(config, words, out)
+        runner = Runner(plan)
+        if runner.missing:
+            _run(plan, runner)
+        found = findings(plan, runner.done)
+        write_page(plan, found, runner.failed)
+    for finding in found:
+        print(f"{finding.title}\n  {finding.sentence}")
+    print(f"report: {out / PAGE}")
+    if runner.failed:
+        print("failed, and tried again by the same command:")
+        for name, log in runner.failed.items():
+            print(f"  {name}: {log}")
+        sys.exit(1)
+
+
+def _run(plan: Plan, runner: Runner) -> None:
+    from deepspec.progress import say
+    from deepspec.reproduction import estimate
+    from deepspec.reproduction.board import Board, minutes
+    from deepspec.reproduction.jobs import Job
+    from deepspec.reproduction.page import findings, write_page
+
+    jobs, at_once = runner.missing, plan.config.reproduce.jobs
+    scale = estimate.probe() / estimate.PROBE
+    seconds = scale * estimate.makespan(jobs, at_once)
+    say(
+        f"reproduce: {len(jobs)} of {len(plan.jobs)} jobs to run, {at_once} at a time: about "
+        f"{minutes(seconds)}. This is an estimate: seconds of another machine times {scale:.2f}, "
+        "by a short measurement here; other work beside it takes longer."
+    )
+
+    def finished(job: Job) -> None:
+        # a page as soon as a figure is complete: whoever stops early has that
+        if any(job.name in jobs and runner.done.issuperset(jobs) for jobs in plan.figures.values()):
+            write_page(plan, findings(plan, runner.done), runner.failed)
+
+    runner.run(Board(len(plan.jobs), at_once, scale), finished)
+
+
+def _check_settings(config: RunConfig, out: Path) -> None:
+    """Raises ConfigError where the folder was begun with other settings; else keeps them there."""
+    import yaml
+
+    from deepspec.config.schema import as_dict, dotted
+    from deepspec.errors import ConfigError
+
+    now = {key: value for key, value in dotted(as_dict(config)).items() if key not in FREE}
+    path = out / "config.yaml"
+    if path.is_file():
+        before = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for key, value in now.items():
+            if before.get(key, value) != value:
+                raise ConfigError(
+                    f"{key}={value}, but {out} was begun with {before[key]}; set out= to a new "
+                    "folder, or say the same again"
+                )
+    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")

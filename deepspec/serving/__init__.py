@@ -1,0 +1,1 @@
+"""Serving-like load: requests that arrive, run together and leave; for real, and simulated."""
