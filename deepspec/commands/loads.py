@@ -55,15 +55,7 @@ def measure_load(
     drafter = source.load(target)
     scaling = scaling_of(source, drafter, policies, temperature)
     proposer = open_proposer(source, drafter, target)
-    conditions = Conditions(
-        prompts=mixed_prompts(config, target),
-        sampling=Sampling(temperature, config.decoding.top_p, config.decoding.top_k)
-        if temperature
-        else Sampling(),
-        max_new_tokens=config.decoding.max_new_tokens,
-        seconds=seconds,
-        seed=config.seed,
-    )
+    conditions = _conditions(config, target, temperature, seconds)
     out.mkdir(parents=True, exist_ok=True)
     most = max(level.concurrency for level in levels)
     load = Load(rows=most, context=CONTEXT, repeats=REPEATS, temperature=temperature)
@@ -111,6 +103,20 @@ def measure_load(
     }
     write_records(records, about, out, "load")
     return records
+
+
+def _conditions(
+    config: RunConfig, target: Target, temperature: float, seconds: float
+) -> Conditions:
+    decoding = config.decoding
+    sampled = Sampling(temperature, decoding.top_p, decoding.top_k)
+    return Conditions(
+        prompts=mixed_prompts(config, target),
+        sampling=sampled if temperature else Sampling(),
+        max_new_tokens=decoding.max_new_tokens,
+        seconds=seconds,
+        seed=config.seed,
+    )
 
 
 def open_proposer(source: Source, drafter: Drafter, target: Target) -> Proposer:
