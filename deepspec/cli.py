@@ -27,6 +27,7 @@ COMMANDS = (
     "calibrate",
     "profile",
     "load",
+    "simulate",
     "export",
     "check",
     "reproduce",

@@ -8,7 +8,11 @@ deepspec simulate replays) into out=.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepspec.serving.traffic import Level
 
 SETTINGS = (
     "run=DIR or checkpoint=DIR (a checkpoint, a run, or an export, which may take its config from "
@@ -31,7 +35,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Decode under each load, save, and print the table."""
     from pathlib import Path
 
-    from deepspec.commands.settings import listed, non_negative, print_config, take, whole_number
+    from deepspec.commands.settings import listed, non_negative, print_config, take
     from deepspec.errors import ConfigError
     from deepspec.serving.policies import DEFAULT, parse_policies
 
@@ -41,13 +45,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if len(given) != 1:
         raise ConfigError("give one of run=DIR and checkpoint=DIR")
     policies = parse_policies(listed(values["policies"]) if "policies" in values else DEFAULT)
-    words = listed(values.get("concurrency", LEVELS))
-    concurrency = sorted({whole_number("concurrency", word) for word in words})
-    rates = sorted({non_negative("rates", word) for word in listed(values.get("rates", "[]"))})
-    if rates and (len(concurrency) > 1 or not rates[0]):
-        raise ConfigError(
-            "rates=[...] must be above 0 and need one concurrency=N, the most requests at once"
-        )
+    levels = parse_levels(values)
     from deepspec.commands.sources import open_source
 
     source = open_source(Path(given[0]), overrides, values.get("recipe"))
@@ -56,14 +54,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         return
     from rich.console import Console
 
-    from deepspec.commands.loads import measure_load, records_table
-    from deepspec.serving.contest import Level
+    from deepspec.commands.loads import measure_load
+    from deepspec.serving.tables import records_table
 
-    levels = (
-        [Level(concurrency[0], rate) for rate in rates]
-        if rates
-        else [Level(count) for count in concurrency]
-    )
     out = Path(values.get("out", f"runs/load-{source.config.recipe}")).expanduser()
     others = [open_source(Path(place)) for place in listed(values.get("against", "[]"))]
     seconds = non_negative("seconds", values.get("seconds", SECONDS))
@@ -72,3 +65,21 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     Console().print(records_table(records))
     print(f"load:   {out / 'load.csv'}")
     print(f"traces: {out / 'traces.jsonl'}")
+
+
+def parse_levels(values: Mapping[str, str]) -> list[Level]:
+    """The levels that concurrency= and rates= ask for. Raises ConfigError."""
+    from deepspec.commands.settings import listed, non_negative, whole_number
+    from deepspec.errors import ConfigError
+    from deepspec.serving.traffic import Level
+
+    words = listed(values.get("concurrency", LEVELS))
+    concurrency = sorted({whole_number("concurrency", word) for word in words})
+    rates = sorted({non_negative("rates", word) for word in listed(values.get("rates", "[]"))})
+    if not rates:
+        return [Level(count) for count in concurrency]
+    if len(concurrency) > 1 or not rates[0]:
+        raise ConfigError(
+            "rates=[...] must be above 0 and need one concurrency=N, the most requests at once"
+        )
+    return [Level(concurrency[0], rate) for rate in rates]

@@ -7,10 +7,6 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from deepspec import __version__
 from deepspec.commands.confidences import calibration_of
@@ -28,14 +24,15 @@ from deepspec.progress import say
 from deepspec.scheduling.calibration import Scaling
 from deepspec.scheduling.schedulers import open_schedule
 from deepspec.scheduling.throughput import Throughput, read_throughput
-from deepspec.serving.contest import Conditions, Contender, Level, contest, save_rounds
+from deepspec.serving.contest import Conditions, Contender, contest, save_rounds
 from deepspec.serving.loop import Prompt
 from deepspec.serving.policies import BY_TABLE, PLAIN, WHOLE, decoding_by, needs_confidence
 from deepspec.serving.record import LoadRecord, write_records
+from deepspec.serving.traffic import Level
 from deepspec.targets import Target
 from deepspec.targets.identity import differing
 
-CONTEXT = 128  # tokens a request has behind it while the table is measured
+CONTEXT, REPEATS = 128, 12  # of requests while the table is measured: see `Load`
 
 
 def measure_load(
@@ -58,20 +55,16 @@ def measure_load(
     drafter = source.load(target)
     scaling = scaling_of(source, drafter, policies, temperature)
     proposer = open_proposer(source, drafter, target)
-    conditions = Conditions(
-        prompts=mixed_prompts(config, target),
-        sampling=Sampling(temperature, config.decoding.top_p, config.decoding.top_k)
-        if temperature
-        else Sampling(),
-        max_new_tokens=config.decoding.max_new_tokens,
-        seconds=seconds,
-        seed=config.seed,
-    )
+    conditions = _conditions(config, target, temperature, seconds)
     out.mkdir(parents=True, exist_ok=True)
     most = max(level.concurrency for level in levels)
+    load = Load(rows=most, context=CONTEXT, repeats=REPEATS, temperature=temperature)
     table = None
-    if any(policy in BY_TABLE for policy in policies):
-        table = throughput_of(config, target, proposer, most, temperature, out)
+    if config.decoding.throughput is not None:
+        table = read_throughput(config.decoding.throughput)
+        table.save(out / table_name(source.kind))
+    elif any(policy in BY_TABLE for policy in policies):
+        table = _measured(target, proposer, load, out / table_name(source.kind))
     stop = config.decoding.stop_token_ids
 
     def open_decoder(policy: str) -> Decoder:
@@ -84,7 +77,11 @@ def measure_load(
         Contender(policy, "" if policy == PLAIN else source.kind, partial(open_decoder, policy))
         for policy in policies
     ]
-    contenders += [_other(other, target, most, stop) for other in others]
+    for other, name in zip(others, _names(source, others), strict=True):
+        own, its = _beside(other, target)
+        contenders.append(Contender(WHOLE, name, partial(Decoder, own, its, most, stop)))
+        if table is not None:  # the simulator's
+            _measured(own, its, load, out / table_name(name))
     say(
         f"load: {len(contenders)} policies, {len(levels)} levels, {seconds:g} s each: "
         f"{len(contenders) * len(levels) * seconds / 60:.1f} min"
@@ -93,10 +90,12 @@ def measure_load(
     save_rounds(rounds, out / "traces.jsonl")
     about = {
         "target": target.name,
+        "drafter": source.kind,
         "drafters": [str(each.place) for each in (source, *others)],
         "temperature": temperature,
         "seconds": seconds,
         "scaling": scaling and asdict(scaling),
+        "threshold": config.decoding.threshold,
         "block_size": proposer.block_size,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
@@ -104,6 +103,20 @@ def measure_load(
     }
     write_records(records, about, out, "load")
     return records
+
+
+def _conditions(
+    config: RunConfig, target: Target, temperature: float, seconds: float
+) -> Conditions:
+    decoding = config.decoding
+    sampled = Sampling(temperature, decoding.top_p, decoding.top_k)
+    return Conditions(
+        prompts=mixed_prompts(config, target),
+        sampling=sampled if temperature else Sampling(),
+        max_new_tokens=decoding.max_new_tokens,
+        seconds=seconds,
+        seed=config.seed,
+    )
 
 
 def open_proposer(source: Source, drafter: Drafter, target: Target) -> Proposer:
@@ -138,60 +151,35 @@ def scaling_of(
     return calibration.scaling(temperature, decoding.top_p, decoding.top_k)
 
 
-def throughput_of(
-    config: RunConfig,
-    target: Target,
-    proposer: Proposer,
-    rows: int,
-    temperature: float,
-    out: Path,
-) -> Throughput:
-    """The table of `decoding.throughput`, or one measured now and saved in `out`."""
-    if config.decoding.throughput is not None:
-        return read_throughput(config.decoding.throughput)
-    load = Load(rows=rows, context=CONTEXT, repeats=20, temperature=temperature)
+def table_name(drafter: str) -> str:
+    """The file in out= that holds the throughput with a drafter."""
+    return f"throughput-{drafter}.json"
+
+
+def _measured(target: Target, proposer: Proposer, load: Load, path: Path) -> Throughput:
+    """Steps a second with a drafter, measured now and saved."""
     about = {**asdict(load), "target": target.name, "machine": describe_machine()}
-    counts = default_tokens(rows, proposer.block_size)
+    counts = default_tokens(load.rows, proposer.block_size)
     table = profile(target, proposer, load, counts, about)
-    table.save(out / "throughput.json")
+    table.save(path)
     return table
 
 
-def _other(source: Source, target: Target, most: int, stop: list[int] | None) -> Contender:
-    """Another drafter with whole blocks; its own copy of the target captures its layers."""
+def _names(source: Source, others: Sequence[Source]) -> list[str]:
+    """What the `others` are called: by their kinds, the second of a kind with a number."""
+    kinds = [each.kind for each in (source, *others)]
+    return [
+        kind + (f"-{kinds[:place].count(kind) + 1}" if kind in kinds[:place] else "")
+        for place, kind in enumerate(kinds)
+    ][1:]
+
+
+def _beside(source: Source, target: Target) -> tuple[Target, Proposer]:
+    """Another drafter, with a copy of the target that captures the layers it reads."""
     own = open_target(source.config)
     if different := differing(own.identity, target.identity):
         raise ConfigError(
             f"against={source.place} was made for another target: {own.name} differs from "
             f"{target.name} in {', '.join(different)}"
         )
-    proposer = open_proposer(source, source.load(own), own)
-    return Contender(WHOLE, source.kind, lambda: Decoder(own, proposer, most, stop))
-
-
-def records_table(records: Sequence[LoadRecord]) -> Table:
-    """For a terminal."""
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("at once", "policy", "tokens/s", "a user", "budget", "accepted", "wait p90"):
-        drawn.add_column(name, justify="left" if name == "policy" else "right")
-
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    before: Any = None
-    for record in records:
-        level = (record.concurrency, record.rate)
-        if before not in (None, level):
-            drawn.add_section()
-        before = level
-        rate = "" if record.rate is None else f", {record.rate:g}/s"
-        drawn.add_row(
-            f"{record.concurrency}{rate}",
-            f"{record.policy} {record.drafter}",
-            shown(record.throughput, ",.0f"),
-            shown(record.user_p50, ".1f"),
-            shown(record.budget, ".2f"),
-            shown(record.accepted_length, ".2f"),
-            shown(record.wait_p90, ".2f"),
-        )
-    return drawn
+    return own, open_proposer(source, source.load(own), own)

@@ -108,8 +108,7 @@ def read_throughput(file: str) -> Throughput:
             Point(
                 int(row["tokens"]),
                 float(row["steps_per_second"]),
-                float(row["spread"]),
-                *(row.get(name) and float(row[name]) for name in DRAFTING),
+                *(row.get(name) and float(row[name]) for name in ("spread", *DRAFTING)),
             )
             for row in raw["points"]
         ]

@@ -13,24 +13,10 @@ from deepspec.records import DecodeTrace
 from deepspec.serving.loop import Loop, Prompt
 from deepspec.serving.policies import WHOLE
 from deepspec.serving.record import LoadRecord
-from deepspec.serving.traffic import ClosedLoop, OpenLoop, Traffic
+from deepspec.serving.traffic import Level
 
 TURN = 0.25  # seconds of a loop's own clock, at least a step, until it is the next one's turn
 WARM_UP_STEPS = 4  # first calls allocate buffers and choose kernels
-
-
-@dataclass(frozen=True)
-class Level:
-    """At most `concurrency` requests at once; `rate` a second, None: users that are always busy."""
-
-    concurrency: int
-    rate: float | None = None
-
-    def traffic(self, seed: int) -> Traffic:
-        """New, from its beginning; the same requests for the same seed."""
-        if self.rate is None:
-            return ClosedLoop(self.concurrency)
-        return OpenLoop(self.rate, self.concurrency, seed)
 
 
 @dataclass(frozen=True)

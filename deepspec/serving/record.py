@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from deepspec.atomic import atomic_file
+from deepspec.errors import DataError
 from deepspec.scheduling.schedulers import Ints
 from deepspec.serving.traffic import Arrival
 
@@ -128,6 +129,20 @@ class Meter:
             wait_p50=wait[0],
             wait_p90=wait[1],
         )
+
+
+def read_records(path: Path) -> tuple[list[LoadRecord], dict[str, Any]]:
+    """Those of a load.json, and what they are about. Raises DataError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise DataError(f"{path} was written by another version; run deepspec load again")
+        return [LoadRecord(**row) for row in raw["records"]], dict(raw["about"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} holds no load ({type(error).__name__}: {error}); expected the load.json of "
+            "deepspec load"
+        ) from None
 
 
 def _percentiles(values: Sequence[float], of: Sequence[int]) -> list[float | None]:

@@ -73,3 +73,17 @@ class OpenLoop:
     def next_time(self) -> float:
         """See `Traffic.next_time`."""
         return float(self._next)
+
+
+@dataclass(frozen=True)
+class Level:
+    """At most `concurrency` requests at once; `rate` a second, None: users that are always busy."""
+
+    concurrency: int
+    rate: float | None = None
+
+    def traffic(self, seed: int) -> Traffic:
+        """New, from its beginning; the same requests for the same seed."""
+        if self.rate is None:
+            return ClosedLoop(self.concurrency)
+        return OpenLoop(self.rate, self.concurrency, seed)
