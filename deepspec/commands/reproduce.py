@@ -94,7 +94,10 @@ def _run(plan: Plan, runner: Runner) -> None:
     def finished(job: Job) -> None:
         # a page as soon as a figure is complete: whoever stops early has that
         if any(job.name in jobs and runner.done.issuperset(jobs) for jobs in plan.figures.values()):
-            write_page(plan, findings(plan, runner.done), runner.failed)
+            try:
+                write_page(plan, findings(plan, runner.done), runner.failed)
+            except Exception as error:  # hours of work do not end at a drawing; the last page does
+                say(f"reproduce: the page is not written yet: {type(error).__name__}: {error}")
 
     runner.run(Board(len(plan.jobs), at_once, scale), finished)
 

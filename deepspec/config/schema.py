@@ -253,7 +253,7 @@ class ReproduceConfig:
     seeds: int = 1
     jobs: int = 2
     samples: int | None = None
-    steps: int = 600
+    steps: int = 700
     prompts: int | None = 40
     batch_size: int = 16
     block_size: int = 7

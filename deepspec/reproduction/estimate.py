@@ -24,7 +24,7 @@ STEP = {
 RNN = 0.005  # more for each draft, with the rnn head
 PROMPT = 0.25  # seconds that a prompt is decoded, 16 at a time
 ANSWER = 0.035  # seconds that an answer takes, 256 at a time
-PROFILE = 60.0  # seconds that steps a second by tokens take to measure
+PROFILE = 90.0  # seconds that steps a second by tokens take to measure
 PROMPTS, DOMAINS, ANSWERS = 100, 3, 3598  # of the recipe tiny
 PROBE = 0.33  # seconds that `probe` takes there
 
