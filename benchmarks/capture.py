@@ -7,8 +7,9 @@
 *plain* is `model(ids, output_hidden_states=True)`: all layers' outputs and the logits, from which
 the captured layers and the final states are taken and packed. *capture* is `Target.features`; both
 give the same numbers, which is checked. The target is that of recipe=tiny (on CUDA a random one of
-Qwen3-4B's shapes), or with `--vocabulary` a random one. Times alternate between the two and are
-medians with quartiles; peaks are of processes of their own, above what was held before the first.
+Qwen3-4B's shapes), or with `--vocabulary` a random one. The two take turns; tokens a second are of
+processor time (on CUDA of wall time), medians with quartiles; peaks are of processes of their own,
+above what was held before the first forward.
 
 The second table is the padding of batches of 4 as they are drawn, cut by length from larger steps,
 and in `extract`. The third trains recipe=tiny with the target between the drafter's steps and
@@ -136,14 +137,15 @@ def forwards(
     one, other = (way(target, drawn[-1]) for way in ways.values())
     torch.testing.assert_close(one.context, other.context, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one.final, other.final, rtol=1e-3, atol=1e-3)
+    clock = time.perf_counter if target.device.type == "cuda" else time.process_time
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for batch in drawn[:-1]:
         for name, way in ways.items():
-            begun = time.perf_counter()
+            begun = clock()
             way(target, batch)
             if target.device.type == "cuda":
                 torch.cuda.synchronize()
-            rates[name].append(sum(map(len, batch)) / (time.perf_counter() - begun))
+            rates[name].append(sum(map(len, batch)) / (clock() - begun))
     title = f"forward of {options.rows} samples, V {target.vocab_size}, D {target.hidden_size}"
     table = Table("", "tokens/s", "quartiles", "peak MiB", title=title)
     for name, found in rates.items():

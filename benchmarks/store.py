@@ -19,6 +19,7 @@ reader, the median over steps behind a warm-up.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import tempfile
@@ -128,6 +129,8 @@ def turn(
     timed("store: write, synced, hashed", lambda: store.write("shard", shard.samples, encoded))
     file = place / dtype / "shard.safetensors"
     for verify in (True, False):
+        del store  # the kernel keeps what is mapped
+        gc.collect()
         forget(file)
         store = Store.open(place / dtype, verify)
         checked = ", checked" if verify else ""
