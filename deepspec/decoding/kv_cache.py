@@ -94,7 +94,6 @@ class RowState:
         self._cache.select(torch.tensor(rows, device=self._target.device))
 
 
-
 def _forward(
     target: Target,
     tokens: Tensor,
@@ -231,4 +230,6 @@ class AttentionMasks:
         if seen.is_cuda and not self._eager:
             return seen
         scores = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device)
-        return scores.masked_fill_(~seen, torch.finfo(self._dtype).min if self._eager else -torch.inf)
+        return scores.masked_fill_(
+            ~seen, torch.finfo(self._dtype).min if self._eager else -torch.inf
+        )

@@ -54,9 +54,7 @@ class RowKV:
         self._values[rows, :, positions] = values.transpose(0, 1)
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def write_fixed(
-        self, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def write_fixed(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write `[B, H, Q, head_dim]` at `positions` [B, Q]; return the whole buffers.
 
         For compiled forwards: nothing here depends on a number of the host. There must be room,

@@ -180,7 +180,9 @@ class _Run:
         self.sampling = Sampling(temperature)
         if temperature:
             self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
-        self.decoder = Decoder(target, proposer, self.batch_size, self.stop, schedule, self.compiled)
+        self.decoder = Decoder(
+            target, proposer, self.batch_size, self.stop, schedule, self.compiled
+        )
         self.lookup: Decoder | None = None
         if config.evaluation.ngram and not isinstance(proposer, NgramProposer):
             longest, shortest = config.drafter.ngram_max, config.drafter.ngram_min

@@ -79,9 +79,7 @@ class DSparkProposer:
         proposal = self._sample(*self._block(anchors, positions, None), anchors, greedy)
         return proposal.tokens, proposal.confidence
 
-    def _block(
-        self, anchors: Tensor, positions: Tensor, last: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _block(self, anchors: Tensor, positions: Tensor, last: int | None) -> tuple[Tensor, Tensor]:
         """Hidden states [B, K, D] and logits [B, K, V] of the slots that are drafted.
 
         `last`: the length of the longest row with its block; None attends over whole buffers, of
