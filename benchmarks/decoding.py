@@ -50,8 +50,8 @@ from deepspec.records import DecodeTrace
 from deepspec.targets import Target
 
 GREEDY = Sampling(0.0)
-PLAIN, THEIRS = "plain", "transformers"
-WARM_UP_TOKENS = 24  # first calls allocate buffers, choose kernels and compile
+PLAIN, THEIRS, COMPILED = "plain", "transformers", ", compiled"
+WARM_UP_TOKENS = 24  # first calls allocate buffers and choose kernels
 
 
 @dataclass
@@ -101,8 +101,8 @@ def main() -> None:
     source = open_source(options.run)
     target = open_target(source.config)
     drafter = source.load(target).to(target.device)
-    proposer = drafter_kind(source.kind).proposer(drafter, target)
-    lengths = [int(n) for n in options.verify.split(",") if n] or [proposer.block_size]
+    proposer = partial(drafter_kind(source.kind).proposer, drafter, target)
+    lengths = [int(n) for n in options.verify.split(",") if n] or [proposer().block_size]
     prompts = read_prompts(source.config, target, options.prompts, options.skip.split(","))
     limit = source.config.decoding.max_new_tokens
     console = Console()
@@ -112,10 +112,10 @@ def main() -> None:
             decoders |= ours(target, proposer, size, lengths, compiled=True)
         decoders[THEIRS] = partial(transformers_generate, target)
         if size == 1:
-            decoders |= assisted(target, proposer.block_size, options.layers)
+            decoders |= assisted(target, proposer().block_size, options.layers)
         groups = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-        for decode in decoders.values():
-            decode(groups[-1], WARM_UP_TOKENS)
+        for name, decode in decoders.items():  # what is compiled is so for every length
+            decode(groups[-1], limit if COMPILED in name else WARM_UP_TOKENS)
         repeats = [measured(decoders, groups, limit, number) for number in range(options.repeats)]
         console.print(summary(repeats, options.clock, f"{len(prompts)} prompts, batch {size}"))
     machine = describe_machine()
@@ -142,7 +142,11 @@ def read_prompts(
 
 
 def ours(
-    target: Target, proposer: Proposer, size: int, lengths: Sequence[int], compiled: bool
+    target: Target,
+    proposer: Callable[[], Proposer],
+    size: int,
+    lengths: Sequence[int],
+    compiled: bool,
 ) -> dict[str, Decode]:
     """Plain and verifying decoding at batch `size`."""
 
@@ -155,16 +159,12 @@ def ours(
         )
 
     def verifying(length: int) -> Decode:
-        decoder = Decoder(
-            target,
-            proposer,
-            size,
-            schedule=lambda _, limits: [min(limit, length) for limit in limits],
-            compiled=compiled,
-        )
+        drafting = proposer()
+        drafting.block_size = length  # what is not verified is not drafted either
+        decoder = Decoder(target, drafting, size, compiled=compiled)
         return lambda prompts, limit: outputs(decoder.generate(prompts, GREEDY, limit))
 
-    how = ", compiled" if compiled else ""
+    how = COMPILED if compiled else ""
     drafting = {f"verifying {length}{how}": verifying(length) for length in lengths}
     return {f"{PLAIN}{how}": plain, **drafting}
 

@@ -97,7 +97,6 @@ class RowState:
         """See `TargetState.join`."""
         self._cache.join(other._cache)
 
-
 def _forward(
     target: Target,
     tokens: Tensor,

@@ -138,12 +138,11 @@ def draw_block(
     """
     tokens, probabilities, embeddings = [], [], []
     previous, state = anchors, None
-    transposed = None if markov is None else markov.markov_w2.weight.T
     for own, logits in zip(hidden.unbind(1), base.unbind(1), strict=True):
         if markov is not None:
             embedded = F.embedding(previous, markov.markov_w1.weight)
             latent, state = markov.step(own, embedded, state)
-            logits = torch.addmm(logits, latent, transposed)
+            logits = torch.addmm(logits, latent, markov.markov_w2.weight.T)
             embeddings.append(embedded)
         previous, distribution = draw(logits)
         tokens.append(previous)
