@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from deepspec.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "hydra-core")
 
@@ -32,6 +38,35 @@ def import_deepspeed(who: str, instead: str) -> None:
         ) from error
     # compiled for 20 s at the first start, needs a compiler and hangs on a stale lock
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+# dense bf16, operations a second by a part of the name (from the makers' data sheets)
+GPU_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second that `device` does at most: of a GPU as its maker says, None where it is
+    another one or for fp32; of processors as a matrix product shows (fp32, a tenth of a second)."""
+    import torch
+
+    if device.type == "cpu":
+        return _product_flops()
+    name = torch.cuda.get_device_name(device)
+    known = (peak for part, peak in GPU_PEAKS.items() if part in name)
+    return next(known, None) if precision == "bf16" else None
+
+
+@functools.cache
+def _product_flops(size: int = 1024) -> float:
+    import torch
+
+    matrix = torch.ones(size, size)
+    best = math.inf
+    for _ in range(4):
+        begun = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
 
 
 def describe_machine() -> dict[str, Any]:

@@ -33,7 +33,8 @@ from deepspec.features.extract import check_room, extract, header_of, plan_shard
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
-from deepspec.machine import describe_machine
+from deepspec.machine import describe_machine, peak_flops
+from deepspec.planning.work import work_of
 from deepspec.processes import rank, world_size
 from deepspec.progress import say
 from deepspec.records import Sample
@@ -52,6 +53,7 @@ from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
 from deepspec.training.resume import set_aside_newer
 from deepspec.training.run_folder import RunFolder
+from deepspec.training.speed import Speed
 from deepspec.training.trainer import Trainer
 
 Skipped = dict[str, dict[str, int]]
@@ -265,6 +267,15 @@ def feature_source(
     return Overlapped(target) if wanted.overlap else Online(target)
 
 
+def speed_of(config: RunConfig, target: TargetEnds, engine: Engine) -> Speed | None:
+    """What the progress of a training says besides; None in processes that show none."""
+    if not engine.is_main:
+        return None
+    given = config.engine.peak_tflops
+    peak = given * 1e12 if given else peak_flops(engine.device, config.training.precision)
+    return Speed(work_of(config, target), peak)
+
+
 def train_drafter(
     config: RunConfig,
     target: TargetEnds,
@@ -277,7 +288,8 @@ def train_drafter(
     """Stage 3: distil, or go on from `start`; gives the best checkpoint by validation."""
     samples, validation = data.samples, data.validation
     drafter = first_drafter(config, target, samples, start)
-    trainer = Trainer(config, target, source, drafter, samples, validation, folder, engine)
+    speed = speed_of(config, target, engine)
+    trainer = Trainer(config, target, source, drafter, samples, validation, folder, engine, speed)
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:

@@ -97,6 +97,7 @@ class RowState:
         """See `TargetState.join`."""
         self._cache.join(other._cache)
 
+
 def _forward(
     target: Target,
     tokens: Tensor,

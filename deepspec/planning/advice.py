@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from deepspec.config.validation import value_of
+from deepspec.config.validation import RECOMPUTABLE, value_of
 from deepspec.planning.shapes import BF16, Job
 
 Change = dict[str, object]
@@ -51,6 +51,9 @@ def _candidates(job: Job) -> Iterator[Change]:
         yield {"training.micro_batch_size": 1}
     if config.objective.chunk_size > 64:
         yield {"objective.chunk_size": 64}
+    training = config.training
+    if not training.activation_checkpointing and config.drafter.kind in RECOMPUTABLE:
+        yield {"training.activation_checkpointing": True}
     kind = config.engine.kind
     further = [stage for stage in STAGES if stage > kind] if kind in STAGES else list(STAGES)
     if job.world > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate.utils import convert_file_size_to_int
 
@@ -56,9 +56,18 @@ def target_weights(job: Job) -> int:
 
 def activations(job: Job, batch: MicroBatch) -> Activations:
     """What the drafter's forward keeps, by its kind."""
-    if isinstance(job.shapes.drafter, DSparkV4Config):
-        return v4_activations(job, job.shapes.drafter, batch)
-    return drafter_activations(job, batch)
+    shape = job.shapes.drafter
+    streams = 1
+    if isinstance(shape, DSparkV4Config):
+        kept, streams = v4_activations(job, shape, batch), shape.hc_mult
+    else:
+        kept = drafter_activations(job, batch)
+    if not job.config.training.activation_checkpointing:
+        return kept
+    # a layer's input stays, and the backward of a layer has the rest of it once more
+    inputs = batch.slots * streams * shape.hidden_size * FP32
+    layers = (inputs,) * len(kept.layers)
+    return replace(kept, layers=layers, mlp=kept.mlp + max(kept.layers) - inputs)
 
 
 def draft_head(job: Job) -> int:

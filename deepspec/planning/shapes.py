@@ -14,7 +14,7 @@ from torch import nn
 
 from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig
 from deepspec.drafters.registry import drafter_kind
-from deepspec.targets import Target
+from deepspec.targets import Target, TargetEnds
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -61,8 +61,10 @@ class Shapes:
         return {"float32": FP32, "bfloat16": BF16}.get(config.dtype, self.saved_value)
 
 
-def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
+def shapes_of(target: TargetEnds, config: DrafterConfig) -> Shapes:
     """Shapes of `target` and of its drafter; the drafter is built on the meta device.
+
+    Of ends alone, the parameters of what is between them are 0.
 
     Raises ConfigError for a drafter that does not fit the target.
     """
@@ -70,6 +72,7 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
     shape = kind.resolve(config, target)
     with torch.device("meta"):
         drafter = kind.build(shape)
+    parameters = dict(target.model.named_parameters()) if isinstance(target, Target) else {}
     linear = [module.weight for module in drafter.modules() if isinstance(module, nn.Linear)]
     tied = getattr(target.config, "tie_word_embeddings", False)
     ends = target.embedding.numel() + (0 if tied else target.head.weight.numel())
@@ -82,8 +85,8 @@ def shapes_of(target: Target, config: DrafterConfig) -> Shapes:
         largest=max(_own(module) for module in drafter.modules()),
         # W2 is read by the objective, which computes in fp32
         casts=sum(weight.numel() for weight in linear if weight is not drafter.bias_weight),
-        target_parameters=sum(parameter.numel() for parameter in target.model.parameters()),
-        target_active=_active(target) - ends,
+        target_parameters=sum(_numel(parameter) for parameter in parameters.values()),
+        target_active=max(0, _active(target.config, parameters) - ends),
         ends=ends,
         scaled_ends=scaled,
         saved_value=target.dtype.itemsize,
@@ -97,17 +100,20 @@ def _own(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def _active(target: Target) -> int:
+def _numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # whole, where DeepSpeed has it
+
+
+def _active(text: Any, parameters: dict[str, Any]) -> int:
     """Parameters without the experts that a token is not sent to."""
-    text = target.config
     chosen = getattr(text, "num_experts_per_tok", None)
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((count for name in names if (count := getattr(text, name, None))), None)
     total = idle = 0
-    for name, parameter in target.model.named_parameters():
-        total += parameter.numel()
+    for name, parameter in parameters.items():
+        total += _numel(parameter)
         if chosen and experts and ".experts." in name:
-            idle += parameter.numel() * (experts - chosen) // experts
+            idle += _numel(parameter) * (experts - chosen) // experts
     return total - idle
 
 

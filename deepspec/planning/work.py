@@ -7,10 +7,14 @@ plan divides by is what a device reaches, not its peak. Legend: see `shapes`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from deepspec.config.schema import RunConfig
 from deepspec.drafters.dspark_v4 import DSparkV4Config
 from deepspec.planning.dspark_v4 import v4_flops
 from deepspec.planning.memory import ELSEWHERE
-from deepspec.planning.shapes import Job, MicroBatch
+from deepspec.planning.shapes import Job, MicroBatch, shapes_of
+from deepspec.targets import TargetEnds
 from deepspec.targets.attributes import common
 
 # bf16 on an H100: 989e12 at its peak, of which trainings of this kind reach about two fifths
@@ -30,7 +34,8 @@ def target_flops(job: Job, batch: MicroBatch) -> int:
 
 
 def drafter_flops(job: Job, batch: MicroBatch) -> int:
-    """Forward and backward of the drafter's backbone; a block sees half of its context."""
+    """Forward and backward of the drafter's backbone; a block sees half of its context. What is
+    computed twice to save memory is counted once."""
     shape, kind = job.shapes.drafter, job.config.drafter.kind
     if isinstance(shape, DSparkV4Config):
         return v4_flops(shape, batch)
@@ -67,3 +72,15 @@ def objective_flops(job: Job, batch: MicroBatch) -> int:
 def batch_flops(job: Job, batch: MicroBatch) -> int:
     """All of a training's work on `batch`."""
     return target_flops(job, batch) + drafter_flops(job, batch) + objective_flops(job, batch)
+
+
+def work_of(config: RunConfig, target: TargetEnds) -> Callable[[Sequence[int], Sequence[int]], int]:
+    """`batch_flops` by the tokens and the blocks of a micro-batch's samples."""
+    job = Job(config, shapes_of(target, config.drafter), world=1, cuda=target.device.type == "cuda")
+
+    def work(contexts: Sequence[int], blocks: Sequence[int]) -> int:
+        return batch_flops(
+            job, MicroBatch(tuple(contexts), tuple(blocks), job.shapes.drafter.block_size)
+        )
+
+    return work

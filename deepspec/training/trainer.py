@@ -45,6 +45,7 @@ from deepspec.training.distillation import Distillation
 from deepspec.training.engine import Engine
 from deepspec.training.metrics import MetricsLog, Ratios
 from deepspec.training.run_folder import RunFolder
+from deepspec.training.speed import Speed
 from deepspec.training.tracking import start_trackers
 
 VALIDATION_EPOCH = -1  # anchors of validation samples are drawn once and for all
@@ -63,6 +64,7 @@ class Trainer:
         validation: Sequence[Sample],
         folder: RunFolder,
         engine: Engine,
+        speed: Speed | None = None,
     ) -> None:
         if not samples:
             raise TrainingError("no sample to train on; see the skipped rows above and data.path")
@@ -70,6 +72,7 @@ class Trainer:
         self.samples, self.validation = samples, validation
         self.folder = folder
         self.engine = engine
+        self.speed = speed
         self.shape = drafter.config
         # the tokens it drafts are fixed from here on
         self._d2t = None if drafter.d2t is None else drafter.d2t.cpu()
@@ -200,12 +203,14 @@ class Trainer:
         try:
             with Progress("train", total, "steps", done=done, show=main) as progress:
                 while self.step < total:
+                    begun, micro_batches = time.perf_counter(), self.micro_batches(self.step)
                     metrics = self.train_step()
+                    seconds = time.perf_counter() - begun
                     stop = self._signal_to_any()
                     last = self.step == total
                     if last or self.step % training.log_every == 0:
                         record(metrics)
-                    progress.advance(1, _note(metrics))
+                    progress.advance(1, self._note(metrics, micro_batches, seconds))
                     if last or self.step % training.evaluate_every == 0:
                         record(self.validate())
                     if last or stop or self.step % training.save_every == 0:
@@ -219,6 +224,16 @@ class Trainer:
                 signal.signal(number, handler)
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+    def _note(
+        self, metrics: dict[str, float], micro_batches: Sequence[Sequence[Sample]], seconds: float
+    ) -> str:
+        accept, wait = metrics.get("accept_length", 1.0), metrics["feature_wait"]
+        note = f"loss {metrics['loss']:.3f}  accept {accept:.2f}  features {wait:.0%}"
+        if self.speed is None:
+            return note
+        anchors = self.config.training.anchors_per_sample
+        return f"{note}  {self.speed.note(micro_batches, anchors, seconds)}"
 
     def validate(self) -> dict[str, float]:
         """Loss terms and expected accepted length on the held-out samples."""
@@ -309,8 +324,3 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     progress = (step - warmup) / max(1, total - warmup)
     low = config.min_learning_rate
     return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _note(metrics: dict[str, float]) -> str:
-    accept, wait = metrics.get("accept_length", 1.0), metrics["feature_wait"]
-    return f"loss {metrics['loss']:.3f}  accept {accept:.2f}  features {wait:.0%}"

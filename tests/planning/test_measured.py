@@ -22,6 +22,8 @@ ALONE = {
     "accumulating": "120,120,120 training.batch_size=3 training.micro_batch_size=1",
     "eight": "60,60,50,40,40,40,40,40 training.batch_size=8 training.micro_batch_size=8",
     "long": "500,480 training.batch_size=2 training.micro_batch_size=2 drafter.num_layers=4",
+    "recomputed": "200,150,150 training.batch_size=3 drafter.num_layers=4 "
+    "training.micro_batch_size=3 training.activation_checkpointing=true",
     "small": "200,150 training.batch_size=2 training.micro_batch_size=2 objective.chunk_size=16 "
     "drafter.block_size=7 training.anchors_per_sample=8",
     "dflash": "200,150 drafter=dflash drafter.block_size=7",

@@ -1,0 +1,52 @@
+"""The share of the peak by hand, and where it is said."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from deepspec.commands.stages import speed_of
+from deepspec.machine import peak_flops
+from deepspec.records import Sample
+from deepspec.training.speed import Speed
+from tests.trainers import MakeTrainer
+
+
+def sample(tokens: int, answer: int) -> Sample:
+    mask = torch.arange(tokens) >= tokens - answer
+    return Sample(torch.arange(tokens), mask, str(tokens))
+
+
+def test_tokens_and_operations_of_a_step() -> None:
+    """Blocks are at most the anchors that an answer has; an empty share is no work."""
+    seen = []
+
+    def work(contexts: list[int], blocks: list[int]) -> float:
+        seen.append((list(contexts), list(blocks)))
+        return 1e6 * sum(contexts)
+
+    step = [[sample(600, 100), sample(400, 3)], [sample(1000, 200)], []]
+    assert Speed(work, peak=1e10).note(step, 50, 0.5) == "4k tokens/s  MFU 40%"
+    assert seen == [([600, 400], [50, 2]), ([1000], [50])]
+    assert Speed(work, peak=None).note(step, 50, 5.0) == "400 tokens/s"
+
+
+def test_a_training_says_it(make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer("run", "training.max_steps=2", "engine.peak_tflops=1e-6")
+    trainer.speed = speed_of(trainer.config, trainer.target, trainer.engine)
+    assert trainer.speed is not None
+    assert trainer.speed.peak == 1e6
+    trainer.train()
+    said = re.search(r"tokens/s  MFU (\d+)%", capsys.readouterr().err)
+    assert said is not None
+    assert int(said[1]) > 100  # of a device that does a million operations a second
+
+
+def test_a_processor_is_measured_once() -> None:
+    """Between a tenth and a thousand GFLOP/s a thread, as any processor of these years."""
+    peak = peak_flops(torch.device("cpu"), "fp32")
+    assert peak is not None
+    assert 1e8 < peak / torch.get_num_threads() < 1e12
+    assert peak_flops(torch.device("cpu"), "bf16") == peak
