@@ -106,6 +106,7 @@ def _check_settings(config: RunConfig, out: Path) -> None:
     """Raises ConfigError where the folder was begun with other settings; else keeps them there."""
     import yaml
 
+    from deepspec.atomic import atomic_file
     from deepspec.config.schema import as_dict, dotted
     from deepspec.errors import ConfigError
 
@@ -116,7 +117,9 @@ def _check_settings(config: RunConfig, out: Path) -> None:
         for key, value in now.items():
             if before.get(key, value) != value:
                 raise ConfigError(
-                    f"{key}={value}, but {out} was begun with {before[key]}; set out= to a new "
-                    "folder, or say the same again"
+                    f"{key}={value}, but {out} was begun with {before[key]}; set it back, or "
+                    "set out= to a new folder"
                 )
-    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+    with atomic_file(path) as partial:
+        text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+        partial.write_text(text, encoding="utf-8")

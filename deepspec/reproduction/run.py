@@ -129,7 +129,7 @@ class Runner:
     def _hopeless(self) -> set[str]:
         """Jobs that failed, and those that need them."""
         lost = set(self.failed)
-        for job in self.plan.jobs:  # needs stand before what needs them, or are found next time
+        for job in self.plan.jobs:  # what is needed stands before what needs it
             if lost.intersection(job.needs):
                 lost.add(job.name)
         return lost
