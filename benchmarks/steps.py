@@ -114,12 +114,22 @@ class Problem:
         return float(loss.detach())
 
     @property
+    def micro_batch(self) -> MicroBatch:
+        """As the plan sees it."""
+        counts = torch.bincount(self.batch.block_documents).tolist()
+        return MicroBatch(self.shape.lengths, tuple(counts), self.shape.block)
+
+    @property
+    def job(self) -> Job:
+        """As the plan sees it."""
+        return Job(self.config, planned_shapes(self.module.drafter), 1, self.device.type == "cuda")
+
+    @property
     def flops(self) -> float:
         """What the plan counts for such a step."""
-        counts = torch.bincount(self.batch.block_documents).tolist()
-        micro = MicroBatch(self.shape.lengths, tuple(counts), self.shape.block)
-        job = Job(self.config, planned_shapes(self.module.drafter), 1, self.device.type == "cuda")
-        return drafter_flops(job, micro) + objective_flops(job, micro)
+        return drafter_flops(self.job, self.micro_batch) + objective_flops(
+            self.job, self.micro_batch
+        )
 
 
 def drafter_config(shape: Shape) -> DSparkConfig:

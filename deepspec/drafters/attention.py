@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def block_attention(
     `queries` [N, Q, H, E]; `context_*` [T, G, E]; `block_*` [N, P, G, E] -> [N, Q, H, E].
     """
     if visibility.segments is None:
-        return _flex(
+        return _flex_attention(
             queries, context_keys, context_values, block_keys, block_values, visibility.block_mask
         )
     outputs = []
@@ -118,8 +118,6 @@ def _segments(batch: BlockBatch, limits: Tensor, queries: int, keys: int) -> lis
 
 
 def _flex_mask(batch: BlockBatch, limits: Tensor, queries: int, keys: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
     context, blocks = batch.document_ids.shape[0], batch.anchors.shape[0]
     document_ids, positions = batch.document_ids, batch.positions
     block_documents = batch.block_documents
@@ -134,19 +132,32 @@ def _flex_mask(batch: BlockBatch, limits: Tensor, queries: int, keys: int) -> An
         )
         return in_context | ((key >= context) & ((key - context) // keys == block))
 
-    return create_block_mask(
+    return _flex(limits.is_cuda).create_block_mask(
         visible, None, None, blocks * queries, context + blocks * keys, device=str(limits.device)
     )
 
 
+class _Flex(NamedTuple):
+    create_block_mask: Any
+    flex_attention: Any
+
+
 @functools.cache
-def _flex_kernel(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex(compiled: bool, backend: str = "inductor") -> _Flex:
+    """FlexAttention and the maker of its masks. Compiled, each is one graph for batches of any
+    shape, or two where sizes compare otherwise (a pack of a single tile), and the mask is never
+    held element by element: that would be a number for each query and key of the pack."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    if not compiled:
+        return _Flex(create_block_mask, flex_attention)
+    return _Flex(
+        torch.compile(create_block_mask, dynamic=True, backend=backend),
+        torch.compile(flex_attention, dynamic=True, backend=backend),
+    )
 
 
-def _flex(
+def _flex_attention(
     queries: Tensor,
     context_keys: Tensor,
     context_values: Tensor,
@@ -157,7 +168,7 @@ def _flex(
     def heads_first(states: Tensor) -> Tensor:
         return states.transpose(0, 1)[None]
 
-    attended = _flex_kernel(queries.is_cuda)(
+    attended = _flex(queries.is_cuda).flex_attention(
         heads_first(queries.flatten(0, 1)),
         heads_first(torch.cat((context_keys, block_keys.flatten(0, 1)))),
         heads_first(torch.cat((context_values, block_values.flatten(0, 1)))),
