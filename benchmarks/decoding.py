@@ -91,7 +91,7 @@ def main() -> None:
         "--verify", default="", help="drafts verified, by commas; else whole blocks"
     )
     parser.add_argument("--compile", action="store_true", help="also with decoding.compile=true")
-    parser.add_argument("--layers", type=int, default=2, help="of the target, for the assistant")
+    parser.add_argument("--layers", type=int, default=2, help="of the assistant; 0 for none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
@@ -196,7 +196,10 @@ def ended(tokens: list[int], stop: Sequence[int]) -> tuple[int, ...]:
 
 def assisted(target: Target, drafts: int, layers: int) -> dict[str, Decode]:
     """Transformers' assisted generation, with `drafts` of prompt lookup, and an assistant of the
-    target's own first `layers`."""
+    target's own first `layers` (none for 0)."""
+    lookup = partial(transformers_generate, target, prompt_lookup_num_tokens=drafts)
+    if not layers:
+        return {"prompt lookup": lookup}
     assistant = copy.copy(target.model)
     assistant._modules = dict(target.model._modules)
     assistant.config = copy.deepcopy(target.model.config)
@@ -208,7 +211,7 @@ def assisted(target: Target, drafts: int, layers: int) -> dict[str, Decode]:
     backbone.layers = nn.ModuleList(target.backbone.layers[:layers])
     setattr(assistant, target.model.base_model_prefix, backbone)
     return {
-        "prompt lookup": partial(transformers_generate, target, prompt_lookup_num_tokens=drafts),
+        "prompt lookup": lookup,
         f"assistant, {layers} layers": partial(
             transformers_generate, target, assistant_model=assistant
         ),

@@ -94,7 +94,7 @@ def _attend(
     """As Transformers' attention functions: output [B, Q, H, E]; `mask` [B, 1, Q, C].
 
     Transformers' own repeats the keys of a group for each of its heads, because CUDA's kernels want
-    it so where there is a mask; the CPU's does not, and gives the same bits.
+    it so where there is a mask; the CPU's does not.
     """
     special = any(options.get(name) is not None for name in ("position_bias", "softcap"))
     if query.device.type != "cpu" or special:

@@ -19,7 +19,9 @@ class Compilable(Protocol):
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first calls, a compilation a kind of shape; as CUDA graphs on
-    CUDA. Once for all who ask: the objects that it works on are arguments."""
-    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    return torch.compile(function, mode=mode)
+    """`function`, compiled at its first calls, a compilation a kind of shape.
+
+    Once for all who ask: the objects that it works on are arguments. Not as CUDA graphs, which
+    Inductor leaves out where inputs are written, as caches are.
+    """
+    return torch.compile(function)
