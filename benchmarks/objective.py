@@ -1,132 +1,146 @@
-"""The fused objective against the eager one: seconds and peak memory, forward and backward, fp32.
+"""The fused objective against the eager one: time and peak memory, forward and backward.
 
-    python benchmarks/objective.py
-    python benchmarks/objective.py --threads 1 --repeats 3 --chunk-size 256
+    OMP_NUM_THREADS=1 python benchmarks/objective.py
+    OMP_NUM_THREADS=1 python benchmarks/objective.py --vocabulary 4096 32768 --chunk-size 64 256
+    python benchmarks/objective.py                                     # on a GPU
 
-The problem is a Qwen3-sized vocabulary: V 151,936, D 512, R 256, 896 slots (128 blocks of 7). Each
-implementation runs in a process of its own. Seconds are the median of the repeats after a small
-warm-up: wall clock, and processor time, which a busy machine disturbs less. Memory is the process's
-peak resident set over the whole measurement, above what it held before the first call (inputs and
-head weights: 0.7 GiB), so the gradients that stay behind are counted.
+On a processor the problem is Qwen3's vocabulary over small hidden states, fp32: V 151,936, D 512, R
+256, 896 slots; on a GPU it is Qwen3-4B's in bf16: D 2,560, 3,584 slots. The slots are those of
+blocks of 7 at anchors drawn from `--answer` tokens (one sample's), so several are held against the
+same position of the target. All sides are measured in turns and give the same loss. Memory is the
+most that is allocated above inputs and head weights, gradients included. "of the peak" is the
+matrix work of the fused version (every position once) over what the device does at most
+(`machine.peak_flops`; on a processor, what a square product reaches).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from itertools import product
 from statistics import median
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import close, described, device_here, in_turns, peak_bytes, spread
 
 from deepspec.config.schema import ObjectiveConfig
-from deepspec.machine import describe_machine
+from deepspec.machine import peak_flops
 from deepspec.objective import LossInputs, compute_loss
 from deepspec.targets import FrozenHead
 
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-WARM_UP_SLOTS = 4
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Medians over the repeats; `memory` in bytes; `loss` shows that both computed the same."""
-
-    wall: float
-    cpu: float
-    memory: int
-    loss: float
+BLOCK = 7
 
 
 def main() -> None:
-    """Measure both and print the table."""
+    """Measure every combination and print the table."""
+    device = device_here()
+    cuda = device.type == "cuda"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[151_936])
+    parser.add_argument("--slots", type=int, nargs="+", default=[3584 if cuda else 896])
+    parser.add_argument("--chunk-size", type=int, nargs="+", default=[ObjectiveConfig().chunk_size])
+    parser.add_argument("--answer", type=int, default=1024 if cuda else 256)
+    parser.add_argument("--hidden", type=int, default=2560 if cuda else 512)
     parser.add_argument("--rank", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=896)
-    parser.add_argument("--chunk-size", type=int, default=ObjectiveConfig().chunk_size)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--measure", choices=("eager", "fused"), help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
+    parser.add_argument("--compile", action="store_true", help="also where it is not the default")
     options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(asdict(measure(options))))
-        return
-    eager, fused = measure_apart("eager"), measure_apart("fused")
-
-    table = Table(title=f"objective, {options.slots} slots, V {options.vocabulary}")
-    for column in ("", "wall s", "CPU s", "peak MiB", "loss"):
+    table = Table()
+    for column in ("V", "slots", "positions", "", "ms (middle half)", "times faster"):
         table.add_column(column, justify="right" if column else "left")
-    for name, found in (("eager", eager), (f"fused, chunk {options.chunk_size}", fused)):
-        memory = f"{found.memory / 2**20:.0f}"
-        table.add_row(name, f"{found.wall:.2f}", f"{found.cpu:.2f}", memory, f"{found.loss:.6f}")
-    table.add_row(
-        "eager / fused",
-        *(f"{getattr(eager, x) / getattr(fused, x):.2f}" for x in ("wall", "cpu", "memory")),
-    )
-    machine = describe_machine()
-    Console().print(table)
-    print(f"{machine['processor']}, {options.threads} threads, torch {machine['torch']}")
+    for column in ("peak MB", "times less", "of the peak"):
+        table.add_column(column, justify="right")
+    for vocabulary, slots in product(options.vocabulary, options.slots):
+        for row in measured(vocabulary, slots, options, device):
+            table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(described())
 
 
-def measure_apart(implementation: str) -> Measured:
-    """`measure` in a new process, so that peaks do not mix."""
-    command = [sys.executable, *sys.argv, "--measure", implementation]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(**json.loads(done.stdout))
+def measured(
+    vocabulary: int, slots: int, options: argparse.Namespace, device: torch.device
+) -> list[tuple[str, ...]]:
+    """The rows of one problem, eager first."""
+    inputs, head = problem(vocabulary, slots, options, device)
+    sides = {"eager": ObjectiveConfig(implementation="eager")}
+    ways = ["never", "always"] if options.compile or device.type == "cuda" else ["never"]
+    for size, way in product(options.chunk_size, ways):
+        name = f"fused, chunk {size}" + (", compiled" if way == "always" else "")
+        sides[name] = ObjectiveConfig(chunk_size=size, compile=way)
+    steps = {name: step(inputs, head, config) for name, config in sides.items()}
+    close([run() for run in steps.values()], 1e-4 if device.type == "cpu" else 2e-2)
+    memory = {name: peak_bytes(run) for name, run in steps.items()}
+    seconds = in_turns(steps, options.repeats, warm_up=0)
+    positions = len(inputs.target_rows.unique())
+    size, rank = options.hidden, options.rank
+    work = vocabulary * (2 * size * positions + (4 * size + 6 * rank) * slots)
+    peak = peak_flops(device, "bf16" if device.type == "cuda" else "fp32")
+    rows = []
+    for name, taken in seconds.items():
+        share = "unknown" if peak is None else f"{work / median(taken) / peak:.0%}"
+        rows.append(
+            (
+                f"{vocabulary:,}",
+                f"{slots:,}",
+                f"{positions:,}",
+                name,
+                spread(taken),
+                f"{median(seconds['eager']) / median(taken):.2f}",
+                f"{memory[name] / 1e6:,.0f}",
+                f"{memory['eager'] / memory[name]:.1f}",
+                share,
+            )
+        )
+    return rows
 
 
-def measure(options: argparse.Namespace) -> Measured:
-    """One implementation, in this process."""
-    torch.set_num_threads(options.threads)
-    config = ObjectiveConfig(implementation=options.measure, chunk_size=options.chunk_size)
-    inputs, head = problem(options)
-    few = {
-        name: getattr(inputs, name)[:WARM_UP_SLOTS].detach()
-        for name in ("hidden", "latent", "confidence_logits", "target_final", "labels", "weights")
-    }
-    compute_loss(replace(inputs, **few), head, head, config, 1.0)
+def step(inputs: LossInputs, head: FrozenHead, config: ObjectiveConfig) -> Callable[[], float]:
+    """Forward and backward; gives the loss."""
+    denominator = float(inputs.weights.sum())
 
-    before = psutil.Process().memory_info().rss
-    walls, cpus = [], []
-    for _ in range(options.repeats):
+    def run() -> float:
         for leaf in (inputs.hidden, inputs.latent, inputs.bias_weight, inputs.confidence_logits):
             assert leaf is not None
             leaf.grad = None
-        wall, cpu = time.perf_counter(), time.process_time()
-        output = compute_loss(inputs, head, head, config, float(inputs.weights.sum()))
-        output.loss.backward()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
-    return Measured(median(walls), median(cpus), peak - before, output.loss.item())
+        loss = compute_loss(inputs, head, head, config, denominator).loss
+        loss.backward()
+        return float(loss.detach())
+
+    return run
 
 
-def problem(options: argparse.Namespace) -> tuple[LossInputs, FrozenHead]:
-    """Random slots, all of them counted. Made in place: a temporary here would raise the peak."""
-    generator = torch.Generator().manual_seed(0)
+def problem(
+    vocabulary: int, slots: int, options: argparse.Namespace, device: torch.device
+) -> tuple[LossInputs, FrozenHead]:
+    """Random slots, all of them counted; latents are those of the previous token."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def normal(*shape: int, std: float = 1.0, trained: bool = False) -> torch.Tensor:
-        values = torch.empty(shape).normal_(std=std, generator=generator)
-        return values.requires_grad_(trained)
+    def normal(*shape: int, std: float = 1.0, kind: torch.dtype = dtype) -> torch.Tensor:
+        values = torch.empty(shape, dtype=kind, device=device)
+        return values.normal_(std=std, generator=generator)
 
-    vocabulary, size, slots = options.vocabulary, options.hidden, options.slots
+    draw = torch.Generator().manual_seed(0)
+    answer, size, rank = options.answer, options.hidden, options.rank
+    often = torch.rand(answer + BLOCK, generator=draw) ** 3 * vocabulary
+    tokens = often.long().to(device)
+    anchors = torch.randperm(answer, generator=draw)[: -(-slots // BLOCK)].sort().values.to(device)
+    rows = (anchors[:, None] + torch.arange(BLOCK, device=device)).flatten()[:slots]
+    previous = tokens[rows]
+    latents = normal(vocabulary, rank)
     inputs = LossInputs(
-        hidden=normal(slots, size, trained=True),
-        latent=normal(slots, options.rank, trained=True),
-        bias_weight=normal(vocabulary, options.rank, std=0.02, trained=True),
-        confidence_logits=normal(slots, trained=True),
-        target_final=normal(slots, size),
-        labels=torch.randint(vocabulary, (slots,), generator=generator),
-        weights=torch.ones(slots),
+        hidden=normal(slots, size).requires_grad_(),
+        latent=latents[previous].requires_grad_(),
+        bias_weight=normal(vocabulary, rank, std=0.02, kind=torch.float32).requires_grad_(),
+        confidence_logits=normal(slots, kind=torch.float32).requires_grad_(),
+        target_final=normal(answer + BLOCK, size),
+        target_rows=rows,
+        labels=torch.randint(vocabulary, (slots,), generator=generator, device=device),
+        weights=torch.ones(slots, device=device),
+        latent_ids=previous,
     )
     return inputs, FrozenHead(normal(vocabulary, size, std=size**-0.5))
 

@@ -46,7 +46,7 @@ GPU_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Operations a second that `device` does at most: of a GPU as its maker says, None where it is
-    another one or for fp32; of processors as a matrix product shows (fp32, a tenth of a second)."""
+    another one or for fp32; of processors as a matrix product shows (fp32, a moment)."""
     import torch
 
     if device.type == "cpu":
@@ -57,12 +57,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 @functools.cache
-def _product_flops(size: int = 1024) -> float:
+def _product_flops(size: int = 512) -> float:
     import torch
 
     matrix = torch.ones(size, size)
     best = math.inf
-    for _ in range(4):
+    for _ in range(12):  # each so short that one of them has the processor for itself
         begun = time.perf_counter()
         matrix @ matrix
         best = min(best, time.perf_counter() - begun)

@@ -17,9 +17,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from deepspec.errors import MissingDependencyError
 
 TILE = 2**18  # numbers a tile: several passes over 1 MiB, which a core's cache holds
 
@@ -104,9 +107,16 @@ def terms(
 
 def compiled_terms(wanted: str, device: torch.device) -> Callable[..., Terms] | None:
     """`terms` as torch.compile makes it, where objective.compile=`wanted` asks for it: auto does on
-    CUDA, and goes without where it cannot be compiled."""
+    CUDA, if Triton is there. Raises MissingDependencyError for always where it is not."""
     if wanted == "never" or (wanted == "auto" and device.type != "cuda"):
         return None
+    if device.type == "cuda" and find_spec("triton") is None:
+        if wanted == "auto":
+            return None
+        raise MissingDependencyError(
+            "objective.compile=always needs Triton on CUDA; run: pip install triton, or set "
+            "objective.compile=auto, which goes without"
+        )
     return _compiled()
 
 

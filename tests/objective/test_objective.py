@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec.config.schema import ObjectiveConfig
+from deepspec.errors import MissingDependencyError
 from deepspec.objective import LossInputs, LossOutput, compute_loss, kernels
 from deepspec.targets import FrozenHead
 
@@ -177,6 +178,25 @@ def test_what_is_compiled_gives_the_same(
     monkeypatch.setattr(kernels, "_compiled", lambda: kernels.terms)
     inputs, *heads = problem(200, 300, dtype=dtype, drafted=drafted, soft_cap=9.0)
     assert_same(inputs, tuple(heads), tolerance, chunk=64, compile="always")
+
+
+def test_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    chosen = {
+        (device.type, wanted): kernels.compiled_terms(wanted, device) is not None
+        for device in (cpu, cuda)
+        for wanted in ("auto", "always", "never")
+    }
+    assert {key for key, value in chosen.items() if value} == {
+        ("cpu", "always"),
+        ("cuda", "auto"),
+        ("cuda", "always"),
+    }
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert kernels.compiled_terms("auto", cuda) is None
+    with pytest.raises(MissingDependencyError, match=r"objective\.compile=always needs Triton"):
+        kernels.compiled_terms("always", cuda)
 
 
 @pytest.mark.slow  # half a minute of compiling
