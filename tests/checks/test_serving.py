@@ -146,17 +146,20 @@ def rows_that_stay_are_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def the_first_slot_alone_is_biased(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = DSparkProposer._sample
 
-    def sampled(self: Any, hidden: torch.Tensor, anchors: torch.Tensor, draw: Any) -> Any:
+    def sampled(self: Any, *arguments: Any) -> Any:
         calls = iter(range(99))
 
         def step(states: torch.Tensor, embedded: torch.Tensor, state: Any) -> Any:
             return embedded * (next(calls) == 0), state
 
-        monkeypatch.setattr(self.drafter.markov_head, "step", step)
+        head = self.drafter.markov_head
+        monkeypatch.setattr(head, "step", step)
+        monkeypatch.setattr(head, "of_token", False)  # so that every slot takes a step
         try:
-            return sample(self, hidden, anchors, draw)
+            return sample(self, *arguments)
         finally:
-            monkeypatch.delattr(self.drafter.markov_head, "step")
+            monkeypatch.delattr(head, "step")
+            monkeypatch.delattr(head, "of_token")
 
     monkeypatch.setattr(DSparkProposer, "_sample", sampled)
 

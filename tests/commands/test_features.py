@@ -36,6 +36,7 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow  # two minutes of starting processes
 def test_extract_is_killed_goes_on_and_is_trained_on(
     recipe: Path,
     quiet: Path,

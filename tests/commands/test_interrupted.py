@@ -75,6 +75,7 @@ def test_signals_save_and_exit(recipe: Path, tmp_path: Path, number: int, code: 
 ENGINE = "zero3" if HAVE_DEEPSPEED else "zero0"
 
 
+@pytest.mark.slow  # the short storm stops and resumes such a job too
 def test_a_job_of_several_processes_stops_and_goes_on_as_another(
     recipe: Path, quiet: Path, tmp_path: Path
 ) -> None:

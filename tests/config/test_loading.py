@@ -282,7 +282,7 @@ def test_what_has_no_default_must_be_given(missing: str) -> None:
         ("trainig.epochs", "did you mean training.epochs?"),
         ("drafter.layers", "did you mean drafter.num_layers?"),
         ("data.fields.mesage", "did you mean data.fields.messages?"),
-        ("batch_size", "regenerate.batch_size or training.batch_size or decoding.batch_size?"),
+        ("batch_size", "regenerate.batch_size or training.batch_size or decoding.batch_size or "),
         ("training.lr", "training has epochs, max_steps"),
         ("training.epochs.x", "did you mean training.epochs?"),
         ("hydra.run.dir", "a recipe has recipe, description"),

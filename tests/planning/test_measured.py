@@ -59,14 +59,27 @@ def measured(out: Path, cases: dict[str, str], *launch: str) -> dict[str, Any]:
     return dict(zip(cases, json.loads(out.read_text()), strict=True))
 
 
+QUICK = ("tiny", "rnn", "eagle3")
+
+
+def test_one_process(tmp_path: Path) -> None:
+    for row in measured(tmp_path / "rows.json", {case: ALONE[case] for case in QUICK}).values():
+        as_planned(row)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return measured(tmp_path_factory.mktemp("alone") / "rows.json", ALONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALONE)
-def test_one_process(alone: dict[str, Any], case: str) -> None:
-    planned, found = alone[case]["planned"], alone[case]["measured"]
+def test_one_process_in_every_case(alone: dict[str, Any], case: str) -> None:
+    as_planned(alone[case])
+
+
+def as_planned(row: dict[str, Any]) -> None:
+    planned, found = row["planned"], row["measured"]
     for name, size in found["parts"].items():
         assert planned["parts"][name] == size, name
     # what lives from step to step is exact, so it is taken off and cannot hide an error

@@ -22,6 +22,7 @@ def rows(path: Path) -> list[str]:
     return sorted(path.read_text().splitlines())
 
 
+@pytest.mark.slow  # a minute of starting processes
 def test_two_are_killed_and_others_finish(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL while both have answers in their parts; two go on, then one has nothing to do."""
     words = ("regenerate", f"recipe={recipe}", *SETTINGS)

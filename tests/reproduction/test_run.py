@@ -64,6 +64,7 @@ Runner(plan).run(Board(1, 1, 1.0), lambda job: None)
 """
 
 
+@pytest.mark.slow
 def test_jobs_die_with_it_and_go_on_where_they_were(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL of the process that starts them; the whole command is in the slow suite."""
     job = Job("training", tuple(train_command(recipe, tmp_path / "run")[3:]))
