@@ -19,7 +19,6 @@ from deepspec.scheduling.throughput import Throughput
 
 REMEMBERED = 256  # request rounds
 NEEDED = 32  # of them, before anything is left out
-REVISED = 16  # rounds with drafts until a choice is made anew
 LOOK_AGAIN = 1024  # rounds without drafts until one drafts again, to see whether text has changed
 
 
@@ -35,8 +34,8 @@ class DraftingPays:
         self._table = throughput
         self._seen: deque[Floats] = deque()
         self._count = 0
-        self._choices: dict[int, bool] = {}
-        self._drafted = self._skipped = 0
+        self._choices: dict[int, bool] = {}  # by rows, as long as nothing new is seen
+        self._skipped = 0
 
     def saw(self, survival: Floats) -> None:
         """Survivals [R, K] of a round that drafted."""
@@ -45,9 +44,7 @@ class DraftingPays:
         while self._count - len(self._seen[0]) >= REMEMBERED:
             self._count -= len(self._seen.popleft())
         self._skipped = 0
-        self._drafted += 1
-        if self._drafted % REVISED == 0 or self._count < 2 * NEEDED:
-            self._choices.clear()
+        self._choices.clear()
 
     def __call__(self, rows: int) -> bool:
         """Whether a round of `rows` requests should draft."""
