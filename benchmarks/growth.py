@@ -69,7 +69,7 @@ def grown(what: str, options: argparse.Namespace) -> Table:
     for value, shape in shapes(what, base, options.longest):
         problem = Problem(shape, device, ObjectiveConfig())
         peak = peak_bytes(problem.step)  # the first step, whose gradients are new
-        taken = median(in_turns({"": problem.step}, options.repeats, warm_up=1)[""])
+        taken = median(in_turns({"": problem.step}, options.repeats)[""])
         rows.append((value, taken, problem.flops, peak, planned_bytes(problem)))
     rate = rows[-1][2] / rows[-1][1]
     for value, taken, flops, peak, expected in rows:

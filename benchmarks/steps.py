@@ -2,7 +2,7 @@
 
 What a step costs depends on shapes and lengths, not on values: features are random, the target's
 forward is not part of it. Lengths are drawn like those of recipe=tiny's answers (60 to 257 tokens,
-117 on average, the second 58 % of them supervised), stretched to the shape's longest.
+117 on average, the last 58 % of them supervised), stretched to the shape's longest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def drawn_lengths(samples: int, longest: int, seed: int = 0) -> tuple[int, ...]:
 SHAPES = {
     "tiny": Shape(4096, 128, 4, 2, 448, 2, 4, 5, 64, 32, drawn_lengths(4, 170)),
     "tiny, 16 samples": Shape(4096, 128, 4, 2, 448, 2, 4, 5, 64, 32, drawn_lengths(16, 200)),
-    "reduced": Shape(151_936, 256, 4, 2, 896, 2, 5, 7, 64, 64, drawn_lengths(4, 256)),
+    "reduced": Shape(151_936, 256, 4, 2, 896, 2, 5, 7, 64, 32, drawn_lengths(2, 160)),
     "4b": Shape(151_936, 2560, 32, 8, 9728, 5, 5, 7, 256, 512, drawn_lengths(2, 4096)),
 }
 
@@ -222,7 +222,7 @@ def features(
 
 
 def in_turns(
-    sides: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2
+    sides: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each side's calls, one after the other: what disturbs one disturbs all.
 
