@@ -205,4 +205,5 @@ def prune(folder: Path, keep_last: int) -> None:
         best = best_checkpoint(folder).folder
         for entry in entries[: -max(keep_last, 1)]:
             if entry != best:
-                shutil.rmtree(entry)
+                # renamed first: a process killed half way leaves no checkpoint that lacks files
+                shutil.rmtree(entry.rename(entry.with_name(f".{entry.name}.removed")))

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from deepspec.training.checkpoint import (
     OPTIMIZER,
     WEIGHTS,
     list_checkpoints,
+    prune,
     read_checkpoint,
 )
 from deepspec.training.metrics import expected_accept_length, read_metrics
@@ -98,6 +101,29 @@ def test_checkpoints_kept_are_the_newest_and_the_best(make_trainer: MakeTrainer)
     rows = read_metrics(trainer.folder.metrics)
     best = max(row["validation_accept_length"] for row in rows if "validation_ce" in row)
     assert max(checkpoint.acceptance for checkpoint in kept) == best
+
+
+def test_removal_that_is_cut_leaves_whole_checkpoints(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a kill after the first file: it is no checkpoint any more, and goes the next time."""
+    trainer = make_trainer("run", "training.save_every=1", "training.keep_last=9")
+    trainer.train()
+    folder = trainer.folder.checkpoints
+
+    def cut(place: Path) -> None:
+        (place / DESCRIPTION).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            prune(folder, 2)
+    assert all(read_checkpoint(entry) for entry in list_checkpoints(folder))
+    assert list(folder.glob(".step-*"))
+    prune(folder, 2)
+    assert len(list_checkpoints(folder)) in (2, 3)
+    assert not list(folder.glob(".*"))
 
 
 def test_nan_loss_names_step_samples_and_ways_out(make_trainer: MakeTrainer) -> None:
