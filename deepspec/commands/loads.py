@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deepspec import __version__
 from deepspec.commands.confidences import calibration_of
@@ -50,8 +51,7 @@ def measure_load(
     Raises ConfigError for a policy that the drafter has no confidences for, and for drafters of
     another target.
     """
-    config = source.config
-    target = open_target(config)
+    config, target = source.config, open_target(source.config)
     drafter = source.load(target)
     scaling = scaling_of(source, drafter, policies, temperature)
     proposer = open_proposer(source, drafter, target)
@@ -59,50 +59,74 @@ def measure_load(
     out.mkdir(parents=True, exist_ok=True)
     most = max(level.concurrency for level in levels)
     load = Load(rows=most, context=CONTEXT, repeats=REPEATS, temperature=temperature)
+    path = out / table_name(source.kind)
     table = None
     if config.decoding.throughput is not None:
         table = read_throughput(config.decoding.throughput)
-        table.save(out / table_name(source.kind))
+        table.save(path)
     elif any(policy in BY_TABLE for policy in policies):
-        table = _measured(target, proposer, load, out / table_name(source.kind))
-    stop = config.decoding.stop_token_ids
-
-    def open_decoder(policy: str) -> Decoder:
-        if policy == PLAIN:
-            return Decoder(target, NoDrafts(), most, stop)
-        schedule = open_schedule(decoding_by(policy, config.decoding), scaling, table)
-        return Decoder(target, proposer, most, stop, schedule)
-
-    contenders = [
-        Contender(policy, "" if policy == PLAIN else source.kind, partial(open_decoder, policy))
-        for policy in policies
-    ]
+        table = _measured(target, proposer, load, path)
+    contenders = _contenders(source, policies, target, proposer, most, scaling, table)
     for other, name in zip(others, _names(source, others), strict=True):
         own, its = _beside(other, target)
+        stop = config.decoding.stop_token_ids
         contenders.append(Contender(WHOLE, name, partial(Decoder, own, its, most, stop)))
         if table is not None:  # the simulator's
             _measured(own, its, load, out / table_name(name))
+    minutes = len(contenders) * len(levels) * seconds / 60
     say(
         f"load: {len(contenders)} policies, {len(levels)} levels, {seconds:g} s each: "
-        f"{len(contenders) * len(levels) * seconds / 60:.1f} min"
+        f"{minutes:.1f} min"
     )
     records, rounds = contest(contenders, levels, conditions)
     save_rounds(rounds, out / "traces.jsonl")
     about = {
-        "target": target.name,
-        "drafter": source.kind,
-        "drafters": [str(each.place) for each in (source, *others)],
+        **_about(source, others, target),
         "temperature": temperature,
         "seconds": seconds,
         "scaling": scaling and asdict(scaling),
-        "threshold": config.decoding.threshold,
         "block_size": proposer.block_size,
+    }
+    write_records(records, about, out, "load")
+    return records
+
+
+def _contenders(
+    source: Source,
+    policies: Sequence[str],
+    target: Target,
+    proposer: Proposer,
+    most: int,
+    scaling: Scaling | None,
+    table: Throughput | None,
+) -> list[Contender]:
+    """Each policy with the drafter of `source`, of at most `most` requests at once."""
+    decoding = source.config.decoding
+
+    def open_decoder(policy: str) -> Decoder:
+        """A new one that goes by `policy`."""
+        if policy == PLAIN:
+            return Decoder(target, NoDrafts(), most, decoding.stop_token_ids)
+        schedule = open_schedule(decoding_by(policy, decoding), scaling, table)
+        return Decoder(target, proposer, most, decoding.stop_token_ids, schedule)
+
+    return [
+        Contender(policy, "" if policy == PLAIN else source.kind, partial(open_decoder, policy))
+        for policy in policies
+    ]
+
+
+def _about(source: Source, others: Sequence[Source], target: Target) -> dict[str, Any]:
+    """What was measured, when and where."""
+    return {
+        "target": target.name,
+        "drafter": source.kind,
+        "drafters": [str(each.place) for each in (source, *others)],
+        "threshold": source.config.decoding.threshold,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "machine": describe_machine(),
     }
-    write_records(records, about, out, "load")
-    return records
 
 
 def _conditions(

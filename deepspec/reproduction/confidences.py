@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,18 +29,6 @@ def thresholds(plan: Plan) -> Finding:
         report = read_report(plan.folder(threshold_name(threshold)) / "report.json")
         for result in mean_over_seeds(report.results):
             found.setdefault(result.benchmark, []).append(result)
-    rows = [
-        {
-            "domain": domain,
-            "threshold": threshold,
-            "acceptance_rate": round(result.acceptance_rate, 4),
-            "verify_rate": round(result.verify_rate, 4),
-            "accepted_length": round(result.accepted_length, 4),
-            "rounds": result.rounds,
-        }
-        for domain, results in found.items()
-        for threshold, result in zip(sweep, results, strict=True)
-    ]
     rates = [
         Series(domain, sweep, [result.acceptance_rate for result in results])
         for domain, results in found.items()
@@ -81,12 +70,29 @@ def thresholds(plan: Plan) -> Finding:
         "the first. Accepted: of the verified drafts; verified: of the proposed ones.",
         _sweep_claims(found),
         Table(["", *(f"{threshold:g}" for threshold in sweep)], cells),
-        rows,
+        _sweep_rows(sweep, found),
         (
             (rate, "Accepted drafts over verified ones."),
             (length, "Tokens a round, bonus token counted: what waiting for certainty costs."),
         ),
     )
+
+
+def _sweep_rows(
+    sweep: Sequence[float], found: dict[str, list[BenchmarkResult]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "domain": domain,
+            "threshold": threshold,
+            "acceptance_rate": round(result.acceptance_rate, 4),
+            "verify_rate": round(result.verify_rate, 4),
+            "accepted_length": round(result.accepted_length, 4),
+            "rounds": result.rounds,
+        }
+        for domain, results in found.items()
+        for threshold, result in zip(sweep, results, strict=True)
+    ]
 
 
 def _sweep_claims(found: dict[str, list[BenchmarkResult]]) -> tuple[Claim, ...]:
