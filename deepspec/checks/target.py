@@ -55,12 +55,13 @@ def check_target(target: Target, new_tokens: int = 24) -> Iterator[Finding]:
 
 
 def check_texts(target: Target) -> list[list[int]]:
-    """Four texts: one that decoding takes across the largest window, one beyond it, two short."""
+    """Four texts: one that decoding takes across the largest window, one beyond it, two short ones
+    of one length, which states that take no padding run side by side."""
     tokens = list(target.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     begin = [token for token in [target.tokenizer.bos_token_id] if token is not None]
     border = min(max(*_borders(target.config), SHORTEST_BORDER), LONGEST_BORDER)
     texts = []
-    for index, length in enumerate((border - 3, border + 9, 5, 17)):
+    for index, length in enumerate((border - 3, border + 9, 5, 5)):
         first = 11 * index % len(tokens)
         turned = tokens[first:] + tokens[:first]
         texts.append((begin + turned * (length // len(turned) + 1))[:length])

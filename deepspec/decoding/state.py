@@ -46,7 +46,7 @@ def open_state(target: Target, rows: int, fixed: int | None = None) -> TargetSta
     run compiled, None compiles nothing.
 
     Raises TargetError where the target's attention takes no mask a row, or nothing can be compiled.
-    A family without a proven rollback has caches of its own a row: plain decoding takes nothing
+    A family without a proven rollback has a cache for rows in step: plain decoding takes nothing
     back.
     """
     if target.rollback != ROWS:
