@@ -75,7 +75,7 @@ def rates(options: argparse.Namespace) -> Table:
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     layers, hidden = options.layers, options.hidden
     count = max(1, options.mib * 2**20 // (token_bytes("bfloat16", layers, hidden) * LENGTH))
-    shard = Shard("shard", [make_sample(index) for index in range(count)])
+    shard = Shard("shard-0", [make_sample(index) for index in range(count)])
     features = TargetFeatures(
         torch.randn(shard.tokens, layers * hidden).bfloat16(),
         torch.randn(shard.tokens, hidden).bfloat16(),
@@ -126,8 +126,8 @@ def turn(
     encoded = encode(features, dtype, options.layers)
     if dtype == "float8":
         timed("store: encode", lambda: encode(features, dtype, options.layers))
-    timed("store: write, synced, hashed", lambda: store.write("shard", shard.samples, encoded))
-    file = place / dtype / "shard.safetensors"
+    timed("store: write, synced, hashed", lambda: store.write(shard.name, shard.samples, encoded))
+    file = place / dtype / f"{shard.name}.safetensors"
     for verify in (True, False):
         del store  # the kernel keeps what is mapped
         gc.collect()

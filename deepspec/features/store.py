@@ -1,12 +1,13 @@
 """A store of samples and their features: safetensors shards, each of them whole or not there.
 
     store.json               format, identity of the target, layer ids, dtype, which samples
-    NAME.safetensors         samples end to end: input_ids [T] int32, loss_mask [T] bool, context
+    NAME-00000.safetensors   samples end to end: input_ids [T] int32, loss_mask [T] bool, context
                              [T, L*D], final [T, D] and, in float8, their scales
-    NAME.json                written behind it: sample ids, lengths, digests, the tensors' sha256
+    NAME-00000.json          written behind it: sample ids, lengths, digests, the tensors' sha256
 
 A killed process leaves finished shards and nothing else that is looked at. Variable lengths, no
-padding. Several processes may write shards of their own names into one folder.
+padding. Several processes may write shards of their own names into one folder, where other files
+(the answers that `deepspec extract` makes) may lie too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from deepspec.records import Sample, TargetFeatures
 
 FORMAT = 1
 HEADER = "store.json"
+SHARDS = "*-[0-9]*.json"
 TOKEN_BYTES = 4 + 1  # of input_ids and loss_mask
 OPEN_SHARDS = 64
 
@@ -110,8 +112,8 @@ class Store:
 
     def refresh(self) -> None:
         """Look for shards that were finished since."""
-        for file in sorted(self.path.glob("*.json")):
-            if file.name != HEADER and file.stem not in self._known:
+        for file in sorted(self.path.glob(SHARDS)):
+            if file.stem not in self._known:
                 self._known.add(file.stem)
                 for sample_id, place in _index(file):
                     self._places[sample_id] = place

@@ -77,6 +77,17 @@ def test_extract_is_killed_goes_on_and_is_trained_on(
     assert "all as they were written" in capsys.readouterr().out
 
 
+def test_extract_makes_answers_beside_the_shards(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Theirs are JSON files too, and no shards; started again, nothing is made twice."""
+    for there in (0, 1):
+        main(["extract", f"recipe={recipe}", f"out={tmp_path}"])
+        assert f"{there} are there from before" in capsys.readouterr().err
+    main(["verify-store", f"path={tmp_path}"])
+    assert "14 samples" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -> None:
     out, launcher = tmp_path / "run", ("--standalone", "--nproc-per-node", "2")
