@@ -1,7 +1,8 @@
 """Features as plain tensors, for a file or the wire.
 
 FP8 is E4M3 with a scale a token and layer: hidden states of different layers differ by orders of
-magnitude, and a few tokens carry huge ones. Legend: T tokens, L captured layers, D hidden size.
+magnitude, and a few tokens carry huge ones. Legend: T tokens, F of them with final states, L
+captured layers, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def resolve_dtype(wanted: str, target: torch.dtype) -> str:
 
 
 def token_bytes(dtype: str, layers: int, hidden_size: int) -> int:
-    """Bytes of one token's features: (L + 1) * D numbers, in FP8 also L + 1 scales."""
+    """Bytes of one token's features, its final state included: (L + 1) * D numbers, in FP8 also
+    L + 1 scales."""
     values = (layers + 1) * hidden_size * DTYPES[dtype].itemsize
     return values + (layers + 1) * torch.float32.itemsize if dtype == "float8" else values
 
 
 def encode(features: TargetFeatures, dtype: str, layers: int) -> dict[str, Tensor]:
-    """`context` [T, L*D] and `final` [T, D] in `dtype`; with float8 `context_scale` [T, L] and
-    `final_scale` [T, 1] fp32."""
+    """`context` [T, L*D] and `final` [F, D] in `dtype`; with float8 `context_scale` [T, L] and
+    `final_scale` [F, 1] fp32."""
     if dtype != "float8":
         kind = DTYPES[dtype]
         return {"context": features.context.to(kind), "final": features.final.to(kind)}
