@@ -1,6 +1,7 @@
 """Store the target's features of a recipe's conversations, to train on many times.
 
-Works under torchrun: the processes share the shards. Started again after a stop, it makes those
+Final states are kept where a supervised token follows; of a drafter that reads all of them (mtp),
+all, and on those other kinds train as well. Works under torchrun: the processes share the shards. Started again after a stop, it makes those
 that are missing.
 """
 

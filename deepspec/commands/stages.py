@@ -196,12 +196,13 @@ def extract_features(
     shards = plan_shards(samples, config.extract, header.bytes_a_token)
     missing = [shard for shard in shards if shard.name not in store.finished()]
     tokens = sum(shard.tokens for shard in missing)
+    need = store.header.bytes_of(sample for shard in missing for sample in shard.samples)
     say(
-        f"store: {tokens} tokens at {header.bytes_a_token} bytes ({header.dtype}) make "
-        f"{tokens * header.bytes_a_token / 2**30:.2f} GiB in {len(missing)} shards; "
+        f"store: {tokens} tokens at {need / max(1, tokens):.0f} bytes ({header.dtype}) make "
+        f"{need / 2**30:.2f} GiB in {len(missing)} shards; "
         f"{len(shards) - len(missing)} are there from before"
     )
-    check_room(out, header, tokens, config.extract)
+    check_room(out, header, need, config.extract)
     extract(target, missing[rank() :: world_size()], store, config.extract)
     wait()
     store.refresh()

@@ -24,11 +24,15 @@ def resolve_dtype(wanted: str, target: torch.dtype) -> str:
     return names.get(target, "float32") if wanted == "auto" else wanted
 
 
+def state_bytes(dtype: str, hidden_size: int) -> int:
+    """Bytes of one hidden state: D numbers, in FP8 also their scale."""
+    scale = torch.float32.itemsize if dtype == "float8" else 0
+    return hidden_size * DTYPES[dtype].itemsize + scale
+
+
 def token_bytes(dtype: str, layers: int, hidden_size: int) -> int:
-    """Bytes of one token's features, its final state included: (L + 1) * D numbers, in FP8 also
-    L + 1 scales."""
-    values = (layers + 1) * hidden_size * DTYPES[dtype].itemsize
-    return values + (layers + 1) * torch.float32.itemsize if dtype == "float8" else values
+    """Bytes of one token's features: L captured states and the final one."""
+    return (layers + 1) * state_bytes(dtype, hidden_size)
 
 
 def encode(features: TargetFeatures, dtype: str, layers: int) -> dict[str, Tensor]:

@@ -80,9 +80,9 @@ def plan_shards(
     return [Shard(f"shard-{index:05d}", own) for index, own in enumerate(shards)]
 
 
-def check_room(path: Path, header: StoreHeader, tokens: int, config: ExtractConfig) -> None:
-    """Raises DataError where `tokens` more do not fit the disk, or exceed `limit_gib` unasked."""
-    need, free = tokens * header.bytes_a_token, free_bytes(path)
+def check_room(path: Path, header: StoreHeader, need: int, config: ExtractConfig) -> None:
+    """Raises DataError where `need` more bytes do not fit the disk, or exceed `limit_gib` unasked."""
+    free = free_bytes(path)
     smaller = "" if header.dtype == "float8" else "extract.dtype=float8, "
     if need > free:
         raise DataError(

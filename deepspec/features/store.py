@@ -31,7 +31,7 @@ from torch import Tensor
 
 from deepspec.atomic import atomic_file, sha256
 from deepspec.errors import DataError
-from deepspec.features.encoding import DTYPES, decode, token_bytes
+from deepspec.features.encoding import DTYPES, decode, state_bytes, token_bytes
 from deepspec.records import Sample, TargetFeatures
 
 FORMAT = 1
@@ -60,12 +60,20 @@ class StoreHeader:
 
     @property
     def bytes_a_token(self) -> int:
-        """Of a shard, tokens and mask included; without `all_finals` the most it can be."""
+        """Of a shard, id and mask included; at most, where not `all_finals`."""
         return token_bytes(self.dtype, len(self.layer_ids), self.hidden_size) + TOKEN_BYTES
 
     def finals(self, sample: Sample) -> int:
         """Final states of `sample` that the store keeps."""
         return len(sample) if self.all_finals else int(sample.followed.sum())
+
+    def bytes_of(self, samples: Iterable[Sample]) -> int:
+        """What `samples` take in shards."""
+        spared = state_bytes(self.dtype, self.hidden_size)
+        return sum(
+            len(sample) * self.bytes_a_token - (len(sample) - self.finals(sample)) * spared
+            for sample in samples
+        )
 
 
 @dataclass(frozen=True)

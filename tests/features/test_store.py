@@ -104,6 +104,8 @@ def test_final_states_are_kept_where_a_supervised_token_follows(
     files = [load_file(file) for file in tmp_path.glob("*.safetensors")]
     supervised = sum(int(sample.loss_mask[1:].sum()) for sample in SAMPLES)
     assert sum(len(tensors["final"]) for tensors in files) == supervised
+    size = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+    assert size == store.header.bytes_of(SAMPLES)
     chosen = [SAMPLES[i] for i in (3, 16, 0, 7)]
     read, whole = store.read(chosen), target.features(chosen)
     finals = whole.final.split([len(sample) for sample in chosen])
@@ -234,11 +236,11 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: str, message: str) -
 def test_room_is_asked_for_before_the_work(target: Target, tmp_path: Path) -> None:
     header = header_of(target, SAMPLES, "auto")
     with pytest.raises(DataError, match=r"GiB are missing.*extract\.dtype=float8"):
-        check_room(tmp_path, header, 10**15, SMALL)
+        check_room(tmp_path, header, 10**18, SMALL)
     strict = replace(SMALL, limit_gib=1e-6)
     with pytest.raises(DataError, match=r"say extract\.yes=true"):
-        check_room(tmp_path, header, 1000, strict)
-    check_room(tmp_path, header, 1000, replace(strict, yes=True))
+        check_room(tmp_path, header, 10**6, strict)
+    check_room(tmp_path, header, 10**6, replace(strict, yes=True))
 
 
 # ----------------------------------------------------------------------------------- training
