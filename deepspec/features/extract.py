@@ -81,7 +81,7 @@ def plan_shards(
 
 
 def check_room(path: Path, header: StoreHeader, need: int, config: ExtractConfig) -> None:
-    """Raises DataError where `need` more bytes do not fit the disk, or exceed `limit_gib` unasked."""
+    """Raises DataError where `need` bytes do not fit the disk, or exceed `limit_gib` unasked."""
     free = free_bytes(path)
     smaller = "" if header.dtype == "float8" else "extract.dtype=float8, "
     if need > free:
