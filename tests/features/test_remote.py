@@ -149,10 +149,11 @@ def test_final_states_that_are_not_read_are_not_sent(
     assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
     samples = make_samples(13)  # once each
     unread = sum(len(sample) - int(sample.loss_mask[1:].sum()) for sample in samples)
-    saved = received[True] - received[False]
-    assert saved == pytest.approx(
-        unread * target.hidden_size * 4, abs=4 * 16
-    )  # headers of 4 replies
+    saved, headers = (
+        received[True] - received[False],
+        4 * 16,
+    )  # of four replies, in which lengths are
+    assert saved == pytest.approx(unread * target.hidden_size * 4, abs=headers)
 
 
 def test_limits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
