@@ -18,7 +18,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,7 +35,7 @@ PARTS = ("features", "forward and backward", "sums and update", "rest")
 def main() -> None:
     """Measure every number of processes and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("store")
+    parser.add_argument("store", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--engine", default="zero0", help="zero0, zero1, zero2 or zero3")
     parser.add_argument("--batch", type=int, default=4, help="samples a process and step")
@@ -65,7 +64,7 @@ def main() -> None:
 def run(processes: int, options: argparse.Namespace) -> dict[str, float]:
     """One torchrun of this script."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), __file__, options.store, "--measure"]
+    command += ["--nproc-per-node", str(processes), __file__, str(options.store), "--measure"]
     command += ["--engine", options.engine, "--batch", str(options.batch)]
     command += ["--steps", str(options.steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,34 +76,18 @@ def run(processes: int, options: argparse.Namespace) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> None:
     """Train some steps in this process and print seconds by part as JSON."""
-    from deepspec.commands import stages
-    from deepspec.config.loading import load_config
-    from deepspec.drafters.registry import drafter_kind
+    from stored import training_on
+
     from deepspec.processes import world_size
-    from deepspec.training.engine import open_engine
-    from deepspec.training.run_folder import RunFolder
-    from deepspec.training.trainer import Trainer
 
     torch.set_num_threads(1)
     batch = options.batch * world_size()
-    words = ["features=stored", f"features.path={options.store}", f"engine={options.engine}"]
+    words = [f"engine={options.engine}", f"training.max_steps={options.steps}"]
     words += [f"training.batch_size={batch}", f"training.micro_batch_size={options.batch}"]
-    words += [f"training.max_steps={options.steps}", "training.epochs=1000"]
-    config = load_config("tiny", words)
-    with tempfile.TemporaryDirectory() as out:
-        folder = RunFolder(Path(out))
-        engine = open_engine(config.engine, config.training, config.tracking, folder.path)
-        target = stages.open_ends(config)
-        store = stages.open_store(config, target)
-        data = stages.load_samples(config, target, folder.answers, store)
-        source = stages.feature_source(config, target, data, folder, engine, store)
-        kind = drafter_kind(config.drafter.kind)
-        torch.manual_seed(config.seed)
-        drafter = kind.build(kind.resolve(config.drafter, target))
-        trainer = Trainer(config, target, source, drafter, data.samples, [], folder, engine)
-
+    with training_on(options.store, *words) as trainer:
+        engine = trainer.engine
         seconds: dict[str, float] = defaultdict(float)
-        time_calls(source, "features", "features", seconds)
+        time_calls(trainer.source, "features", "features", seconds)
         time_calls(trainer, "loss_of", "forward and backward", seconds)
         time_calls(engine, "backward", "forward and backward", seconds)
         time_calls(engine, "update", "sums and update", seconds)
@@ -118,7 +101,6 @@ def measure(options: argparse.Namespace) -> None:
             seconds["forward and backward"] -= seconds["features"]  # called inside
             seconds["rest"] = seconds["step"] - sum(seconds[part] for part in PARTS[:3])
             steps.append(dict(seconds))
-        source.close()
         warm = steps[len(steps) // 4 :]
         row = {part: median(step[part] for step in warm) for part in (*PARTS, "step")}
         row["rate"] = batch * len(warm) / sum(step["step"] for step in warm)

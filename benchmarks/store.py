@@ -33,18 +33,13 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
+from stored import training_on
 
-from deepspec.commands import stages
-from deepspec.config.loading import load_config
-from deepspec.drafters.registry import drafter_kind
 from deepspec.features.encoding import encode, token_bytes
 from deepspec.features.extract import Shard
 from deepspec.features.store import Store, StoreHeader
 from deepspec.machine import describe_machine
 from deepspec.records import Sample, TargetFeatures
-from deepspec.training.engine import open_engine
-from deepspec.training.run_folder import RunFolder
-from deepspec.training.trainer import Trainer
 
 DTYPES = ("bfloat16", "float8")
 LENGTH = 512  # tokens of a sample of the rates
@@ -75,7 +70,7 @@ def rates(options: argparse.Namespace) -> Table:
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     layers, hidden = options.layers, options.hidden
     count = max(1, options.mib * 2**20 // (token_bytes("bfloat16", layers, hidden) * LENGTH))
-    shard = Shard("shard", [make_sample(index) for index in range(count)])
+    shard = Shard("shard-0", [make_sample(index) for index in range(count)])
     features = TargetFeatures(
         torch.randn(shard.tokens, layers * hidden).bfloat16(),
         torch.randn(shard.tokens, hidden).bfloat16(),
@@ -126,8 +121,8 @@ def turn(
     encoded = encode(features, dtype, options.layers)
     if dtype == "float8":
         timed("store: encode", lambda: encode(features, dtype, options.layers))
-    timed("store: write, synced, hashed", lambda: store.write("shard", shard.samples, encoded))
-    file = place / dtype / "shard.safetensors"
+    timed("store: write, synced, hashed", lambda: store.write(shard.name, shard.samples, encoded))
+    file = place / dtype / f"{shard.name}.safetensors"
     for verify in (True, False):
         del store  # the kernel keeps what is mapped
         gc.collect()
@@ -172,7 +167,7 @@ def stored(options: argparse.Namespace) -> Table:
         size = sum(file.stat().st_size for file in path.iterdir()) / tokens
         first = first or size
         waits = [f"{wait:.1%}" for wait in waited(path, options)]
-        exact = str(store.header.bytes_a_token)
+        exact = f"{store.header.bytes_of(store.samples()) / tokens:.1f}"
         table.add_row(
             path.name, store.header.dtype, f"{size:.1f}", exact, f"{size / first:.4f}", *waits
         )
@@ -185,22 +180,9 @@ def stored(options: argparse.Namespace) -> Table:
 def waited(path: Path, options: argparse.Namespace) -> Iterator[float]:
     """For each prefetch, the median share of a step that waits."""
     for prefetch in options.prefetch if options.steps else ():
-        words = ["features=stored", f"features.path={path}", f"features.prefetch={prefetch}"]
-        config = load_config("tiny", [*words, "training.epochs=1000"])
-        with tempfile.TemporaryDirectory() as out:
-            folder = RunFolder(Path(out))
-            engine = open_engine(config.engine, config.training, config.tracking, folder.path)
-            target = stages.open_ends(config)
-            store = stages.open_store(config, target)
-            data = stages.load_samples(config, target, folder.answers, store)
-            source = stages.feature_source(config, target, data, folder, engine, store)
-            kind = drafter_kind(config.drafter.kind)
-            torch.manual_seed(config.seed)
-            drafter = kind.build(kind.resolve(config.drafter, target))
-            trainer = Trainer(config, target, source, drafter, data.samples, [], folder, engine)
+        with training_on(path, f"features.prefetch={prefetch}") as trainer:
             waits = [trainer.train_step()["feature_wait"] for _ in range(options.steps)]
-            source.close()
-            yield median(waits[options.steps // 4 :])
+        yield median(waits[options.steps // 4 :])
 
 
 if __name__ == "__main__":

@@ -41,17 +41,28 @@ class Sample(_Movable):
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def followed(self) -> Tensor:
+        """[T] bool, true where a supervised token follows: there its prediction is learnt from."""
+        return torch.cat((self.loss_mask[1:], self.loss_mask.new_zeros(1)))
+
 
 @dataclass(frozen=True)
 class TargetFeatures(_Movable):
     """What the frozen target computed for one sample, or for several packed end to end.
 
     `context` [T, L*D]: outputs of the captured layers, concatenated in the order of the layer ids.
-    `final` [T, D]: the LM head's input (post-norm).
+    `final` [F, D]: the LM head's input (post-norm); of all tokens, or of those alone that a
+    supervised one follows (`Sample.followed`), where the objective reads it.
     """
 
     context: Tensor
     final: Tensor
+
+    @property
+    def all_finals(self) -> bool:
+        """Whether `final` is of all tokens. Else it is shorter: no token follows the last one."""
+        return len(self.final) == len(self.context)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class BlockBatch(_Movable):
         own token in slot 0
         `labels` [N, K] int64: slot j is the token at anchor + j + 1; 0 where weight is 0
         `weights` [N, K] float32: exp(-j / decay) while supervised, else 0
+        `followed_rows` [N, K] int64: like `slot_rows`, among the tokens that a supervised one
+        follows; any of them where the weight is 0
     `sample_ids`: names of the samples, by document id.
     """
 
@@ -82,6 +95,7 @@ class BlockBatch(_Movable):
     previous: Tensor
     labels: Tensor
     weights: Tensor
+    followed_rows: Tensor
     sample_ids: tuple[str, ...]
 
     @property

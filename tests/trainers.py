@@ -74,7 +74,7 @@ def build_trainer(
     data, validation = make_samples(samples), make_samples(4, seed=1)
     if (size := config.drafter.draft_vocab_size) is not None:
         drafter.restrict(frequent_tokens(count_tokens(data, target.vocab_size), size, []))
-    source = Online(target) if source is None else source
+    source = Online(target, kind.all_finals) if source is None else source
     return Trainer(config, target, source, drafter, data, validation, run, engine)
 
 

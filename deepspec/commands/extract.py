@@ -1,7 +1,8 @@
 """Store the target's features of a recipe's conversations, to train on many times.
 
-Works under torchrun: the processes share the shards. Started again after a stop, it makes those
-that are missing.
+Final states are kept where a supervised token follows, but for a drafter that reads all of them
+(mtp); the other kinds train on its store too. Works under torchrun: the processes share the shards.
+Started again after a stop, it makes those that are missing.
 """
 
 from __future__ import annotations

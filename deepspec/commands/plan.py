@@ -147,7 +147,7 @@ def _disk(plan: Plan, room: Room) -> Iterator[tuple[str, str, str]]:
     for dtype in ("bfloat16", "float8"):
         each = token_bytes(job, dtype)
         total = "unknown" if tokens is None else shown(tokens * each)
-        yield f"stored features, {dtype}", total, f"{each:,} bytes a token"
+        yield f"stored features, {dtype}", total, f"at most {each:,} bytes a token"
         yield f"remote features, {dtype}", shown(step * each), "on the wire a step"
 
 

@@ -187,7 +187,8 @@ def extract_features(
     samples = [*data.samples, *data.validation]
     if not samples:
         raise DataError("no sample to extract; see the rows left out above and data.path")
-    header = header_of(target, samples, config.extract.dtype)
+    kind = drafter_kind(config.drafter.kind)
+    header = header_of(target, samples, config.extract.dtype, kind.all_finals)
     if rank() == 0:
         Store.create(out, header)
     wait()
@@ -195,12 +196,13 @@ def extract_features(
     shards = plan_shards(samples, config.extract, header.bytes_a_token)
     missing = [shard for shard in shards if shard.name not in store.finished()]
     tokens = sum(shard.tokens for shard in missing)
+    need = store.header.bytes_of(sample for shard in missing for sample in shard.samples)
     say(
-        f"store: {tokens} tokens at {header.bytes_a_token} bytes ({header.dtype}) make "
-        f"{tokens * header.bytes_a_token / 2**30:.2f} GiB in {len(missing)} shards; "
+        f"store: {tokens} tokens at {need / max(1, tokens):.0f} bytes ({header.dtype}) make "
+        f"{need / 2**30:.2f} GiB in {len(missing)} shards; "
         f"{len(shards) - len(missing)} are there from before"
     )
-    check_room(out, header, tokens, config.extract)
+    check_room(out, header, need, config.extract)
     extract(target, missing[rank() :: world_size()], store, config.extract)
     wait()
     store.refresh()
@@ -210,10 +212,18 @@ def extract_features(
 def open_store(config: RunConfig, target: TargetEnds) -> Store:
     """The store at `features.path`, whose target `target` is from now on the ends of.
 
-    Raises DataError where samples are missing, ConfigError for other layers than the drafter reads.
+    Raises DataError where samples are missing, ConfigError for other layers than the drafter reads,
+    or where it reads final states that are not there.
     """
     store = Store.open(Path(str(config.features.path)).expanduser(), config.features.verify)
     store.require_complete()
+    kind = config.drafter.kind
+    if drafter_kind(kind).all_finals and not store.header.all_finals:
+        raise ConfigError(
+            f"{store.path} holds final states only where a supervised token follows, but "
+            f"drafter.kind={kind} reads those of all tokens; make a store for it: deepspec extract "
+            f"recipe={config.recipe} drafter.kind={kind} out=DIR"
+        )
     _require_layers(target, store.header.layer_ids, f"{store.path} holds", "extract again")
     target.adopt(store.header.identity, str(store.path))
     return store
@@ -224,7 +234,7 @@ def open_remote(config: RunConfig, target: TargetEnds) -> RemoteTarget:
 
     Raises ServerError, or ConfigError where they capture other layers than the drafter reads.
     """
-    remote = RemoteTarget(config.features)
+    remote = RemoteTarget(config.features, drafter_kind(config.drafter.kind).all_finals)
     layers = remote.description["layer_ids"]
     _require_layers(target, layers, "the servers capture", "start them with the latter")
     target.adopt(remote.identity, "the target that is served")
@@ -256,15 +266,17 @@ def feature_source(
         remote = open_remote(config, target)
         return Ahead(remote.features, max(1, wanted.prefetch), remote.close)
     assert isinstance(target, Target)
+    all_finals = drafter_kind(config.drafter.kind).all_finals
     if wanted.source == "hybrid":
         path = Path(wanted.path).expanduser() if wanted.path else folder.features
-        header = header_of(target, [*data.samples, *data.validation], config.extract.dtype)
+        samples = [*data.samples, *data.validation]
+        header = header_of(target, samples, config.extract.dtype, all_finals)
         if engine.is_main:
             Store.create(path, header)
         engine.wait()
         store = Store.create(path, header, wanted.verify)
         return Hybrid(target, store, f"hybrid-{engine.rank}", int(config.extract.shard_mib * 2**20))
-    return Overlapped(target) if wanted.overlap else Online(target)
+    return Overlapped(target, all_finals) if wanted.overlap else Online(target, all_finals)
 
 
 def speed_of(config: RunConfig, target: TargetEnds, engine: Engine) -> Speed | None:

@@ -38,7 +38,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         raise DataError("\n".join(bad))
     store.require_complete()
     header = store.header
+    finals = "of all tokens" if header.all_finals else "where a supervised token follows"
     print(
         f"{store.path}: {len(store)} samples of {header.target} in {len(store.finished())} shards, "
-        f"{header.dtype}, {header.bytes_a_token} bytes a token; all as they were written"
+        f"{header.dtype}, at most {header.bytes_a_token} bytes a token, final states {finals}; all "
+        "as they were written"
     )

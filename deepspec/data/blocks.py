@@ -31,6 +31,7 @@ def build_blocks(
 
     tokens = torch.cat([sample.input_ids for sample in samples])
     supervised = torch.cat([sample.loss_mask for sample in samples])
+    followed = torch.cat([sample.followed for sample in samples])
     slots = torch.arange(block_size)
     position = anchor[:, None] + slots  # of the token before each label
     inside = position + 1 < lengths[block_documents][:, None]
@@ -50,5 +51,6 @@ def build_blocks(
         previous=tokens[row],
         labels=torch.where(counted, tokens[label_row], 0),
         weights=torch.where(counted, torch.exp(-slots / decay), 0.0),
+        followed_rows=(followed.cumsum(0) - 1).clamp(min=0)[row],
         sample_ids=tuple(sample.sample_id for sample in samples),
     )

@@ -19,7 +19,9 @@ class DrafterKind:
 
     `resolve(DrafterConfig, target)` gives the full shape, `load(dict)` reads it back from a
     checkpoint, `build(shape)` makes the module, `proposer(module, target)` puts it in the decoder.
-    `trained`: whether there is anything to train.
+    `trained`: whether there is anything to train. `all_finals`: whether the drafter itself reads
+    the target's final states, so that training needs them of all tokens; the objective reads them
+    only where a supervised token follows.
     """
 
     resolve: Callable[[DrafterConfig, Any], Any]
@@ -27,9 +29,12 @@ class DrafterKind:
     build: Callable[[Any], Drafter]
     proposer: Callable[[Any, Any], Proposer]
     trained: bool = True
+    all_finals: bool = False
 
 
-def _causal(build: Callable[[DrafterShape], causal.CausalDrafter]) -> DrafterKind:
+def _causal(
+    build: Callable[[DrafterShape], causal.CausalDrafter], all_finals: bool = False
+) -> DrafterKind:
     return DrafterKind(
         resolve=causal.resolve_config,
         load=DrafterShape.from_dict,
@@ -37,6 +42,7 @@ def _causal(build: Callable[[DrafterShape], causal.CausalDrafter]) -> DrafterKin
         proposer=lambda drafter, target: causal.CausalProposer(
             drafter, target.embedding, target.head
         ),
+        all_finals=all_finals,
     )
 
 
@@ -67,7 +73,7 @@ DRAFTERS: dict[str, DrafterKind] = {
     "dflash": _DSPARK,
     "dspark_v4": _DSPARK_V4,
     "eagle3": _causal(eagle3.Eagle3Drafter),
-    "mtp": _causal(mtp.MtpDrafter),
+    "mtp": _causal(mtp.MtpDrafter, all_finals=True),
     "ngram": _NGRAM,
 }
 

@@ -1,7 +1,8 @@
 """Features as plain tensors, for a file or the wire.
 
 FP8 is E4M3 with a scale a token and layer: hidden states of different layers differ by orders of
-magnitude, and a few tokens carry huge ones. Legend: T tokens, L captured layers, D hidden size.
+magnitude, and a few tokens carry huge ones. Legend: T tokens, F of them with final states, L
+captured layers, D hidden size.
 """
 
 from __future__ import annotations
@@ -23,15 +24,20 @@ def resolve_dtype(wanted: str, target: torch.dtype) -> str:
     return names.get(target, "float32") if wanted == "auto" else wanted
 
 
+def state_bytes(dtype: str, hidden_size: int) -> int:
+    """Bytes of one hidden state: D numbers, in FP8 also their scale."""
+    scale = torch.float32.itemsize if dtype == "float8" else 0
+    return hidden_size * DTYPES[dtype].itemsize + scale
+
+
 def token_bytes(dtype: str, layers: int, hidden_size: int) -> int:
-    """Bytes of one token's features: (L + 1) * D numbers, in FP8 also L + 1 scales."""
-    values = (layers + 1) * hidden_size * DTYPES[dtype].itemsize
-    return values + (layers + 1) * torch.float32.itemsize if dtype == "float8" else values
+    """Bytes of one token's features: L captured states and the final one."""
+    return (layers + 1) * state_bytes(dtype, hidden_size)
 
 
 def encode(features: TargetFeatures, dtype: str, layers: int) -> dict[str, Tensor]:
-    """`context` [T, L*D] and `final` [T, D] in `dtype`; with float8 `context_scale` [T, L] and
-    `final_scale` [T, 1] fp32."""
+    """`context` [T, L*D] and `final` [F, D] in `dtype`; with float8 `context_scale` [T, L] and
+    `final_scale` [F, 1] fp32."""
     if dtype != "float8":
         kind = DTYPES[dtype]
         return {"context": features.context.to(kind), "final": features.final.to(kind)}

@@ -38,8 +38,11 @@ class Shard:
         return sum(len(sample) for sample in self.samples)
 
 
-def header_of(target: Target, samples: Sequence[Sample], dtype: str) -> StoreHeader:
-    """What a store of `samples` says of itself; `dtype` as in `extract.dtype`.
+def header_of(
+    target: Target, samples: Sequence[Sample], dtype: str, all_finals: bool = True
+) -> StoreHeader:
+    """What a store of `samples` says of itself; `dtype` as in `extract.dtype`, `all_finals` as in
+    `DrafterKind`.
 
     Raises DataError where two samples have one id, by which they are found again.
     """
@@ -57,6 +60,7 @@ def header_of(target: Target, samples: Sequence[Sample], dtype: str) -> StoreHea
         dtype=resolve_dtype(dtype, target.dtype),
         samples=len(samples),
         data=digest_all(samples),
+        all_finals=all_finals,
     )
 
 
@@ -76,9 +80,9 @@ def plan_shards(
     return [Shard(f"shard-{index:05d}", own) for index, own in enumerate(shards)]
 
 
-def check_room(path: Path, header: StoreHeader, tokens: int, config: ExtractConfig) -> None:
-    """Raises DataError where `tokens` more do not fit the disk, or exceed `limit_gib` unasked."""
-    need, free = tokens * header.bytes_a_token, free_bytes(path)
+def check_room(path: Path, header: StoreHeader, need: int, config: ExtractConfig) -> None:
+    """Raises DataError where `need` bytes do not fit the disk, or exceed `limit_gib` unasked."""
+    free = free_bytes(path)
     smaller = "" if header.dtype == "float8" else "extract.dtype=float8, "
     if need > free:
         raise DataError(
@@ -102,7 +106,7 @@ def extract(target: Target, shards: Sequence[Shard], store: Store, config: Extra
         for shard in shards:
             encoded = []
             for part in batches(shard.samples, config.batch_tokens):
-                features = target.features(part)
+                features = target.features(part, store.header.all_finals)
                 encoded.append(encode(features, store.header.dtype, len(target.layer_ids)))
                 progress.advance(sum(len(sample) for sample in part))
             packed = {

@@ -56,11 +56,12 @@ class _Server:
 class RemoteTarget:
     """`servers`, as one. Raises ServerError when they cannot be used; see `describe`.
 
-    `tokens` and `received` count what came over the wire, bodies only.
+    `all_finals`: as in `Target.features`. `tokens` and `received` count what came over the wire,
+    bodies only.
     """
 
-    def __init__(self, config: FeaturesConfig) -> None:
-        self._config = config
+    def __init__(self, config: FeaturesConfig, all_finals: bool = True) -> None:
+        self._config, self._all_finals = config, all_finals
         self._servers = [_Server(address.rstrip("/")) for address in config.servers]
         self._lock, self._closed = threading.Lock(), threading.Event()
         self.tokens = self.received = 0
@@ -75,12 +76,15 @@ class RemoteTarget:
 
     def features(self, samples: Sequence[Sample]) -> TargetFeatures:
         """Of `samples`, packed, on the CPU; from whichever server answers."""
-        body = save(
-            {
-                "input_ids": torch.cat([sample.input_ids for sample in samples]).int(),
-                "lengths": torch.tensor([len(sample) for sample in samples], dtype=torch.int32),
-            }
-        )
+        request = {
+            "input_ids": torch.cat([sample.input_ids for sample in samples]).int(),
+            "lengths": torch.tensor([len(sample) for sample in samples], dtype=torch.int32),
+        }
+        tokens = finals = len(request["input_ids"])
+        if not self._all_finals:
+            request["loss_mask"] = torch.cat([sample.loss_mask for sample in samples])
+            finals = sum(int(sample.followed.sum()) for sample in samples)
+        body = save(request)
         retrying = Retrying(
             stop=stop_any(
                 stop_after_delay(self._config.patience), stop_when_event_set(self._closed)
@@ -98,8 +102,7 @@ class RemoteTarget:
                 f"{error}. Start one of {', '.join(self._config.servers)} again (deepspec "
                 "serve-target); the same command then goes on from the last checkpoint"
             ) from None
-        tokens = sum(len(sample) for sample in samples)
-        features = self._features(content, tokens)
+        features = self._features(content, tokens, finals)
         with self._lock:
             self.tokens += tokens
             self.received += len(content)
@@ -154,15 +157,18 @@ class RemoteTarget:
         with self._lock:
             server.rested = time.monotonic() + seconds
 
-    def _features(self, content: bytes, tokens: int) -> TargetFeatures:
+    def _features(self, content: bytes, tokens: int, finals: int) -> TargetFeatures:
         try:
             features = decode(load(content))
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ServerError(f"a feature server sent something else: {error}") from None
         layers, width = len(self.description["layer_ids"]), self.description["hidden_size"]
         shapes = tuple(features.context.shape), tuple(features.final.shape)
-        if shapes != ((tokens, layers * width), (tokens, width)):
-            raise ServerError(f"a feature server sent features of shapes {shapes}")
+        expected = (tokens, layers * width), (finals, width)
+        if shapes != expected:
+            raise ServerError(
+                f"a feature server sent features of shapes {shapes} for {expected}; {_advice(200)}"
+            )
         return features
 
     def _describe(self) -> dict[str, Any]:

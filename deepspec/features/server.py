@@ -1,6 +1,7 @@
 """The frozen target behind HTTP, for trainers on other machines.
 
-    POST /v1/features   safetensors: input_ids [T] int32, lengths [B] int32 -> as `encode` gives
+    POST /v1/features   safetensors: input_ids [T] int32, lengths [B] int32 -> as `encode` gives;
+                        with loss_mask [T] bool, final states only where a supervised token follows
     GET  /v1/target     identity, layer ids, hidden size, dtype
     GET  /health        200 while requests are taken
     GET  /metrics       Prometheus
@@ -85,17 +86,17 @@ class FeatureServer:
             raise HTTPException(503, "the queue is full", {"Retry-After": "1"})
         self._waiting += 1
         try:
-            samples = self._samples(await self._body(request))
+            wanted = self._wanted(await self._body(request))
             loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self._compute, self._answer, samples)
+            body = await loop.run_in_executor(self._compute, self._answer, *wanted)
         finally:
             self._waiting -= 1
         headers = {IDENTITY: self._target.identity["weights"]}
         return Response(body, media_type="application/octet-stream", headers=headers)
 
-    def _answer(self, samples: list[Sample]) -> bytes:
+    def _answer(self, samples: list[Sample], all_finals: bool) -> bytes:
         begun = time.monotonic()
-        features = self._target.features(samples)
+        features = self._target.features(samples, all_finals)
         encoded = encode(features, self._dtype, len(self._target.layer_ids))
         body = save({name: tensor.cpu().contiguous() for name, tensor in encoded.items()})
         self._seconds.observe(time.monotonic() - begun)
@@ -113,22 +114,24 @@ class FeatureServer:
                 raise HTTPException(413, f"the body exceeds serve.max_body_mib ({limit} bytes)")
         return bytes(body)
 
-    def _samples(self, body: bytes) -> list[Sample]:
+    def _wanted(self, body: bytes) -> tuple[list[Sample], bool]:
+        """The samples, and whether final states of all their tokens are."""
         try:
             tensors = load(body)
             ids, lengths = tensors["input_ids"].long(), tensors["lengths"].tolist()
+            mask = tensors.get("loss_mask", torch.ones_like(ids, dtype=torch.bool)).bool()
         except (SafetensorError, KeyError, ValueError) as error:
             raise HTTPException(400, f"not input_ids and lengths: {error}") from None
         fine = ids.dim() == 1 and lengths and min(lengths) > 0 and sum(lengths) == len(ids)
+        fine = fine and mask.shape == ids.shape
         if not fine or not 0 <= int(ids.min()) <= int(ids.max()) < self._target.vocab_size:
             raise HTTPException(400, "lengths do not add up, or a token is outside the vocabulary")
         padded = max(lengths) * len(lengths)
         if padded > self._config.max_tokens:
             raise HTTPException(413, f"{padded} tokens, padding counted, exceed serve.max_tokens")
-        return [
-            Sample(own, torch.ones(len(own), dtype=torch.bool), str(index))
-            for index, own in enumerate(ids.split(lengths))
-        ]
+        parts = zip(ids.split(lengths), mask.split(lengths), strict=True)
+        samples = [Sample(own, its, str(index)) for index, (own, its) in enumerate(parts)]
+        return samples, "loss_mask" not in tensors
 
     async def _describe(self, request: Request) -> Response:
         self._authorize(request)

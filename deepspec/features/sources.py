@@ -37,14 +37,14 @@ class FeatureSource:
 
 
 class Online(FeatureSource):
-    """The target in the training process, between the drafter's steps."""
+    """The target in the training process, between the drafter's steps; see `Target.features`."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    def __init__(self, target: Target, all_finals: bool = True) -> None:
+        self._target, self._all_finals = target, all_finals
 
     def features(self, samples: Sequence[Sample]) -> TargetFeatures:
         """What the target computes now."""
-        return self._target.features(samples)
+        return self._target.features(samples, self._all_finals)
 
 
 class Ahead(FeatureSource):
@@ -82,9 +82,9 @@ class Overlapped(Ahead):
     On a CUDA device its kernels go to a stream of their own and fill what the drafter's leave free.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, all_finals: bool = True) -> None:
         super().__init__(self._compute, workers=1)  # one: the target's hooks are shared
-        self._target, self._stream = target, None
+        self._target, self._all_finals, self._stream = target, all_finals, None
         if target.device.type == "cuda":
             self._stream = torch.cuda.Stream(target.device)
             self._stream.wait_stream(torch.cuda.current_stream(target.device))  # its weights
@@ -100,9 +100,9 @@ class Overlapped(Ahead):
 
     def _compute(self, samples: Sequence[Sample]) -> TargetFeatures:
         if self._stream is None:
-            return self._target.features(samples)
+            return self._target.features(samples, self._all_finals)
         with torch.cuda.stream(self._stream):
-            features = self._target.features(samples)
+            features = self._target.features(samples, self._all_finals)
         self._stream.synchronize()  # in this thread, where nobody waits for it
         return features
 
@@ -128,9 +128,11 @@ class Hybrid(FeatureSource):
                 for shard in self._store.finished():
                     if not self._sound(shard):
                         self._store.discard(shard)
-        features = self._target.features(samples)
-        lengths = [len(sample) for sample in samples]
-        parts = zip(features.context.split(lengths), features.final.split(lengths), strict=True)
+        header = self._store.header
+        features = self._target.features(samples, header.all_finals)
+        contexts = features.context.split([len(sample) for sample in samples])
+        finals = features.final.split([header.finals(sample) for sample in samples])
+        parts = zip(contexts, finals, strict=True)
         for sample, (context, final) in zip(samples, parts, strict=True):
             if not self._store.holds(sample):
                 own = TargetFeatures(context, final).to("cpu")

@@ -1,12 +1,14 @@
 """A store of samples and their features: safetensors shards, each of them whole or not there.
 
     store.json               format, identity of the target, layer ids, dtype, which samples
-    NAME.safetensors         samples end to end: input_ids [T] int32, loss_mask [T] bool, context
-                             [T, L*D], final [T, D] and, in float8, their scales
-    NAME.json                written behind it: sample ids, lengths, digests, the tensors' sha256
+    NAME-00000.safetensors   samples end to end: input_ids [T] int32, loss_mask [T] bool, context
+                             [T, L*D], final [F, D] and, in float8, their scales
+    NAME-00000.json          written behind it: sample ids, lengths, final states of each (F in
+                             all), digests, the tensors' sha256
 
 A killed process leaves finished shards and nothing else that is looked at. Variable lengths, no
-padding. Several processes may write shards of their own names into one folder.
+padding. Several processes may write shards of their own names into one folder, where other files
+(the answers that `deepspec extract` makes) may lie too.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,23 @@ from torch import Tensor
 
 from deepspec.atomic import atomic_file, sha256
 from deepspec.errors import DataError
-from deepspec.features.encoding import DTYPES, decode, token_bytes
+from deepspec.features.encoding import DTYPES, decode, state_bytes, token_bytes
 from deepspec.records import Sample, TargetFeatures
 
 FORMAT = 1
 HEADER = "store.json"
+SHARDS = "*-[0-9]*.json"
 TOKEN_BYTES = 4 + 1  # of input_ids and loss_mask
 OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """What a store is of. `samples` of them when it is complete, `data` their digest."""
+    """What a store is of. `samples` of them when it is complete, `data` their digest.
+
+    `all_finals`: whether final states are there of all tokens, as in stores that do not say, or of
+    those alone that a supervised one follows.
+    """
 
     target: str
     identity: dict[str, str]
@@ -49,20 +56,33 @@ class StoreHeader:
     dtype: str
     samples: int
     data: str
+    all_finals: bool = True
 
     @property
     def bytes_a_token(self) -> int:
-        """Of a shard, tokens and mask included."""
+        """Of a shard, id and mask included; at most, where not `all_finals`."""
         return token_bytes(self.dtype, len(self.layer_ids), self.hidden_size) + TOKEN_BYTES
+
+    def finals(self, sample: Sample) -> int:
+        """Final states of `sample` that the store keeps."""
+        return len(sample) if self.all_finals else int(sample.followed.sum())
+
+    def bytes_of(self, samples: Iterable[Sample]) -> int:
+        """What `samples` take in shards."""
+        spared = state_bytes(self.dtype, self.hidden_size)
+        return sum(
+            len(sample) * self.bytes_a_token - (len(sample) - self.finals(sample)) * spared
+            for sample in samples
+        )
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a sample lies: rows `first` to `first + length` of a shard."""
+    """Where a sample lies: its `tokens`, and its `finals` among the final states of the shard."""
 
     shard: str
-    first: int
-    length: int
+    tokens: slice
+    finals: slice
     digest: str
 
 
@@ -89,7 +109,8 @@ class Store:
 
     @classmethod
     def create(cls, path: Path, header: StoreHeader, verify: bool = True) -> Store:
-        """A new store, or the one there, to be continued.
+        """A new store, or the one there, to be continued; where that keeps all final states, so
+        it does of what is added.
 
         Raises DataError when that is of other data, another target, or in another dtype.
         """
@@ -99,6 +120,7 @@ class Store:
                 text = json.dumps({"format": FORMAT, **asdict(header)}, indent=2)
                 partial.write_text(text + "\n", encoding="utf-8")
         found = read_header(path)
+        header = replace(header, all_finals=header.all_finals or found.all_finals)
         names = [field.name for field in fields(header) if field.name != "target"]
         different = [name for name in names if getattr(found, name) != getattr(header, name)]
         if different:
@@ -110,8 +132,8 @@ class Store:
 
     def refresh(self) -> None:
         """Look for shards that were finished since."""
-        for file in sorted(self.path.glob("*.json")):
-            if file.name != HEADER and file.stem not in self._known:
+        for file in sorted(self.path.glob(SHARDS)):
+            if file.stem not in self._known:
                 self._known.add(file.stem)
                 for sample_id, place in _index(file):
                     self._places[sample_id] = place
@@ -149,8 +171,7 @@ class Store:
             opened = self._file(shard)  # of which this reads the tokens, a thousandth
             ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
             for sample_id, place in held[shard]:
-                own = slice(place.first, place.first + place.length)
-                sample = Sample(ids[own], mask[own].bool(), sample_id)
+                sample = Sample(ids[place.tokens], mask[place.tokens].bool(), sample_id)
                 if digest(sample) != place.digest:
                     self.check(shard)
                     raise DataError(f"{self.path / shard}.json is damaged; delete it and extract")
@@ -186,9 +207,12 @@ class Store:
         self._places = {i: place for i, place in self._places.items() if place.shard != shard}
 
     def _slice(self, place: _Place) -> dict[str, Tensor]:
-        opened, own = self._shard(place.shard), slice(place.first, place.first + place.length)
-        names = [name for name in opened.keys() if name not in ("input_ids", "loss_mask")]  # noqa: SIM118
-        return {name: opened.get_slice(name)[own] for name in names}
+        opened, wanted = self._shard(place.shard), {}
+        for name in opened.keys():  # noqa: SIM118
+            if name not in ("input_ids", "loss_mask"):
+                own = place.finals if name.startswith("final") else place.tokens
+                wanted[name] = opened.get_slice(name)[own]
+        return wanted
 
     def _shard(self, shard: str) -> Any:
         with self._lock:
@@ -219,7 +243,16 @@ class Store:
             "loss_mask": torch.cat([sample.loss_mask for sample in samples]),
             **{name: tensor.cpu().contiguous() for name, tensor in encoded.items()},
         }
-        rows = [{"id": s.sample_id, "length": len(s), "digest": digest(s)} for s in samples]
+        rows = [
+            {
+                "id": sample.sample_id,
+                "length": len(sample),
+                "finals": self.header.finals(sample),
+                "digest": digest(sample),
+            }
+            for sample in samples
+        ]
+        assert len(encoded["final"]) == sum(self.header.finals(sample) for sample in samples)
         try:
             with atomic_file(self.path / f"{shard}.safetensors") as partial:
                 save_file(tensors, partial)
@@ -279,10 +312,13 @@ def free_bytes(path: Path) -> int:
 
 def _index(file: Path) -> Iterator[tuple[str, _Place]]:
     try:
-        first = 0
+        token = final = 0
         for row in json.loads(file.read_text(encoding="utf-8"))["samples"]:
-            yield row["id"], _Place(file.stem, first, row["length"], row["digest"])
-            first += row["length"]
+            length = row["length"]
+            kept = row.get("finals", length)  # older ones: all
+            tokens, finals = slice(token, token + length), slice(final, final + kept)
+            yield row["id"], _Place(file.stem, tokens, finals, row["digest"])
+            token, final = tokens.stop, finals.stop
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} is damaged ({error}); delete it and run the same deepspec extract again"

@@ -1,6 +1,6 @@
-"""What the objective takes and gives. Legend: S slots (N*K flattened), T target positions, D hidden
-size of the draft, E hidden size of the target, R Markov rank, V vocabulary, V_draft tokens that can
-be drafted."""
+"""What the objective takes and gives. Legend: S slots (N*K flattened), F final states of the
+target, D hidden size of the draft, E hidden size of the target, R Markov rank, V vocabulary,
+V_draft tokens that can be drafted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LossInputs:
     """One micro-batch's slots.
 
     `hidden` [S, D]; `latent` [S, R] and `bias_weight` [V_draft, R] or both None (rank 0);
-    `confidence_logits` [S] or None; `target_final` [T, E], of which slots are held against the rows
+    `confidence_logits` [S] or None; `target_final` [F, E], of which slots are held against the rows
     `target_rows` [S]; `labels` [S]; `weights` [S], 0 where a slot does not count. `latent_ids` [S]:
     slots of the same one have the same latent; None: each has its own. `vocabulary` [V_draft]: the
     target's ids that the draft head's rows stand for, ascending; None: all V, in order. Gradients
@@ -71,7 +71,7 @@ def slots_of(
             None if output.confidence_logits is None else output.confidence_logits.flatten()
         ),
         target_final=features.final,
-        target_rows=batch.slot_rows.flatten(),
+        target_rows=(batch.slot_rows if features.all_finals else batch.followed_rows).flatten(),
         labels=batch.labels.flatten(),
         weights=batch.weights.flatten(),
         latent_ids=batch.previous.flatten() if drafter.latent_of_token else None,

@@ -15,7 +15,10 @@ from deepspec.targets.attributes import common
 
 
 def features_bytes(job: Job, batch: MicroBatch) -> int:
-    """L captured layers and the final hidden state of each token: (L+1)*D numbers."""
+    """L captured layers and the final hidden state of each token: (L+1)*D numbers.
+
+    The most, for final states are kept only where a supervised token follows, but for MTP.
+    """
     return batch.tokens * _width(job) * job.value
 
 

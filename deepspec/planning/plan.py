@@ -14,7 +14,11 @@ from deepspec.planning.workload import Workload
 
 
 def token_bytes(job: Job, dtype: str) -> int:
-    """Bytes of one token of stored features, its id and its mask; on the wire it is these less."""
+    """Bytes of one token of stored features, its id and its mask; on the wire it is these less.
+
+    The most: of drafters that do not read final states, a token that no supervised one follows has
+    none, and how many those are the data alone says.
+    """
     shape = job.shapes.drafter
     return encoded_bytes(dtype, len(shape.target_layer_ids), shape.hidden_size) + TOKEN_BYTES
 

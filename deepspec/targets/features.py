@@ -1,6 +1,7 @@
 """Feature capture: raw outputs of chosen decoder layers, by hooks, without [T, V] logits.
 
-Legend: B rows, Q tokens a row, T real tokens of all rows, L captured layers, D hidden size.
+Legend: B rows, Q tokens a row, T real tokens of all rows, F of them whose final states are wanted,
+L captured layers, D hidden size.
 """
 
 from __future__ import annotations
@@ -58,27 +59,35 @@ class Packing:
     """Takes the real tokens of a forward that is padded on the right, row behind row.
 
     Each captured layer is written to its place at once: its output is held no longer than without
-    capture, and nothing is put together afterwards.
+    capture, and nothing is put together afterwards. Final states are taken of all tokens or of
+    those alone that `finals` [T] bool says.
     """
 
-    def __init__(self, lengths: Sequence[int], layers: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], layers: int, device: torch.device, finals: Tensor | None
+    ) -> None:
         places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        self._real = places.flatten().nonzero().squeeze(1).to(device)
+        real = places.flatten().nonzero().squeeze(1)
+        self._real = real.to(device)
+        self._finals = self._real if finals is None else real[finals].to(device)
         self._layers, self._device = layers, device
         self._context: Tensor | None = None
         self._kept = 0
 
     def keep(self, output: Tensor) -> None:
         """The next layer's output [B, Q, D]."""
-        own = self.rows(output)
+        own = self._rows(output, self._real)
         if self._context is None:
             self._context = own.new_empty(len(own), self._layers, own.shape[-1])
         self._context[:, self._kept] = own
         self._kept += 1
 
-    def rows(self, output: Tensor) -> Tensor:
-        """[B, Q, D] -> [T, D]."""
-        return output.to(self._device).flatten(0, 1).index_select(0, self._real)
+    def final(self, output: Tensor) -> Tensor:
+        """The last norm's output [B, Q, D] -> [F, D]."""
+        return self._rows(output, self._finals)
+
+    def _rows(self, output: Tensor, rows: Tensor) -> Tensor:
+        return output.to(self._device).flatten(0, 1).index_select(0, rows)
 
     @property
     def context(self) -> Tensor:

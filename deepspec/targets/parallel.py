@@ -103,12 +103,12 @@ class TensorParallelTarget(Target):
     """All processes compute every forward together, so each sees the samples of all."""
 
     @torch.no_grad()
-    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+    def features(self, samples: Sequence[Sample], all_finals: bool = True) -> TargetFeatures:
         """See `Target.features`. A collective; other samples in one process would be computed as
         if they were these, so they are exchanged first."""
         shared: list[Sequence[Sample]] = [[] for _ in range(world_size())]
         dist.all_gather_object(shared, list(samples))
-        computed = [super(TensorParallelTarget, self).features(own) for own in shared]
+        computed = [super(TensorParallelTarget, self).features(own, all_finals) for own in shared]
         return computed[dist.get_rank()]
 
 

@@ -71,19 +71,21 @@ class Target(TargetEnds):
         return sorted(set(ids))
 
     @torch.no_grad()
-    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+    def features(self, samples: Sequence[Sample], all_finals: bool = True) -> TargetFeatures:
         """What the target computes for `samples`, packed end to end.
 
-        Right padding needs no mask in a causal model: no real token sees what is behind it.
+        `all_finals`: final states of all tokens, not only where a supervised one follows. Right
+        padding needs no mask in a causal model: no real token sees what is behind it.
         """
         lengths = [len(sample) for sample in samples]
+        finals = None if all_finals else torch.cat([sample.followed for sample in samples])
         ids = torch.zeros(len(samples), max(lengths), dtype=torch.int64)
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = sample.input_ids
-        packing = Packing(lengths, len(self.layer_ids), self.device)
+        packing = Packing(lengths, len(self.layer_ids), self.device, finals)
         with self._capture.into(packing.keep):
             output = self.backbone(ids.to(self.device), use_cache=False)
-        return TargetFeatures(packing.context, packing.rows(output.last_hidden_state))
+        return TargetFeatures(packing.context, packing.final(output.last_hidden_state))
 
     @torch.no_grad()
     def forward(

@@ -77,6 +77,37 @@ def test_extract_is_killed_goes_on_and_is_trained_on(
     assert "all as they were written" in capsys.readouterr().out
 
 
+def test_extract_makes_answers_beside_the_shards(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Theirs are JSON files too, and no shards; started again, nothing is made twice."""
+    for there in (0, 1):
+        main(["extract", f"recipe={recipe}", f"out={tmp_path}"])
+        assert f"{there} are there from before" in capsys.readouterr().err
+    main(["verify-store", f"path={tmp_path}"])
+    assert "14 samples" in capsys.readouterr().out
+
+
+def test_a_store_without_all_final_states_is_refused_where_the_drafter_reads_them(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the message says to do helps."""
+    mtp = ["drafter=mtp", "drafter.block_size=1", "drafter.markov_rank=0"]
+
+    def train(store: Path) -> list[str]:
+        words = ["features=stored", f"features.path={store}", "training.max_steps=1"]
+        return ["train", f"recipe={recipe}", *mtp, *words, f"out={tmp_path / 'run'}"]
+
+    for kind, store in (("dspark", tmp_path / "some"), ("mtp", tmp_path / "all")):
+        main(["extract", f"recipe={recipe}", f"drafter.kind={kind}", f"out={store}"])
+    with pytest.raises(SystemExit, match="2"):
+        main(train(tmp_path / "some"))
+    error = capsys.readouterr().err
+    assert "holds final states only where a supervised token follows" in error
+    assert f"deepspec extract recipe={recipe.stem} drafter.kind=mtp" in error
+    main(train(tmp_path / "all"))
+
+
 @pytest.mark.slow
 def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -> None:
     out, launcher = tmp_path / "run", ("--standalone", "--nproc-per-node", "2")

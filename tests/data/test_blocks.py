@@ -55,6 +55,9 @@ def test_blocks_equal_the_definition(masks: list[list[bool]], size: int, count: 
     samples = [sample_of(mask, str(i)) for i, mask in enumerate(masks)]
     anchors = [draw_anchors(sample, count, 0, 0) for sample in samples]
     batch = build_blocks(samples, anchors, size, decay=4.0)
+    finals = torch.arange(sum(map(len, masks)))
+    kept = finals[torch.cat([sample.followed for sample in samples])]
+    assert len(kept) == sum(sum(mask[1:]) for mask in masks)
     block, start = 0, 0
     for document, (sample, own) in enumerate(zip(samples, anchors, strict=True)):
         for anchor in own.tolist():
@@ -72,9 +75,11 @@ def test_blocks_equal_the_definition(masks: list[list[bool]], size: int, count: 
                 if counted:
                     assert batch.previous[block, slot] == 100 + label - 1
                     assert batch.slot_rows[block, slot] == start + anchor + slot
+                    assert kept[batch.followed_rows[block, slot]] == start + anchor + slot
             block += 1
         start += len(sample)
     assert block == len(batch.anchors)
+    assert batch.followed_rows.lt(len(kept)).all()  # also where nothing is counted
     assert len(batch.document_ids) == start == len(batch.positions)
 
 

@@ -75,6 +75,7 @@ def batch_of(lengths: list[int], anchors: list[list[int]], config: DSparkConfig)
         previous=torch.stack(previous),
         labels=torch.zeros(count, size, dtype=torch.int64),
         weights=torch.ones(count, size),
+        followed_rows=torch.zeros(count, size, dtype=torch.int64),
         sample_ids=tuple(str(i) for i in range(len(lengths))),
     )
 

@@ -134,6 +134,28 @@ def test_dtypes_on_the_wire(target: Target, dtype: str, tolerance: float) -> Non
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_final_states_that_are_not_read_are_not_sent(
+    target: Target, make_trainer: MakeTrainer
+) -> None:
+    """A training ends with bitwise the same weights, and the wire carried less by just these."""
+    received, found = {}, {}
+    with serving(target, ServeConfig()) as address:
+        for every in (True, False):
+            remote = RemoteTarget(FeaturesConfig(servers=[address]), every)
+            source = Ahead(remote.features, 1, remote.close)
+            found[every] = weights(make_trainer(f"remote-{every}", source=source), 4, {})
+            source.close()
+            received[every] = remote.received
+    assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
+    samples = make_samples(13)  # once each
+    unread = sum(len(sample) - int(sample.loss_mask[1:].sum()) for sample in samples)
+    saved, headers = (
+        received[True] - received[False],
+        4 * 16,
+    )  # of four replies, in which lengths are
+    assert saved == pytest.approx(unread * target.hidden_size * 4, abs=headers)
+
+
 def test_limits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too much, too many, rubbish, strangers: each has its status, and the server goes on."""
     config = ServeConfig(max_body_mib=1, max_tokens=100, queue=1)
@@ -158,12 +180,14 @@ def test_limits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
         assert post(request([5, 260], [2])).status_code == 400
         assert post(request([5, -1], [2])).status_code == 400
         assert post(request([], [])).status_code == 400
+        short = {"loss_mask": torch.ones(2).bool(), **load(good)}
+        assert post(save(short)).status_code == 400
         reply = post(good)
         assert reply.status_code == 200
         assert load(reply.content)["context"].shape == (3, 3 * target.hidden_size)
         assert httpx.get(f"{address}/health").text == "ok"
         metrics = httpx.get(f"{address}/metrics").text
-        assert 'deepspec_requests_total{status="400"} 7.0' in metrics
+        assert 'deepspec_requests_total{status="400"} 8.0' in metrics
         assert "deepspec_tokens_total 3.0" in metrics
 
         monkeypatch.setenv(TOKEN, "secret")
@@ -180,10 +204,10 @@ def test_a_full_queue_holds_back_and_loses_nothing(
     compute, busy = target.features, []
     expected = [compute([sample]).final for sample in SAMPLES]
 
-    def slow(samples: list[Sample]) -> TargetFeatures:
+    def slow(samples: list[Sample], all_finals: bool) -> TargetFeatures:
         busy.append(threading.get_ident())
         time.sleep(0.05)
-        return compute(samples)
+        return compute(samples, all_finals)
 
     monkeypatch.setattr(target, "features", slow)
     with serving(target, ServeConfig(queue=2)) as address:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +22,17 @@ from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Over
 from deepspec.features.store import Store
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target, load_ends, load_target
+from deepspec.training.trainer import Trainer
 from tests.trainers import MakeTrainer, build_trainer, make_samples
 
 SMALL = ExtractConfig(shard_mib=0.05, batch_tokens=64)
 SAMPLES = [*make_samples(13), *make_samples(4, seed=1)]
 
 
-def build(target: Target, path: Path, config: ExtractConfig = SMALL) -> Store:
-    header = header_of(target, SAMPLES, config.dtype)
+def build(
+    target: Target, path: Path, config: ExtractConfig = SMALL, all_finals: bool = True
+) -> Store:
+    header = header_of(target, SAMPLES, config.dtype, all_finals)
     store = Store.create(path, header)
     shards = plan_shards(SAMPLES, config, header.bytes_a_token)
     missing = [shard for shard in shards if shard.name not in store.finished()]
@@ -90,6 +93,51 @@ def test_it_gives_back_samples_and_features(target: Target, tmp_path: Path) -> N
     tokens = sum(len(sample) for sample in SAMPLES)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size == pytest.approx(tokens * store.header.bytes_a_token, rel=0.05)
+
+
+def test_final_states_are_kept_where_a_supervised_token_follows(
+    target: Target, tmp_path: Path
+) -> None:
+    """As many rows as supervised tokens have one before them, each that of the token before."""
+    build(target, tmp_path, all_finals=False)
+    store = Store.open(tmp_path)
+    files = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    supervised = sum(int(sample.loss_mask[1:].sum()) for sample in SAMPLES)
+    assert sum(len(tensors["final"]) for tensors in files) == supervised
+    size = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+    assert size == store.header.bytes_of(SAMPLES)
+    chosen = [SAMPLES[i] for i in (3, 16, 0, 7)]
+    read, whole = store.read(chosen), target.features(chosen)
+    finals = whole.final.split([len(sample) for sample in chosen])
+    expected = [own[:-1][s.loss_mask[1:]] for s, own in zip(chosen, finals, strict=True)]
+    torch.testing.assert_close(read.final, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read.context, whole.context, rtol=1e-5, atol=1e-5)
+
+
+def test_a_store_that_does_not_say_has_all_final_states_and_keeps_to_it(
+    target: Target, tmp_path: Path
+) -> None:
+    """As stores were before it was chosen; a shard that is made again has them too."""
+    names = build(target, tmp_path).finished()
+    header = json.loads((tmp_path / "store.json").read_text())
+    del header["all_finals"]
+    (tmp_path / "store.json").write_text(json.dumps(header))
+    for name in names:
+        file = tmp_path / f"{name}.json"
+        content = json.loads(file.read_text())
+        content["samples"] = [
+            {k: v for k, v in row.items() if k != "finals"} for row in content["samples"]
+        ]
+        file.write_text(json.dumps(content))
+    (tmp_path / f"{names[1]}.json").unlink()
+    store = build(target, tmp_path, all_finals=False)
+    assert store.finished() == names
+    read, expected = store.read(SAMPLES), target.features(SAMPLES)
+    torch.testing.assert_close(read.final, expected.final, rtol=1e-5, atol=1e-5)
+
+    build(target, tmp_path / "fewer", all_finals=False)
+    with pytest.raises(DataError, match="its all_finals differ"):
+        build(target, tmp_path / "fewer")
 
 
 def test_it_goes_on_without_redoing(target: Target, tmp_path: Path) -> None:
@@ -188,11 +236,11 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: str, message: str) -
 def test_room_is_asked_for_before_the_work(target: Target, tmp_path: Path) -> None:
     header = header_of(target, SAMPLES, "auto")
     with pytest.raises(DataError, match=r"GiB are missing.*extract\.dtype=float8"):
-        check_room(tmp_path, header, 10**15, SMALL)
+        check_room(tmp_path, header, 10**18, SMALL)
     strict = replace(SMALL, limit_gib=1e-6)
     with pytest.raises(DataError, match=r"say extract\.yes=true"):
-        check_room(tmp_path, header, 1000, strict)
-    check_room(tmp_path, header, 1000, replace(strict, yes=True))
+        check_room(tmp_path, header, 10**6, strict)
+    check_room(tmp_path, header, 10**6, replace(strict, yes=True))
 
 
 # ----------------------------------------------------------------------------------- training
@@ -225,6 +273,63 @@ def test_training_on_it_is_training_online(
     one = SAMPLES[:1]  # in a batch, bf16 rounds with its padding
     batch_of_one = build(narrow, tmp_path / "one", replace(SMALL, batch_tokens=1))
     assert torch.equal(batch_of_one.read(one).context, narrow.features(one).context)
+
+
+Sources = Callable[[bool], FeatureSource]
+
+
+def sources(target: Target, folder: Path) -> dict[str, Sources]:
+    """Each by whether final states of all tokens are kept."""
+
+    def stored(dtype: str) -> Sources:
+        config = replace(SMALL, dtype=dtype)
+        return lambda every: Ahead(
+            build(target, folder / f"{dtype}-{every}", config, every).read, 1
+        )
+
+    def hybrid(every: bool) -> Hybrid:
+        header = header_of(target, SAMPLES, "auto", every)
+        store = Store.create(folder / f"hybrid-{every}", header)
+        return Hybrid(target, store, "hybrid-0", 20_000)
+
+    return {
+        "online": lambda every: Online(target, every),
+        "overlapped": lambda every: Overlapped(target, every),
+        "bfloat16": stored("bfloat16"),
+        "float8": stored("float8"),
+        "hybrid": hybrid,
+    }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("objective.implementation=eager",),
+        ("drafter.kind=dflash", "drafter.markov_rank=0"),
+        ("drafter.kind=eagle3",),
+    ],
+)
+def test_final_states_that_are_not_read_change_no_bit(
+    target: Target, make_trainer: MakeTrainer, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    for name, source in sources(target, tmp_path).items():
+        found, expected = (
+            trained(make_trainer(f"{name}-{every}", *words, source=source(every)))
+            for every in (False, True)
+        )
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)), name
+
+
+def trained(trainer: Trainer) -> list[torch.Tensor]:
+    """Losses and, behind them, weights."""
+    losses = []
+    for _ in range(5):  # more than an epoch
+        losses.append(trainer.train_step()["loss"])
+        if trainer.step % trainer.steps_an_epoch == 0:
+            trainer.source.settle(lambda: None)
+    trainer.source.close()
+    return [torch.tensor(losses), *trainer.engine.weights().values()]
 
 
 def test_a_target_that_computes_ahead_gives_the_same_numbers(
@@ -296,9 +401,9 @@ def test_hybrid_asks_the_target_once_a_sample(
     online = losses(make_trainer, "online")
     asked, compute = [0], target.features
 
-    def counted(samples: Sequence[Sample]) -> TargetFeatures:
+    def counted(samples: Sequence[Sample], all_finals: bool) -> TargetFeatures:
         asked[0] += len(samples)
-        return compute(samples)
+        return compute(samples, all_finals)
 
     monkeypatch.setattr(target, "features", counted)
     header = header_of(target, SAMPLES, "auto")

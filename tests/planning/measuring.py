@@ -93,7 +93,8 @@ def measure(out: Path, lengths: list[int], words: list[str]) -> dict[str, Any]:
         drafter = kind.build(kind.resolve(config.drafter, target))
         run = RunFolder(out).__enter__()
         engine = open_engine(config.engine, config.training, config.tracking, run.path)
-        trainer = Trainer(config, target, Online(target), drafter, samples, [], run, engine)
+        source = Online(target, kind.all_finals)
+        trainer = Trainer(config, target, source, drafter, samples, [], run, engine)
         made.append(trainer)
         trainer.train_step()  # makes AdamW's moments
         mark(trainer.source, "features", "target")

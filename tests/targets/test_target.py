@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,22 @@ def test_features_equal_hidden_states_and_the_final_gives_the_logits(target_fold
         row += len(sample)
     assert row == packed.context.shape[0] == packed.final.shape[0]
     assert not packed.context.requires_grad
+
+
+def test_final_states_are_those_before_supervised_tokens(target: Target) -> None:
+    """Several turns, an answer from the first token on, none at all, and one that ends in a prompt:
+    row t is there where t + 1 is supervised, bit for bit."""
+    masks = ["0110111", "1", "1011", "000", "01100"]
+    samples = [
+        replace(sample, loss_mask=torch.tensor([mark == "1" for mark in mask]))
+        for sample, mask in zip(samples_of(*map(len, masks)), masks, strict=True)
+    ]
+    every, fewer = target.features(samples), target.features(samples, all_finals=False)
+    follows = [mark == "1" for mask in masks for mark in f"{mask[1:]}0"]
+    assert every.all_finals
+    assert not fewer.all_finals
+    assert torch.equal(fewer.final, every.final[torch.tensor(follows)])
+    assert torch.equal(fewer.context, every.context)
 
 
 def test_nothing_of_the_target_is_trainable(target: Target) -> None:

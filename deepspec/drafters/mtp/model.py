@@ -32,6 +32,7 @@ class MtpDrafter(CausalDrafter):
 
     def fuse(self, features: TargetFeatures) -> Tensor:
         """The last hidden state as it is; captured layers are not read."""
+        assert features.all_finals, "see DrafterKind.all_finals"
         return features.final.to(self.dtype)
 
     def mix(self, embedded: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
