@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspec.atomic import atomic_file
 from deepspec.objective import LossOutput
 from deepspec.records import BlockBatch
 
@@ -62,7 +63,9 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        with atomic_file(path) as partial:  # a kill here must not cost what went before
+            partial.write_text(text, encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
