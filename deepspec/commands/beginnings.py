@@ -226,10 +226,9 @@ def _continued(
             "fine where this is a fine-tune of that"
         )
     drafter = origin.load()
-    changes: dict[str, Any] = {
-        "confidence_detached": config.drafter.confidence_detached,
-        "num_target_layers": target.num_layers,
-    }
+    changes: dict[str, Any] = {"num_target_layers": target.num_layers}
+    if hasattr(drafter.config, "confidence_detached"):
+        changes["confidence_detached"] = config.drafter.confidence_detached
     ids = drafter.vocabulary
     if ids is not None:
         covered = coverage(count_tokens(samples, target.vocab_size), ids)

@@ -101,6 +101,7 @@ class DrafterConfig:
     confidence_head: bool = True
     confidence_with_markov: bool = True
     confidence_detached: bool = False
+    qk_norm: bool = True
     mask_token_id: int | None = None
     ngram_max: int = 3
     ngram_min: int = 1

@@ -32,7 +32,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "export.profile": ("serving", "full"),
 }
 # kinds of drafter that a setting is for
-REDUCIBLE = ("dspark", "dflash")
+REDUCIBLE = ("dspark", "dflash", "eagle3")
 COMPILABLE = ("dspark", "dflash")
 RECOMPUTABLE = ("dspark", "dflash", "dspark_v4")  # a step of the others has effects besides
 AT_LEAST_ONE = (
@@ -227,7 +227,12 @@ def _cross(config: RunConfig) -> None:
     if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
         raise ConfigError(
             f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
-            f"{' and '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
+            f"{', '.join(REDUCIBLE)}, not {config.drafter.kind}; set it to null"
+        )
+    if not config.drafter.qk_norm and config.drafter.kind != "eagle3":
+        raise ConfigError(
+            "drafter.qk_norm=false is for drafter.kind=eagle3, not "
+            f"{config.drafter.kind}, whose heads are normed; set it to true"
         )
     for key, kinds in (("compile", COMPILABLE), ("activation_checkpointing", RECOMPUTABLE)):
         if value_of(config, f"training.{key}") and config.drafter.kind not in kinds:

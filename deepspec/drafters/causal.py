@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from deepspec.config.schema import DrafterConfig
 from deepspec.drafters.attention import block_attention, build_visibility
-from deepspec.drafters.base import Drafter, DraftOutput, Draw, Observation
+from deepspec.drafters.base import Drafter, DraftOutput, Draw, Observation, within
 from deepspec.drafters.cache import RowKV
 from deepspec.drafters.layers import Attend, Attention, Mlp
 from deepspec.drafters.rotary import Rotary, Rotation
@@ -31,24 +31,33 @@ from deepspec.errors import ConfigError
 from deepspec.records import BlockBatch, Proposal, TargetFeatures
 
 
-def resolve_config(config: DrafterConfig, target: Any) -> DrafterShape:
-    """The drafter's shape for `target`; nulls taken from it. Raises ConfigError."""
+def resolve_layer(config: DrafterConfig, target: Any) -> dict[str, Any]:
+    """The fields of DrafterShape for `target`; nulls taken from it. Raises ConfigError."""
     if config.num_layers != 1:
         raise ConfigError(
             f"drafter.num_layers={config.num_layers}, but drafter.kind={config.kind} is one "
             "decoder layer; set drafter.num_layers=1"
         )
-    return DrafterShape(**resolve_shape(config, target))
+    return resolve_shape(config, target)
 
 
 class CausalDrafter(Drafter):
-    """One decoder layer over pairs. A kind says what its features are, and how a pair is mixed."""
+    """One decoder layer over pairs. A kind says what its features are, and how a pair is mixed.
 
-    def __init__(self, config: DrafterShape, attention_input: int) -> None:
-        super().__init__()
+    `qk_norm`: see `Attention`; `draft_vocab_size`: see `Drafter`.
+    """
+
+    def __init__(
+        self,
+        config: DrafterShape,
+        attention_input: int,
+        qk_norm: bool = True,
+        draft_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__(draft_vocab_size)
         self.config = config
         norm = partial(nn.RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, attention_input)
+        self.self_attn = Attention(config, attention_input, qk_norm)
         self.mlp = Mlp(config)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
@@ -132,14 +141,15 @@ class CausalProposer:
 
     Keeps keys and values of every true pair. Those of the slots are written behind them and
     overwritten by the next observation, so the mask is one comparison. `embedding` [V, D] and
-    `head` are the target's, frozen.
+    `head` are the target's, frozen; a drafter of fewer tokens takes their rows of the head.
     """
 
-    def __init__(self, drafter: CausalDrafter, embedding: Tensor, head: nn.Module) -> None:
+    def __init__(self, drafter: CausalDrafter, embedding: Tensor, head: Any) -> None:
         self.drafter = drafter
         self.block_size = drafter.config.block_size
         self._embedding = embedding
-        self._head = head
+        self._vocabulary = drafter.vocabulary
+        self._head = head if self._vocabulary is None else head.rows(self._vocabulary)
         config = drafter.config
         self._grouped = config.num_attention_heads != config.num_key_value_heads
         self._cache = RowKV()
@@ -186,6 +196,7 @@ class CausalProposer:
     def propose(self, anchors: Tensor, positions: Tensor, end: int, draw: Draw) -> Proposal:
         """Draft K tokens after `anchors` [B] at `positions` [B]; see `Proposer.propose`."""
         assert self._newest is not None, "a prompt has at least one token"
+        draw = within(draw, self._vocabulary, self.drafter.config.vocab_size)
         states, previous = self._newest, anchors
         tokens, probabilities = [], []
         for slot in range(self.block_size):

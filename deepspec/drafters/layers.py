@@ -6,6 +6,8 @@ Legend: K queries of a block, D hidden size, H heads, G key/value heads, E head 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,10 +22,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Attention(nn.Module):
     """Queries, keys and values of a block; what else they see is `attend`'s affair.
 
-    `input_size` is what the projections take, `hidden_size` where it is not given.
+    `input_size` is what the projections take, `hidden_size` where it is not given. `qk_norm`:
+    whether the heads of queries and keys are normed.
     """
 
-    def __init__(self, config: DrafterShape, input_size: int | None = None) -> None:
+    def __init__(
+        self, config: DrafterShape, input_size: int | None = None, qk_norm: bool = True
+    ) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         inputs = input_size or config.hidden_size
@@ -33,8 +38,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(inputs, shared, bias=False)
         self.v_proj = nn.Linear(inputs, shared, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        norm = partial(nn.RMSNorm, config.head_dim, eps=config.rms_norm_eps)
+        self.q_norm: Any = norm() if qk_norm else nn.Identity()
+        self.k_norm: Any = norm() if qk_norm else nn.Identity()
 
     def keys_values(self, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """`states` [.., input] at `rotation` [.., E] -> keys and values [.., G, E]."""

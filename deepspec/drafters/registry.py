@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspec.config.schema import DrafterConfig
-from deepspec.drafters import causal, dspark, dspark_v4, eagle3, mtp, ngram
+from deepspec.drafters import dspark, dspark_v4, eagle3, mtp, ngram
 from deepspec.drafters.base import Drafter, Proposer
+from deepspec.drafters.causal import CausalProposer
 from deepspec.drafters.shape import DrafterShape
 from deepspec.errors import ConfigError
 
@@ -32,20 +33,6 @@ class DrafterKind:
     all_finals: bool = False
 
 
-def _causal(
-    build: Callable[[DrafterShape], causal.CausalDrafter], all_finals: bool = False
-) -> DrafterKind:
-    return DrafterKind(
-        resolve=causal.resolve_config,
-        load=DrafterShape.from_dict,
-        build=build,
-        proposer=lambda drafter, target: causal.CausalProposer(
-            drafter, target.embedding, target.head
-        ),
-        all_finals=all_finals,
-    )
-
-
 _DSPARK = DrafterKind(
     resolve=dspark.resolve_config,
     load=dspark.DSparkConfig.from_dict,
@@ -60,6 +47,19 @@ _DSPARK_V4 = DrafterKind(
         drafter, target.embedding, target.head
     ),
 )
+_EAGLE3 = DrafterKind(
+    resolve=eagle3.resolve_config,
+    load=eagle3.Eagle3Config.from_dict,
+    build=eagle3.Eagle3Drafter,
+    proposer=lambda drafter, target: CausalProposer(drafter, target.embedding, target.head),
+)
+_MTP = DrafterKind(
+    resolve=mtp.resolve_config,
+    load=DrafterShape.from_dict,
+    build=mtp.MtpDrafter,
+    proposer=lambda drafter, target: CausalProposer(drafter, target.embedding, target.head),
+    all_finals=True,
+)
 _NGRAM = DrafterKind(
     resolve=ngram.resolve_config,
     load=ngram.NgramConfig.from_dict,
@@ -72,8 +72,8 @@ DRAFTERS: dict[str, DrafterKind] = {
     "dspark": _DSPARK,
     "dflash": _DSPARK,
     "dspark_v4": _DSPARK_V4,
-    "eagle3": _causal(eagle3.Eagle3Drafter),
-    "mtp": _causal(mtp.MtpDrafter, all_finals=True),
+    "eagle3": _EAGLE3,
+    "mtp": _MTP,
     "ngram": _NGRAM,
 }
 

@@ -91,6 +91,16 @@ def resolve_shape(config: DrafterConfig, target: Any) -> dict[str, Any]:
     }
 
 
+def resolve_draft_vocab_size(size: int | None, whole: int) -> int | None:
+    """None where it is the `whole` vocabulary. Raises ConfigError where it is more."""
+    if size is not None and size > whole:
+        raise ConfigError(
+            f"drafter.draft_vocab_size={size} is more than the target's vocabulary of {whole}; "
+            "choose fewer, or null for all of them"
+        )
+    return None if size == whole else size
+
+
 def _rope_parameters(text: Any) -> dict[str, Any]:
     """The target's rotary parameters; of a table a kind of layer, those of its main kind.
 

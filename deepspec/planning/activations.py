@@ -76,7 +76,9 @@ def _autoregressive(job: Job, batch: MicroBatch) -> Activations:
     else:  # two norms of what does not learn, eh_proj's input, a norm, the input of k and v
         pair = 2 * _normed(hidden) + _inputs(job, 1, 2 * hidden)
         pair += norm_bytes(hidden) + _inputs(job, 2, hidden)
-    context = tokens * (pair + rotation + norm_bytes(shape.head_dim, shape.num_key_value_heads))
+    normed = getattr(shape, "qk_norm", True)
+    context = tokens * (pair + rotation)
+    context += tokens * normed * norm_bytes(shape.head_dim, shape.num_key_value_heads)
     own = _normed(hidden) + norm_bytes(hidden) + rotation
     if fused:
         own += _inputs(job, 3, 2 * hidden)
@@ -86,7 +88,8 @@ def _autoregressive(job: Job, batch: MicroBatch) -> Activations:
     for slot in range(batch.block_size):
         pairs = batch.pairs(1, slot + 1)
         keys = tokens + blocks * (slot + 1)
-        steps.append(blocks * own + _attention(job, blocks, pairs, keys) + _mlp(job, blocks))
+        attention = _attention(job, blocks, pairs, keys, normed)
+        steps.append(blocks * own + attention + _mlp(job, blocks))
     return Activations(
         context=context,
         layers=tuple(steps),
@@ -130,15 +133,20 @@ def _mlp(job: Job, slots: int) -> int:
     return slots * (inputs + 4 * shape.intermediate_size * job.work)
 
 
-def _attention(job: Job, slots: int, pairs: tuple[tuple[int, int], ...], keys: int) -> int:
-    """Of `slots` queries; `pairs`: (queries, keys that they meet) of each sample, `keys` in all."""
+def _attention(
+    job: Job, slots: int, pairs: tuple[tuple[int, int], ...], keys: int, normed: bool = True
+) -> int:
+    """Of `slots` queries; `pairs`: (queries, keys that they meet) of each sample, `keys` in all.
+
+    `normed`: whether heads are.
+    """
     shape, work = job.shapes.drafter, job.work
     heads, shared = shape.num_attention_heads, shape.num_key_value_heads
     width = heads * shape.head_dim
     # norms of queries and keys; queries, output, the log of each softmax's sum; attended values as
     # the output projection takes them
-    kept = norm_bytes(shape.head_dim, heads) + norm_bytes(shape.head_dim, shared)
-    kept = slots * (kept + 3 * width * work + heads * FP32)
+    norms = norm_bytes(shape.head_dim, heads) + norm_bytes(shape.head_dim, shared)
+    kept = slots * (norms * normed + 3 * width * work + heads * FP32)
     if job.cuda:  # FlexAttention: keys and values once, no mask
         return kept + 2 * keys * shared * shape.head_dim * work
     for own, met in pairs:  # SDPA: keys and values repeated a head, mask as numbers

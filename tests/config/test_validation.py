@@ -137,8 +137,12 @@ def test_choices_are_listed(key: str, choices: str) -> None:
             ("objective.ce_weight", "objective.l1_weight"),
         ),
         (
-            {"drafter__kind": "eagle3", "drafter__draft_vocab_size": 100},
-            ("drafter.draft_vocab_size=100", "eagle3"),
+            {"drafter__kind": "mtp", "drafter__draft_vocab_size": 100},
+            ("drafter.draft_vocab_size=100", "mtp"),
+        ),
+        (
+            {"drafter__kind": "mtp", "drafter__qk_norm": False},
+            ("drafter.qk_norm=false", "eagle3", "mtp"),
         ),
         (
             {"drafter__kind": "dspark_v4", "training__compile": True},

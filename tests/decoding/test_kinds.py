@@ -19,6 +19,9 @@ from tests.decoding.test_lossless import prompts_of
 
 KINDS = {
     "eagle3": DrafterConfig(kind="eagle3", num_layers=1, block_size=3),
+    "eagle3, fewer tokens": DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=3, qk_norm=False, draft_vocab_size=100
+    ),
     "mtp": DrafterConfig(kind="mtp", num_layers=1, block_size=1),
     "mtp, three drafts": DrafterConfig(kind="mtp", num_layers=1, block_size=3),
     "ngram": DrafterConfig(kind="ngram", block_size=4),
@@ -33,6 +36,8 @@ def proposer_of(name: str, target: Target) -> Proposer:
     for weight in drafter.parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.3)
+    if drafter.d2t is not None:
+        drafter.restrict(torch.randperm(260)[:100].sort().values)
     return kind.proposer(drafter, target)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,10 @@ SHAPE = DrafterShape(
 LENGTHS, ANCHORS = [9, 5, 12], [[0, 1, 4, 8], [], [2, 7, 10]]
 
 
-def drafter_of(kind: str, shape: DrafterShape = SHAPE) -> CausalDrafter:
-    """Random weights, norms included, in fp64."""
+def drafter_of(kind: str, **changes: Any) -> CausalDrafter:
+    """Random weights, norms included, in fp64; of SHAPE with `changes`."""
     torch.manual_seed(0)
+    shape = drafter_kind(kind).load(SHAPE.to_dict() | changes)
     drafter = drafter_kind(kind).build(shape).double()
     assert isinstance(drafter, CausalDrafter)
     for name, parameter in drafter.named_parameters():
@@ -123,7 +125,9 @@ def naive_block(
         split = (w[f"self_attn.{name}_proj.weight"] @ x).view(-1, 8).unbind()
         if position is None:
             return list(split)
-        return [turned(rms(h, w[f"self_attn.{name}_norm.weight"]), position) for h in split]
+        if f"self_attn.{name}_norm.weight" in w:
+            split = [rms(h, w[f"self_attn.{name}_norm.weight"]) for h in split]
+        return [turned(h, position) for h in split]
 
     keys, values = [], []
     for t in range(anchor - 1):
@@ -178,10 +182,16 @@ def naive_forward(
 
 
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_forward_is_the_equations(kind: str, size: int, embedding: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("eagle3", {}), ("eagle3", {"qk_norm": False}), ("mtp", {})]
+)
+def test_training_forward_is_the_equations(
+    kind: str, changes: dict[str, Any], size: int, embedding: Tensor
+) -> None:
     """Anchors at 0 and 1 see themselves only; a sample without a block is in the pack."""
-    drafter = drafter_of(kind, replace(SHAPE, block_size=size))
+    drafter = drafter_of(kind, block_size=size, **changes)
+    named = "self_attn.q_norm.weight" in dict(drafter.named_parameters())
+    assert named == changes.get("qk_norm", True)
     batch, features = pack_of(LENGTHS, ANCHORS, size)
     direction = torch.randn(len(batch.anchors), size, 16, dtype=torch.float64)
 

@@ -30,6 +30,8 @@ ALONE = {
     "rnn": "200,150 drafter.markov_head=rnn target.dtype=bfloat16 objective.chunk_size=32",
     "bf16": "200,150 training.precision=bf16 target.dtype=bfloat16 training.anchors_per_sample=64",
     "eagle3": "200,150 drafter=eagle3 drafter.num_layers=1 target.num_layer_ids=3",
+    "eagle3, qk_norm=false": "200,150 drafter=eagle3 drafter.num_layers=1 target.num_layer_ids=3 "
+    "drafter.qk_norm=false training.precision=bf16 target.dtype=bfloat16",
     "eagle3, bf16": "300,150 drafter=eagle3 drafter.num_layers=1 drafter.block_size=7 "
     "training.precision=bf16 target.dtype=bfloat16",
     "mtp": "200,150 drafter=mtp drafter.num_layers=1 drafter.block_size=1 target.num_layer_ids=1 "

@@ -14,11 +14,16 @@ from tests.training.test_zero import ZERO3, needs_deepspeed, result, run_jobs
 
 KINDS = {
     "eagle3": ["drafter.kind=eagle3"],
+    "eagle3, fewer tokens": [
+        "drafter.kind=eagle3",
+        "drafter.qk_norm=false",
+        "drafter.draft_vocab_size=150",
+    ],
     "mtp": ["drafter.kind=mtp", "drafter.block_size=1"],
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
 def test_loss_falls_and_drafts_are_accepted(make_trainer: MakeTrainer, name: str) -> None:
     trainer = make_trainer("run", *KINDS[name], "training.epochs=12", "training.learning_rate=0.02")
     before = trainer.validate()["validation_accept_length"]

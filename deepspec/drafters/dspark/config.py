@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from deepspec.config.schema import DrafterConfig
-from deepspec.drafters.shape import DrafterShape, resolve_shape
+from deepspec.drafters.shape import DrafterShape, resolve_draft_vocab_size, resolve_shape
 from deepspec.errors import CheckpointError, ConfigError
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
@@ -60,18 +60,8 @@ def resolve_config(config: DrafterConfig, target: Any) -> DSparkConfig:
         confidence_head=config.confidence_head and config.kind != "dflash",
         confidence_with_markov=config.confidence_with_markov and rank > 0,
         confidence_detached=config.confidence_detached,
-        draft_vocab_size=_draft_vocab_size(config.draft_vocab_size, target.vocab_size),
+        draft_vocab_size=resolve_draft_vocab_size(config.draft_vocab_size, target.vocab_size),
     )
-
-
-def _draft_vocab_size(size: int | None, whole: int) -> int | None:
-    """None where it is the `whole` vocabulary."""
-    if size is not None and size > whole:
-        raise ConfigError(
-            f"drafter.draft_vocab_size={size} is more than the target's vocabulary of {whole}; "
-            "choose fewer, or null for all of them"
-        )
-    return None if size == whole else size
 
 
 def resolve_mask_token(configured: int | None, target: Any) -> int:

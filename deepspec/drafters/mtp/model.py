@@ -9,14 +9,21 @@ output, as engines run it. Legend: see `causal`.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafters.causal import CausalDrafter
+from deepspec.config.schema import DrafterConfig
+from deepspec.drafters.causal import CausalDrafter, resolve_layer
 from deepspec.drafters.layers import initialise
 from deepspec.drafters.shape import DrafterShape
 from deepspec.records import TargetFeatures
+
+
+def resolve_config(config: DrafterConfig, target: Any) -> DrafterShape:
+    """The drafter's shape for `target`; nulls taken from it. Raises ConfigError."""
+    return DrafterShape(**resolve_layer(config, target))
 
 
 class MtpDrafter(CausalDrafter):
