@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from deepspec.errors import CheckpointError
-from deepspec.export.dspark import D2T, EMBEDDING, HEAD, T2D, vocabulary_faults
 from deepspec.export.engines import SERVING, Support, Traits, loads_in
 from deepspec.export.files import (
     CONFIG,
@@ -28,6 +27,7 @@ from deepspec.export.files import (
 )
 from deepspec.export.inspection import layer_faults
 from deepspec.export.layouts import LAYOUTS, layout_of
+from deepspec.export.tensors import D2T, EMBEDDING, HEAD, T2D, vocabulary_faults
 from deepspec.targets import TargetEnds, default_layer_ids
 from deepspec.targets.identity import differing
 
@@ -69,7 +69,8 @@ def check_export(folder: Path, target: TargetEnds | None = None) -> Findings:
     faults += layout.faults(config, headers)
     traits = layout.traits(config, headers or {})
     doubts: list[str] = []
-    if headers is not None and not faults:  # so there is a shape, and values can be read
+    unread = traits.eagle3 is not None and traits.eagle3.unread is not None
+    if headers is not None and not faults and not unread:  # so there is a shape, and values
         shape = layout.shape(folder, config)
         faults += _table_faults(folder, headers, shape)
         traits = _with_ties(folder, headers, traits, target)
@@ -90,7 +91,11 @@ def _table_faults(folder: Path, headers: Headers, shape: Any) -> Iterator[str]:
 
 
 def _with_ties(folder: Path, headers: Headers, traits: Traits, target: TargetEnds | None) -> Traits:
-    """Whether the LM head is the embedding: the target tells, or both are inside and whole."""
+    """Whether the LM head is the embedding: the target tells, or both are inside and whole. Of how
+    many layers it has, an export may say nothing."""
+    if target is not None and traits.eagle3 is not None:
+        eagle3 = replace(traits.eagle3, num_target_layers=target.num_layers)
+        traits = replace(traits, eagle3=eagle3)
     if target is not None:
         return replace(traits, tied=torch.equal(target.embedding, target.head.weight))
     inside = EMBEDDING in headers and HEAD in headers

@@ -22,8 +22,8 @@ from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export import is_export, open_export, weights_to_fetch
-from deepspec.export.dspark import misfits_of_target
 from deepspec.export.names import HUB_NAME
+from deepspec.export.tensors import misfits_of_target
 from deepspec.progress import say
 from deepspec.records import Sample
 from deepspec.targets import TargetEnds

@@ -6,14 +6,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.export.engines import Traits, loads_in
 from deepspec.export.names import public_name
 
 
 def model_card(
     name: str,
-    shape: DSparkConfig,
+    shape: Any,
     config: dict[str, Any],
     traits: Traits,
     run: dict[str, Any],
@@ -42,6 +41,7 @@ def model_card(
         shape=shape,
         config=config,
         traits=traits,
+        method=_method(shape, traits),
         run=run,
         step=step,
         acceptance=acceptance,
@@ -51,3 +51,10 @@ def model_card(
         support=support,
         served={entry.engine for entry in support if entry.loads},
     )
+
+
+def _method(shape: Any, traits: Traits) -> str:
+    """What engines call the drafter; dflash: none of theirs."""
+    if traits.eagle3 is not None:
+        return "eagle3"
+    return "dspark" if shape.markov_rank else "dflash"

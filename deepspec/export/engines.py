@@ -20,10 +20,22 @@ UNTIED = {
 
 
 @dataclass(frozen=True)
+class Eagle3Traits:
+    """What the answer depends on besides where the drafter is EAGLE-3. `captured`: hidden states of
+    the target, counted from the embedding; `num_target_layers`: 0 where nothing tells; `unread`:
+    why this library does not read it."""
+
+    qk_norm: bool
+    captured: tuple[int, ...]
+    num_target_layers: int
+    unread: str | None
+
+
+@dataclass(frozen=True)
 class Traits:
     """What the answer depends on. `reduced`: a draft vocabulary smaller than the target's.
     `embedding`, `lm_head`: whether these are inside. `tied`: whether the target's LM head is its
-    embedding, None where nothing tells."""
+    embedding, None where nothing tells. `eagle3`: None of the other drafters."""
 
     layout: str
     markov_head: str
@@ -32,6 +44,7 @@ class Traits:
     embedding: bool
     lm_head: bool
     tied: bool | None
+    eagle3: Eagle3Traits | None = None
 
 
 class Support(NamedTuple):
@@ -47,7 +60,7 @@ def loads_in(traits: Traits, faults: Sequence[str] = ()) -> list[Support]:
     answers = {
         **{engine: _serving(engine, traits) for engine in SERVING},
         "deepseek-ai/DeepSpec": _reference(traits),
-        "this library": (True, "reads it beside its target"),
+        "this library": _own(traits),
     }
     if faults:
         answers = dict.fromkeys(answers, (False, "the export is broken"))
@@ -58,6 +71,9 @@ def _serving(engine: str, traits: Traits) -> tuple[bool, str]:
     head = traits.markov_head
     if traits.layout == "deepseek_v4":
         return True, "reads mtp.* tensors; embedding and LM head are the target's"
+    if traits.eagle3 is not None:
+        why = _no_eagle3(engine, traits.eagle3)
+        return (False, why) if why else (True, _inside(traits))
     if traits.layout == "speculators" and engine == "SGLang":
         return False, "does not read the speculators layout: use flat"
     if traits.markov_rank == 0:
@@ -68,11 +84,42 @@ def _serving(engine: str, traits: Traits) -> tuple[bool, str]:
         return False, "reads a reduced draft vocabulary in the speculators layout only"
     if engine == "llama.cpp" and traits.embedding and not traits.tied:
         return False, f"goes wrong with embed_tokens inside where {UNTIED[traits.tied]}"
+    return True, _inside(traits)
+
+
+def _inside(traits: Traits) -> str:
     parts = {"embedding": traits.embedding, "LM head": traits.lm_head}
     inside = [name for name, there in parts.items() if there]
     if not inside:
-        return True, "takes embedding and LM head from the target"
-    return True, f"carries {' and '.join(inside)} of its own"
+        return "takes embedding and LM head from the target"
+    return f"carries {' and '.join(inside)} of its own"
+
+
+def _no_eagle3(engine: str, traits: Eagle3Traits) -> str | None:
+    """Why `engine` does not load an EAGLE-3 drafter; None where it does."""
+    count, layers = len(traits.captured), traits.num_target_layers
+    if engine == "SGLang":
+        return "reads EAGLE-3 in a flat layout only (LlamaForCausalLMEagle3)"
+    if engine == "llama.cpp" and traits.qk_norm:
+        return "knows no normed heads: train with drafter.qk_norm=false"
+    if count != 3 and not traits.qk_norm:
+        return f"reads three captured layers without normed heads, not {count}"
+    if engine == "vLLM":
+        return None
+    if not layers:
+        return (
+            "captures layers of its own choice, and nothing tells whether these: give target.path"
+        )
+    own = (2, layers // 2, layers - 3)
+    if traits.captured == own:
+        return None
+    ids = ",".join(str(state - 1) for state in own)
+    return f"captures the target's layers [{ids}] alone: train with target.layer_ids=[{ids}]"
+
+
+def _own(traits: Traits) -> tuple[bool, str]:
+    why = traits.eagle3 and traits.eagle3.unread
+    return (False, why) if why else (True, "reads it beside its target")
 
 
 def _reference(traits: Traits) -> tuple[bool, str]:

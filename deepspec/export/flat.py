@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from deepspec import __version__
 from deepspec.drafters.dspark.config import DSparkConfig
+from deepspec.drafters.dspark.model import DSparkDrafter
+from deepspec.drafters.shape import DrafterShape
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export.files import deepspec_of
 from deepspec.export.names import public_name
+from deepspec.export.tensors import Form
 from deepspec.targets import TargetEnds
 
 PROFILES = ("serving", "full")
 ARCHITECTURES = ["Qwen3DSparkModel"]
+DSPARK = Form(DSparkDrafter)
+Shape = TypeVar("Shape", bound=DrafterShape)
 
 # fields of DSparkConfig that have another name in config.json
 FLAT_NAMES = {
@@ -62,21 +68,16 @@ def flat_config(
     `profile`: `serving` shares the target's embedding and LM head, `full` carries both.
     `num_anchors`: what it was trained with. Raises ConfigError for an unknown profile.
     """
-    if profile not in PROFILES:
-        raise ConfigError(f"export.profile={profile} is not one of {', '.join(PROFILES)}")
     values = shape.to_dict()
-    detached, coverage = values.pop("confidence_detached"), values.pop("draft_vocab_coverage")
+    detached = values.pop("confidence_detached")
+    del values["draft_vocab_coverage"]
     if shape.draft_vocab_size is None:
         del values["draft_vocab_size"]
-    rope = values.pop("rope_parameters")
-    if rope["rope_type"] == "default":  # a target's partial or sectioned rotation is not ours
-        rope = {key: rope[key] for key in ("rope_type", "rope_theta")}
     return {
         "architectures": ARCHITECTURES,
         **FIXED,
         **{FLAT_NAMES.get(name, name): value for name, value in values.items()},
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],  # where readers older than rope_parameters look
+        **rotation_of(shape),
         "layer_types": ["full_attention"] * shape.num_layers,
         "max_window_layers": shape.num_layers,
         "sliding_window": None,
@@ -86,15 +87,32 @@ def flat_config(
         "eos_token_id": getattr(target.config, "eos_token_id", None),
         "num_anchors": num_anchors,
         "dtype": "bfloat16",
-        "deepspec": {
-            "version": __version__,
-            "profile": profile,
-            "target": public_name(target.name),
-            "target_tied": target.embedding.data_ptr() == target.head.weight.data_ptr(),
-            "identity": target.identity,
-            "confidence_detached": detached,
-            **({} if coverage is None else {"draft_vocab_coverage": coverage}),
-        },
+        "deepspec": {**own_part(shape, target, profile), "confidence_detached": detached},
+    }
+
+
+def rotation_of(shape: Any) -> dict[str, Any]:
+    """The keys of a backbone's config that say how a drafter of `shape` rotates."""
+    rope = dict(shape.rope_parameters)
+    if rope["rope_type"] == "default":  # a target's partial or sectioned rotation is not ours
+        rope = {key: rope[key] for key in ("rope_type", "rope_theta")}
+    # the second is where readers older than rope_parameters look
+    return {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+
+
+def own_part(shape: Any, target: TargetEnds, profile: str) -> dict[str, Any]:
+    """What stands under `deepspec`: for this library alone. Raises ConfigError for a profile that
+    there is not."""
+    if profile not in PROFILES:
+        raise ConfigError(f"export.profile={profile} is not one of {', '.join(PROFILES)}")
+    coverage = shape.draft_vocab_coverage
+    return {
+        "version": __version__,
+        "profile": profile,
+        "target": public_name(target.name),
+        "target_tied": target.embedding.data_ptr() == target.head.weight.data_ptr(),
+        "identity": target.identity,
+        **({} if coverage is None else {"draft_vocab_coverage": coverage}),
     }
 
 
@@ -119,8 +137,19 @@ def conventions(config: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def shape_of(config: dict[str, Any]) -> DSparkConfig:
-    """A flat config as DSparkConfig. Raises CheckpointError for keys missing or of other types."""
+def checked_shape(config: dict[str, Any], file: Path) -> DSparkConfig:
+    """The shape in a flat config that was read from `file`. Raises CheckpointError."""
+    for problem in conventions(config):
+        raise CheckpointError(f"{file}: {problem}")
+    try:
+        return shape_of(config, DSparkConfig)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def shape_of(config: dict[str, Any], kind: type[Shape]) -> Shape:
+    """A flat config as a shape of this `kind`. Raises CheckpointError for keys missing or of other
+    types."""
     rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if isinstance(rope, dict):
         rope = {"rope_type": rope.get("type", "default"), **rope}
@@ -138,10 +167,10 @@ def shape_of(config: dict[str, Any]) -> DSparkConfig:
         "draft_vocab_coverage": own.get("draft_vocab_coverage"),
         "sample_from_anchor": True,  # else `conventions` says so
     }
-    names = {field.name: FLAT_NAMES.get(field.name, field.name) for field in fields(DSparkConfig)}
+    names = {field.name: FLAT_NAMES.get(field.name, field.name) for field in fields(kind)}
     if missing := [key for key in names.values() if key not in known]:
         raise CheckpointError(f"misses {', '.join(missing)}; export again")
-    for field in fields(DSparkConfig):
+    for field in fields(kind):
         key = names[field.name]
         if not TYPES[str(field.type)](known[key]):
             raise CheckpointError(f"{key} is {known[key]!r}, expected {field.type}")
@@ -150,4 +179,4 @@ def shape_of(config: dict[str, Any]) -> DSparkConfig:
         raise CheckpointError(f"draft_vocab_size is {size}, expected 1 to vocab_size={whole}")
     if size == whole:  # how the speculators layout says that it is not reduced
         known["draft_vocab_size"] = None
-    return DSparkConfig.from_dict({name: known[key] for name, key in names.items()})
+    return kind.from_dict({name: known[key] for name, key in names.items()})

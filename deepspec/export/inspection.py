@@ -1,4 +1,4 @@
-"""What is wrong with a DSpark export as its files describe it, without a target and without values.
+"""What is wrong with an export as its files describe it, without a target and without values.
 
 A loader stops at the first fault; here all of them are found, also those that a loader does not
 mind and an engine does.
@@ -11,10 +11,10 @@ from typing import Any
 
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.errors import CheckpointError
-from deepspec.export.dspark import D2T, EMBEDDING, HEAD, T2D, misfits
 from deepspec.export.engines import Traits
 from deepspec.export.files import Headers, deepspec_of
-from deepspec.export.flat import conventions, shape_of
+from deepspec.export.flat import DSPARK, conventions, shape_of
+from deepspec.export.tensors import D2T, EMBEDDING, HEAD, T2D, Form, misfits
 
 INTEGERS = {D2T: "I64", T2D: "BOOL"}
 
@@ -26,13 +26,17 @@ def dspark_faults(flat: dict[str, Any], headers: Headers | None) -> Iterator[str
         yield "is_causal is missing; write false: slots of a block see each other"
     shape = None
     try:
-        shape = shape_of(flat)
+        shape = shape_of(flat, DSparkConfig)
         yield from layer_faults(shape.target_layer_ids, shape.num_target_layers)
         yield from _size_faults(shape)
     except CheckpointError as error:
         yield str(error)
-    if headers is None:
-        return
+    if headers is not None:
+        yield from tensor_faults(DSPARK, headers, shape)
+
+
+def tensor_faults(form: Form, headers: Headers, shape: Any) -> Iterator[str]:
+    """Faults of the tensors beside a config that describes `shape` (None: nothing that can be)."""
     yield from _name_faults(headers)
     for name, info in headers.items():
         expected = INTEGERS.get(name, "BF16")
@@ -41,14 +45,14 @@ def dspark_faults(flat: dict[str, Any], headers: Headers | None) -> Iterator[str
     if shape is not None:
         try:
             found = {name: info.shape for name, info in headers.items()}
-            yield from misfits(found, shape)
+            yield from misfits(form, found, shape)
         except CheckpointError as error:
             yield str(error)
         if shape.draft_vocab_size is not None and HEAD not in headers:
             yield f"{HEAD} is missing: a draft vocabulary needs the head's rows for it"
 
 
-def dspark_traits(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
+def traits_of(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
     """What engines' answers depend on; a key that is missing is a fault anyway."""
     size, whole, rank = (flat.get(k) for k in ("draft_vocab_size", "vocab_size", "markov_rank"))
     tied = deepspec_of(flat).get("target_tied")

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from deepspec.drafters.base import Drafter
+from deepspec.drafters.eagle3 import Eagle3Config
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export import deepseek_v4, flat, speculators
-from deepspec.export.dspark import checked_shape, dspark_tensors, load_dspark
+from deepspec.export import deepseek_v4, eagle3, flat, speculators
 from deepspec.export.engines import Traits
 from deepspec.export.files import (
     CONFIG,
@@ -26,7 +26,9 @@ from deepspec.export.files import (
     read_config,
     write_folder,
 )
-from deepspec.export.inspection import dspark_faults, dspark_traits
+from deepspec.export.flat import DSPARK, checked_shape
+from deepspec.export.inspection import dspark_faults, traits_of
+from deepspec.export.tensors import load_tensors, tensors_of
 from deepspec.targets import TargetEnds
 
 Config = dict[str, Any]
@@ -61,7 +63,10 @@ class Layout:
 
 # ------------------------------------------------------------------------------------ the table
 
-DSPARK = ("dspark", "dflash")
+
+def _is_of(config: Config, architectures: tuple[str, ...]) -> bool:
+    found = config.get("architectures")
+    return isinstance(found, list) and bool(found) and found[0] in architectures
 
 
 def _dspark_layout(
@@ -74,10 +79,6 @@ def _dspark_layout(
 ) -> Layout:
     """A layout of DSpark drafters whose config can be put as a flat one."""
 
-    def is_mine(config: Config) -> bool:
-        found = config.get("architectures")
-        return isinstance(found, list) and bool(found) and found[0] in architectures
-
     def turned(folder: Path, config: Config, num_target_layers: int | None = None) -> Config:
         try:
             return as_flat(config, num_target_layers)
@@ -85,11 +86,13 @@ def _dspark_layout(
             raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
     def refuse(kind: str, shape: Any) -> str | None:
-        return refusal(kind, shape) if kind in DSPARK else f"it holds no {kind} drafters"
+        known = kind in ("dspark", "dflash")
+        return refusal(kind, shape) if known else f"it holds no {kind} drafters"
 
     def load(folder: Path, config: Config, target: TargetEnds | None) -> Drafter:
         layers = None if target is None else target.num_layers
-        return load_dspark(folder, turned(folder, config, layers), target)
+        whole = turned(folder, config, layers)
+        return load_tensors(DSPARK, folder, whole, checked_shape(whole, folder / CONFIG), target)
 
     def faults(config: Config, headers: Headers | None) -> Iterator[str]:
         yield from more_faults(config)
@@ -100,15 +103,15 @@ def _dspark_layout(
 
     def traits(config: Config, headers: Headers) -> Traits:
         try:
-            return dspark_traits(name, as_flat(config, None), headers)
+            return traits_of(name, as_flat(config, None), headers)
         except CheckpointError:  # a fault, so no engine is asked
-            return dspark_traits(name, config, headers)
+            return traits_of(name, config, headers)
 
     return Layout(
-        is_mine=is_mine,
+        is_mine=lambda config: _is_of(config, architectures),
         refusal=refuse,
         config=config,
-        tensors=dspark_tensors,
+        tensors=lambda *what: tensors_of(DSPARK, *what),
         shape=lambda folder, config: checked_shape(turned(folder, config), folder / CONFIG),
         load=load,
         kind=lambda shape: "dspark" if shape.markov_rank or shape.confidence_head else "dflash",
@@ -132,6 +135,43 @@ def _speculators_refusal(kind: str, shape: Any) -> str | None:
     return None
 
 
+EAGLE3 = Layout(
+    is_mine=lambda config: _is_of(config, eagle3.ARCHITECTURES),
+    refusal=lambda kind, _: None if kind == "eagle3" else f"it holds no {kind} drafters",
+    config=eagle3.eagle3_config,
+    tensors=lambda *what: tensors_of(eagle3.EAGLE3, *what),
+    shape=eagle3.eagle3_shape,
+    load=eagle3.load_eagle3,
+    kind=lambda _: "eagle3",
+    target=lambda _, config: speculators.verifier_of(config),
+    faults=eagle3.eagle3_faults,
+    traits=eagle3.eagle3_traits,
+)
+
+
+def _with_eagle3(dspark: Layout) -> Layout:
+    """Both algorithms of one layout: a config's architecture says which, and a drafter's shape."""
+
+    def of(config: Config) -> Layout:
+        return EAGLE3 if EAGLE3.is_mine(config) else dspark
+
+    def holding(shape: Any) -> Layout:
+        return EAGLE3 if isinstance(shape, Eagle3Config) else dspark
+
+    return Layout(
+        is_mine=lambda config: dspark.is_mine(config) or EAGLE3.is_mine(config),
+        refusal=lambda kind, shape: (EAGLE3 if kind == "eagle3" else dspark).refusal(kind, shape),
+        config=lambda shape, *more: holding(shape).config(shape, *more),
+        tensors=lambda drafter, *more: holding(drafter.config).tensors(drafter, *more),
+        shape=lambda folder, config: of(config).shape(folder, config),
+        load=lambda folder, config, target: of(config).load(folder, config, target),
+        kind=lambda shape: holding(shape).kind(shape),
+        target=dspark.target,
+        faults=lambda config, headers: of(config).faults(config, headers),
+        traits=lambda config, headers: of(config).traits(config, headers),
+    )
+
+
 LAYOUTS = {
     "flat": _dspark_layout(
         "flat",
@@ -141,13 +181,15 @@ LAYOUTS = {
         lambda config, _: config,
         lambda _: iter(()),
     ),
-    "speculators": _dspark_layout(
-        "speculators",
-        speculators.ARCHITECTURES,
-        _speculators_refusal,
-        speculators.speculators_config,
-        speculators.as_flat,
-        speculators.serving_faults,
+    "speculators": _with_eagle3(
+        _dspark_layout(
+            "speculators",
+            speculators.ARCHITECTURES,
+            _speculators_refusal,
+            speculators.speculators_config,
+            speculators.as_flat,
+            speculators.dspark_serving_faults,
+        )
     ),
     "deepseek_v4": Layout(
         is_mine=deepseek_v4.is_deepseek_v4,

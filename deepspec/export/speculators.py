@@ -1,5 +1,7 @@
 """The layout of vLLM's speculators library: the one in which a draft vocabulary is served.
 
+Here is what its algorithms have in common, and DSpark; EAGLE-3 is in `eagle3`.
+
 config.json keeps the drafter's backbone apart, as a Qwen3 config under `transformer_layer_config`;
 weights and their names are those of the flat layout. `aux_hidden_state_layer_ids` count hidden
 states, of which the first is the embedding: our layer id k (a block's output) is k + 1 there.
@@ -15,10 +17,10 @@ loading beside a target refuses, as drafting here uses the target's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import Qwen3Config
+from transformers import PreTrainedConfig, Qwen3Config
 
 from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.errors import CheckpointError
@@ -55,22 +57,11 @@ def speculators_config(
     backbone = {key: value for key, value in whole.items() if key not in APART}
     return {
         "architectures": ["DSparkSpeculator"],
-        "speculators_model_type": "dspark",
+        **library_part("dspark", shape.block_size, target),
         BACKBONE: {**backbone, "tie_word_embeddings": False, "dtype": "bfloat16"},
         "draft_vocab_size": shape.draft_vocab_size or shape.vocab_size,
         AUXILIARY: [layer_id + 1 for layer_id in shape.target_layer_ids],
         **{key: whole[key] for key in BESIDE},
-        "speculators_config": {
-            "algorithm": "dspark",
-            "proposal_methods": [
-                {"proposal_type": "greedy", "speculative_tokens": shape.block_size}
-            ],
-            "default_proposal_method": "greedy",
-            "verifier": {
-                "name_or_path": public_name(target.name),
-                "architectures": list(getattr(target.config, "architectures", None) or []),
-            },
-        },
         "deepspec": {
             **own,
             "target_layer_ids": list(shape.target_layer_ids),
@@ -79,31 +70,27 @@ def speculators_config(
     }
 
 
-def as_flat(config: dict[str, Any], num_target_layers: int | None = None) -> dict[str, Any]:
-    """The same drafter as a flat config says it, what Transformers knows by heart filled in.
-
-    `num_target_layers` of the target, where it is at hand: the layout itself does not say it, so
-    else it is 0. Raises CheckpointError where parts are missing.
-    """
-    backbone, auxiliary = config.get(BACKBONE), config.get(AUXILIARY)
-    if not isinstance(backbone, dict):
-        raise CheckpointError(f"{BACKBONE} is missing or no object; export again")
-    if not (type(auxiliary) is list and auxiliary and all(type(i) is int for i in auxiliary)):
-        raise CheckpointError(f"{AUXILIARY} is missing or no list of ids; export again")
-    if backbone.get("model_type", "qwen3") != "qwen3":
-        raise CheckpointError(
-            f"{BACKBONE}.model_type is {backbone['model_type']!r}, but only 'qwen3' is read"
-        )
-    try:
-        whole = Qwen3Config(**backbone).to_dict()
-    except Exception as error:  # Transformers looks at sizes and rotations in many ways
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{BACKBONE} is no Qwen3 config: {first}") from None
-    layer_ids, own = [index - 1 for index in auxiliary], deepspec_of(config)
-    recorded = own.get("num_target_layers")
-    layers = recorded if type(recorded) is int else num_target_layers or 0
+def library_part(algorithm: str, tokens: int, target: TargetEnds) -> dict[str, Any]:
+    """The keys that the library's configs have in common, whatever the algorithm; `tokens` are
+    drafted a round."""
     return {
-        **whole,
+        "speculators_model_type": algorithm,
+        "speculators_config": {
+            "algorithm": algorithm,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
+            "default_proposal_method": "greedy",
+            "verifier": {
+                "name_or_path": public_name(target.name),
+                "architectures": list(getattr(target.config, "architectures", None) or []),
+            },
+        },
+    }
+
+
+def as_flat(config: dict[str, Any], num_target_layers: int | None = None) -> dict[str, Any]:
+    """The same drafter as a flat config says it; arguments as of `opened`."""
+    return {
+        **opened(config, AUXILIARY, {"qwen3": Qwen3Config}, num_target_layers),
         # the library's defaults, written or not
         "markov_rank": 256,
         "markov_head_type": "vanilla",
@@ -111,37 +98,83 @@ def as_flat(config: dict[str, Any], num_target_layers: int | None = None) -> dic
         "confidence_head_with_markov": True,
         **{key: config[key] for key in BESIDE if key in config},
         "architectures": flat.ARCHITECTURES,
-        "target_layer_ids": layer_ids,
-        "num_target_layers": layers,
+    }
+
+
+def opened(
+    config: dict[str, Any],
+    auxiliary: str,
+    backbones: Mapping[str, type[PreTrainedConfig]],
+    num_target_layers: int | None = None,
+) -> dict[str, Any]:
+    """What a flat config says of the backbone, what Transformers knows by heart filled in.
+
+    `auxiliary`: the key of the captured layers; `backbones`: what may stand under
+    `transformer_layer_config` by its model_type, the first where it does not say.
+    `num_target_layers` of the target, where it is at hand: the layout itself does not say it, so
+    else it is 0. Raises CheckpointError where parts are missing.
+    """
+    backbone, captured = config.get(BACKBONE), config.get(auxiliary)
+    if not isinstance(backbone, dict):
+        raise CheckpointError(f"{BACKBONE} is missing or no object; export again")
+    if not (type(captured) is list and captured and all(type(i) is int for i in captured)):
+        raise CheckpointError(f"{auxiliary} is missing or no list of ids; export again")
+    model_type = backbone.get("model_type", next(iter(backbones)))
+    if model_type not in list(backbones):
+        known = " and ".join(map(repr, backbones))
+        raise CheckpointError(f"{BACKBONE}.model_type is {model_type!r}, but only {known} is read")
+    try:
+        whole = backbones[model_type](**backbone).to_dict()
+    except Exception as error:  # Transformers looks at sizes and rotations in many ways
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{BACKBONE} is no {model_type} config: {first}") from None
+    own = deepspec_of(config)
+    recorded = own.get("num_target_layers")
+    return {
+        **whole,
+        "target_layer_ids": [index - 1 for index in captured],
+        "num_target_layers": recorded if type(recorded) is int else num_target_layers or 0,
         "draft_vocab_size": config.get("draft_vocab_size"),
         "deepspec": own,
     }
 
 
-def serving_faults(config: dict[str, Any]) -> Iterator[str]:
-    """What engines look for in this layout and would not find, a sentence each."""
-    if config.get("speculators_model_type") != "dspark":
-        yield f"speculators_model_type is {config.get('speculators_model_type')!r}, not 'dspark'"
-    methods = _object(config, "speculators_config").get("proposal_methods")
-    first = methods[0] if isinstance(methods, list) and methods else None
-    tokens = first.get("speculative_tokens") if isinstance(first, dict) else None
-    if tokens is None:
-        yield "speculators_config.proposal_methods[0].speculative_tokens is missing: vLLM reads it"
-    elif config.get("sample_from_anchor") is True and tokens != config.get("block_size"):
+def dspark_serving_faults(config: dict[str, Any]) -> Iterator[str]:
+    """`serving_faults` of a DSpark drafter."""
+    yield from serving_faults(config, "dspark", AUXILIARY)
+    tokens, size = drafted(config), config.get("block_size")
+    if config.get("sample_from_anchor") is True and tokens not in (None, size):
         yield (
             f"speculative_tokens is {tokens}, but a block whose first slot holds the anchor gives "
-            f"block_size={config.get('block_size')} drafts"
+            f"block_size={size} drafts"
         )
+
+
+def serving_faults(config: dict[str, Any], algorithm: str, auxiliary: str) -> Iterator[str]:
+    """What engines look for in this layout and would not find, a sentence each; `auxiliary` as of
+    `opened`."""
+    found = config.get("speculators_model_type")
+    if found != algorithm:
+        yield f"speculators_model_type is {found!r}, not {algorithm!r}"
+    if drafted(config) is None:
+        yield "speculators_config.proposal_methods[0].speculative_tokens is missing: vLLM reads it"
     if not verifier_of(config):
         yield "speculators_config.verifier.name_or_path is missing: vLLM reads it"
-    recorded, found = deepspec_of(config).get("target_layer_ids"), config.get(AUXILIARY)
+    recorded, found = deepspec_of(config).get("target_layer_ids"), config.get(auxiliary)
     if type(recorded) is list and all(type(layer_id) is int for layer_id in recorded):
         expected = [layer_id + 1 for layer_id in recorded]
         if found != expected:
             yield (
-                f"{AUXILIARY} is {found}, expected {expected}: the target's layers {recorded}, "
+                f"{auxiliary} is {found}, expected {expected}: the target's layers {recorded}, "
                 "each plus one, as hidden state 0 is the embedding"
             )
+
+
+def drafted(config: dict[str, Any]) -> Any:
+    """What stands for the number of drafts a round; None where nothing does."""
+    methods = _object(config, "speculators_config").get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else None
+    return first.get("speculative_tokens") if isinstance(first, dict) else None
 
 
 def verifier_of(config: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "eagle3": {"markov_rank": 0, "confidence_head": False},
     "mtp": {"markov_rank": 0, "confidence_head": False},
 }
+FORMATS = {"eagle3": "speculators"}  # the others' layout is the recipe's
 LAYER_IDS = {"eagle3": 3, "mtp": 1}  # low, middle and high; the last hidden state alone
 
 
@@ -61,6 +62,8 @@ class Training:
         words = [f"drafter.{key}={str(value).lower()}" for key, value in shape.items()]
         if self.kind in LAYER_IDS:
             words.append(f"target.num_layer_ids={LAYER_IDS[self.kind]}")
+        if self.kind in FORMATS:
+            words.append(f"export.format={FORMATS[self.kind]}")
         return [*words, f"seed={self.seed}"]
 
 

@@ -1,4 +1,4 @@
-"""DSpark drafters and their tensors, the same in every layout that describes them by a flat config.
+"""A drafter's tensors: written, held against its shape, and read back; the same for every kind.
 
 Two profiles: `serving` leaves the embedding and LM head out, because engines share the target's
 (but those that the target scales are inside); `full` carries both. With a draft vocabulary the LM
@@ -9,15 +9,15 @@ be drafted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepspec.drafters.dspark.config import DSparkConfig
-from deepspec.drafters.dspark.model import DSparkDrafter
+from deepspec.drafters.base import Drafter
 from deepspec.errors import CheckpointError
 from deepspec.export.files import (
     CONFIG,
@@ -27,16 +27,25 @@ from deepspec.export.files import (
     identity_in,
     read_weights,
 )
-from deepspec.export.flat import conventions, shape_of
 from deepspec.targets import TargetEnds
 from deepspec.targets.identity import differing
 
 EMBEDDING, HEAD, D2T, T2D = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
 
 
-def dspark_tensors(drafter: DSparkDrafter, target: TargetEnds, profile: str) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Form:
+    """How drafters of one kind are put into a file: `build` makes one of a shape, `rename` turns
+    the name of a parameter into that of its tensor."""
+
+    build: Callable[[Any], Drafter]
+    rename: Callable[[str], str] = str
+
+
+def tensors_of(form: Form, drafter: Drafter, target: TargetEnds, profile: str) -> dict[str, Tensor]:
     """All tensors of an export, bf16; see the head of this file."""
-    tensors, ids = drafter.state_dict(), drafter.vocabulary
+    tensors = {form.rename(name): tensor for name, tensor in drafter.state_dict().items()}
+    ids = drafter.vocabulary
     # engines that share the target's tables do not scale them as some families do
     if profile == "full" or target.embedding_scale != 1:
         tensors[EMBEDDING] = target.embedding
@@ -52,13 +61,14 @@ def as_t2d(ids: Tensor, vocab_size: int) -> Tensor:
     return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids.cpu(), True)
 
 
-def misfits(found: Mapping[str, Sequence[int]], shape: DSparkConfig) -> Iterator[str]:
+def misfits(form: Form, found: Mapping[str, Sequence[int]], shape: Any) -> Iterator[str]:
     """How tensors of these names and shapes differ from those of a drafter of `shape`.
 
     Raises CheckpointError where there can be no drafter of that shape.
     """
     with torch.device("meta"):
-        needed = {name: tuple(t.shape) for name, t in build(shape).state_dict().items()}
+        parameters = build(form, shape).state_dict()
+    needed = {form.rename(name): tuple(tensor.shape) for name, tensor in parameters.items()}
     size, rows = shape.vocab_size, shape.draft_vocab_size or shape.vocab_size
     optional: dict[str, tuple[int, ...]] = {
         EMBEDDING: (size, shape.hidden_size),
@@ -89,33 +99,24 @@ def vocabulary_faults(d2t: Tensor, t2d: Tensor | None, vocab_size: int) -> Itera
 # --------------------------------------------------------------------------------------- reading
 
 
-def checked_shape(flat: dict[str, Any], file: Path) -> DSparkConfig:
-    """The shape in a flat config that was read from `file`. Raises CheckpointError."""
-    for problem in conventions(flat):
-        raise CheckpointError(f"{file}: {problem}")
-    try:
-        return shape_of(flat)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+def load_tensors(
+    form: Form, folder: Path, config: dict[str, Any], shape: Any, target: TargetEnds | None
+) -> Drafter:
+    """The exported drafter of `shape`, fp32 (of bf16 values), in evaluation mode; either profile.
 
-
-def load_dspark(folder: Path, flat: dict[str, Any], target: TargetEnds | None) -> DSparkDrafter:
-    """The exported drafter, fp32 (of bf16 values), in evaluation mode; either profile.
-
-    `flat`: its config, as a flat one. With a `target`, checks that the export was made for it and
-    that it captures the drafter's layers. Raises CheckpointError for files that are missing,
-    corrupt or do not fit each other, and for another target.
+    With a `target`, checks that the export was made for it and that it captures the drafter's
+    layers. Raises CheckpointError for files that are missing, corrupt or do not fit each other, and
+    for another target.
     """
-    shape = checked_shape(flat, folder / CONFIG)
     if target is not None:
-        _check_target(folder, flat, shape, target)
-    tensors = read_weights(folder, flat)
+        _check_target(folder, config, shape, target)
+    tensors = read_weights(folder, config)
     try:
-        drafter = build(shape)
+        drafter = build(form, shape)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG} {error}") from error
-    _check_fit(folder, tensors, shape)
-    own = {name: tensors.pop(name) for name in drafter.state_dict()}
+    _check_fit(form, folder, tensors, shape)
+    own = {name: tensors.pop(form.rename(name)) for name in drafter.state_dict()}
     if D2T in own:
         for fault in vocabulary_faults(own[D2T], tensors.get(T2D), shape.vocab_size):
             raise CheckpointError(f"{folder / WEIGHTS}: {fault}; export again")
@@ -125,10 +126,10 @@ def load_dspark(folder: Path, flat: dict[str, Any], target: TargetEnds | None) -
     return drafter.eval()
 
 
-def build(shape: DSparkConfig) -> DSparkDrafter:
+def build(form: Form, shape: Any) -> Drafter:
     """A drafter of this shape. Raises CheckpointError where none can be."""
     try:
-        return DSparkDrafter(shape)
+        return form.build(shape)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"describes no drafter that can be built ({type(error).__name__}: {error}); "
@@ -136,13 +137,11 @@ def build(shape: DSparkConfig) -> DSparkDrafter:
         ) from error
 
 
-def _check_target(
-    folder: Path, flat: dict[str, Any], shape: DSparkConfig, target: TargetEnds
-) -> None:
-    different = differing(identity_in(flat), target.identity)
+def _check_target(folder: Path, config: dict[str, Any], shape: Any, target: TargetEnds) -> None:
+    different = differing(identity_in(config), target.identity)
     different += misfits_of_target(shape, target)
     if different:
-        whose = deepspec_of(flat).get("target", "the one it was trained for")
+        whose = deepspec_of(config).get("target", "the one it was trained for")
         raise CheckpointError(
             f"{folder} was made for another target than {target.name}: the {', '.join(different)} "
             f"differ(s); set target.path to {whose}, or train a drafter for this one"
@@ -164,9 +163,9 @@ def misfits_of_target(shape: Any, target: TargetEnds) -> list[str]:
     return [f"{key} ({own}, not {its})" for key, (own, its) in sizes.items() if own not in (0, its)]
 
 
-def _check_fit(folder: Path, tensors: dict[str, Tensor], shape: DSparkConfig) -> None:
+def _check_fit(form: Form, folder: Path, tensors: dict[str, Tensor], shape: Any) -> None:
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    if problems := list(misfits(found, shape)):
+    if problems := list(misfits(form, found, shape)):
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
             f"{folder / WEIGHTS} does not fit {CONFIG} beside it: {'; '.join(problems[:5])}{more}. "
@@ -175,7 +174,7 @@ def _check_fit(folder: Path, tensors: dict[str, Tensor], shape: DSparkConfig) ->
 
 
 def _check_shared(
-    file: Path, shared: dict[str, Tensor], drafter: DSparkDrafter, target: TargetEnds
+    file: Path, shared: dict[str, Tensor], drafter: Drafter, target: TargetEnds
 ) -> None:
     """An embedding and a head inside must be the target's: drafting here uses the latter."""
     ids = drafter.vocabulary
