@@ -5,7 +5,7 @@ The files alone are read; a target, where one is given, tells more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,15 @@ def check_export(folder: Path, target: TargetEnds | None = None) -> Findings:
         faults += _table_faults(folder, headers, shape)
         traits = _with_ties(folder, headers, traits, target)
         if target is not None and not faults:
-            faults += _target_faults(folder, config, headers, shape, target)
+            its_own = () if traits.eagle3 is None else (HEAD,)
+            faults += _target_faults(folder, config, headers, shape, target, its_own)
             faults += layer_faults(shape.target_layer_ids, target.num_layers, layout.last_layer)
         if not layout.last_layer:
             doubts += _layer_doubts(config, shape, target)
         if target is not None:
             doubts += _scale_doubts(traits, target)
+            if traits.eagle3 is not None and not faults:
+                doubts += _head_doubts(folder, headers, target)
     return Findings(name, faults, doubts, loads_in(traits, faults))
 
 
@@ -106,9 +109,14 @@ def _with_ties(folder: Path, headers: Headers, traits: Traits, target: TargetEnd
 
 
 def _target_faults(
-    folder: Path, config: dict[str, Any], headers: Headers, shape: Any, target: TargetEnds
+    folder: Path,
+    config: dict[str, Any],
+    headers: Headers,
+    shape: Any,
+    target: TargetEnds,
+    its_own: Sequence[str],
 ) -> Iterator[str]:
-    """What only a look at the target tells."""
+    """What only a look at the target tells; tensors that are `its_own` need not be the target's."""
     own, its = (shape.hidden_size, shape.vocab_size), (target.hidden_size, target.vocab_size)
     if own != its:
         yield (
@@ -122,13 +130,29 @@ def _target_faults(
     here = {key: value for key, value in identity_in(config).items() if key in target.identity}
     if others := differing(here, target.identity):
         yield f"it was made for another target than {target.name}: {', '.join(others)} differ(s)"
+    for name in _other_tables(folder, headers, target):
+        if name not in its_own:
+            yield f"{name} is not that of {target.name}"
+
+
+def _other_tables(folder: Path, headers: Headers, target: TargetEnds) -> Iterator[str]:
+    """Those of embedding and LM head that are inside and not the target's."""
     head = target.head.weight
     if D2T in headers:
         d2t = read_tensor(folder, D2T)
         head = head[(d2t + torch.arange(len(d2t))).to(head.device)]
     for name, tensor in ((EMBEDDING, target.embedding), (HEAD, head)):
         if name in headers and not torch.equal(read_tensor(folder, name), as_saved(tensor)):
-            yield f"{name} is not that of {target.name}"
+            yield name
+
+
+def _head_doubts(folder: Path, headers: Headers, target: TargetEnds) -> Iterator[str]:
+    """EAGLE-3 of others has a head that was trained with it."""
+    if HEAD in _other_tables(folder, headers, target):
+        yield (
+            f"{HEAD} is not that of {target.name}: engines draft with it, but this library with "
+            "the target's and does not load the export"
+        )
 
 
 def _layer_doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None) -> Iterator[str]:

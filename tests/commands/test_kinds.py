@@ -93,13 +93,13 @@ def test_training_without_a_layout_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    main(["train", "recipe=tiny_eagle3", f"out={run}", *words(settings)])
+    main(["train", "recipe=tiny_mtp", f"out={run}", *words(settings)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "export: none: no layout holds a drafter.kind=eagle3" in shown
+    assert "export: none: no layout holds a drafter.kind=mtp" in shown
     assert not (run / "export").exists()
     message = refused("export", f"checkpoint={run}", f"out={tmp_path / 'export'}")
     assert (
-        "export.format=flat cannot hold this drafter: it holds no eagle3 drafters; no layout can"
+        "export.format=flat cannot hold this drafter: it holds no mtp drafters; no layout can"
         in message
     )
     assert not (tmp_path / "export").exists()

@@ -247,7 +247,8 @@ def test_settings_tell_before_there_is_a_drafter() -> None:
     assert layouts_for("dspark", DrafterConfig(markov_head="gated")) == ["flat"]
     assert layouts_for("dspark", DrafterConfig(draft_vocab_size=9)) == ["speculators"]
     assert layouts_for("dflash", DrafterConfig(kind="dflash")) == ["flat"]
-    assert layouts_for("eagle3", DrafterConfig(kind="eagle3")) == []
+    assert layouts_for("eagle3", DrafterConfig(kind="eagle3")) == ["speculators"]
+    assert layouts_for("mtp", DrafterConfig(kind="mtp")) == []
 
 
 def test_an_export_of_one_layout_is_replaced_by_another(target: Target, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from deepspec.training.checkpoint import best_checkpoint, list_checkpoints, load
 from deepspec.training.metrics import read_metrics
 from tests.recipes.small import STEPS, small, words, write_prompts
 
-WITHOUT_EXPORT = {"eagle3", "mtp"}  # kinds that no layout holds
+WITHOUT_EXPORT = {"mtp"}  # kinds that no layout holds
 # these need a cluster and the hub: test_needs.py plans them
 LARGE = {name for name, _ in list_recipes() if not name.startswith("tiny")}
 RECIPES = [name for name, _ in list_recipes() if name not in LARGE]
