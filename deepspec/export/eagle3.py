@@ -12,8 +12,8 @@ and SGLang (`llama_eagle3.py`):
 - vLLM takes a missing `norm_before_residual` for true and llama.cpp for false, so it is written,
   and so are the later switches (`norm_before_fc`, `fc_norm`, `norm_output`): all false.
 - vLLM goes by `speculators_model_type` and by the layer's `model_type`, captures what the config
-  names, and takes from the target what is not inside. Its Llama layer reads three captured layers,
-  its Qwen3 layer any number.
+  names (of targets of some families), and takes from the target what is not inside. Its Llama layer
+  reads three captured layers, its Qwen3 layer any number.
 - llama.cpp goes by `architectures`, knows no normed heads, and captures hidden states 2, n/2 and
   n - 3 of n layers, whatever the config names.
 - SGLang reads EAGLE-3 under a flat config (`LlamaForCausalLMEagle3`) only.

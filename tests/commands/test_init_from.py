@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepspec.cli import main
+from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.drafters.dspark_v4 import DSparkV4Drafter
 from deepspec.export import LAYOUTS, open_export, write_export
@@ -39,6 +40,8 @@ from tests.conftest import make_model, make_tokenizer
 from tests.deepseek_v4 import load_v4, make_native, save_v4
 from tests.export.conftest import make_drafter
 from tests.export.exports import edit
+from tests.export.test_eagle3 import export as export_eagle3
+from tests.export.test_eagle3 import make_eagle3
 from tests.export.test_speculators import foreign
 from tests.recipes.small import small, words, write_prompts
 
@@ -85,7 +88,7 @@ def refused(capsys: pytest.CaptureFixture[str], train: Train, *more: str) -> str
     return capsys.readouterr().err
 
 
-def assert_began_with(run: Path, drafter: DSparkDrafter) -> None:
+def assert_began_with(run: Path, drafter: Drafter) -> None:
     first = load_drafter(read_checkpoint(list_checkpoints(run / "checkpoints")[0]))
     for name, tensor in drafter.state_dict().items():
         expected = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
@@ -123,6 +126,18 @@ def test_an_export_goes_on(target: Target, train: Train, tmp_path: Path, which: 
         assert 0 < again.shape.draft_vocab_coverage < 1
         assert again.load(target).vocabulary.equal(drafter.vocabulary)
         assert "% of those in the training answers" in (run / "export" / "README.md").read_text()
+
+
+def test_an_eagle3_export_goes_on(target: Target, train: Train, tmp_path: Path) -> None:
+    drafter = make_eagle3(target, 100, qk_norm=False)
+    origin = export_eagle3(drafter, target, tmp_path / "origin")
+    run = train("run", f"drafter.init_from={origin}", "export.format=speculators")
+    assert_began_with(run, drafter)
+    checkpoint = read_checkpoint(list_checkpoints(run / "checkpoints")[0])
+    saved = checkpoint.config["drafter"]
+    assert (saved["kind"], saved["block_size"], saved["intermediate_size"]) == ("eagle3", 4, 48)
+    assert (saved["qk_norm"], saved["draft_vocab_size"]) == (False, 100)
+    assert open_export(run / "export").load(target).vocabulary.equal(drafter.vocabulary)
 
 
 def test_a_run_and_a_checkpoint_go_on(train: Train) -> None:

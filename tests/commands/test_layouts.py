@@ -95,6 +95,31 @@ def test_the_export_is_the_drafter_and_is_served(
     assert all(result.baseline.unexplained == 0 for result in again.results if result.baseline)
 
 
+def test_eagle3_goes_the_same_way(
+    settings: list[str],
+    target: Target,
+    target_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its recipe exports it at the end; that is checked, decoded with, and is no flat one."""
+    own, run = ["recipe=tiny_eagle3", *settings[1:]], tmp_path / "run"
+    main(["train", *own, f"drafter.draft_vocab_size={SIZE}", f"out={run}"])
+    exported = open_export(run / "export").load(target)
+    trained = load_drafter(best_checkpoint(run / "checkpoints"))
+    assert exported.config == trained.config
+    assert exported.vocabulary.equal(trained.vocabulary)
+    main(["check", f"export={run / 'export'}", f"target.path={target_folder}"])
+    main(["check", f"run={run}"])
+    decode = [*own, "drafter.kind=eagle3", f"out={tmp_path / 'again'}"]
+    main(["evaluate", f"checkpoint={run / 'export'}", *decode])
+    again = read_report(tmp_path / "again" / "report.json")
+    assert (again.drafter["kind"], again.drafter["shape"]["draft_vocab_size"]) == ("eagle3", SIZE)
+    assert all(result.baseline.unexplained == 0 for result in again.results if result.baseline)
+    flat = ["export", f"checkpoint={run}", "format=flat", f"out={tmp_path / 'flat'}"]
+    assert "it holds no eagle3 drafters; set export.format=speculators" in refused(capsys, *flat)
+
+
 def test_the_ends_alone_give_the_same_vocabulary(run: Path, target: Target) -> None:
     """Features from elsewhere: the target's generation config is read, not the model's."""
     config = config_from(yaml.safe_load((run / "config.yaml").read_text()))
@@ -125,6 +150,7 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
             "export.format=speculators cannot hold this drafter: .* not gated ones; set .*=flat",
         ),
         (["drafter=dflash", "export.format=speculators"], r"\(rank 0\); set export.format=flat"),
+        (["drafter.kind=eagle3"], "no eagle3 drafters; set export.format=speculators"),
         (["drafter.draft_vocab_size=0"], "drafter.draft_vocab_size=0 must be at least 1"),
         (
             ["drafter.draft_vocab_size=261", "export.format=speculators"],
