@@ -81,7 +81,8 @@ def test_what_has_to_be_trained_is_not_evaluated_by_its_recipe(refused: Refused)
 
 
 def test_layers_of_an_autoregressive_drafter(refused: Refused, tmp_path: Path) -> None:
-    message = refused("train", "recipe=tiny", "drafter.kind=eagle3", f"out={tmp_path}")
+    own = ["drafter.kind=eagle3", "export.format=speculators"]
+    message = refused("train", "recipe=tiny", *own, f"out={tmp_path}")
     assert "drafter.num_layers=2, but drafter.kind=eagle3 is one decoder layer" in message
     assert not (tmp_path / "answers.jsonl").exists()  # said before the work
 

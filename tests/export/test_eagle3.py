@@ -34,6 +34,7 @@ from deepspec.export import LAYOUTS, loads_in, model_card, open_export, write_ex
 from deepspec.export.engines import Eagle3Traits
 from deepspec.export.files import headers_of
 from deepspec.targets import Target, load_target
+from tests.checks.test_export import assert_nothing_is_too_strange
 from tests.export.exports import edit, logits_of, observed, rewrite
 from tests.export.test_speculators import BACKBONE, config_of
 
@@ -349,6 +350,13 @@ def test_what_engines_compute_and_this_library_does_not(
     with pytest.raises(CheckpointError, match=message) as caught:
         open_export(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_no_value_of_any_key_is_too_strange(target: Target, tmp_path: Path, qk_norm: bool) -> None:
+    drafter = make_eagle3(target, qk_norm=qk_norm)
+    assert_nothing_is_too_strange(export(drafter, target, tmp_path / "out"))
 
 
 def test_a_head_of_its_own_is_for_engines(target: Target, tmp_path: Path) -> None:
