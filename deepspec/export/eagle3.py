@@ -32,6 +32,7 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen3Config
 
+from deepspec.drafters.base import Drafter
 from deepspec.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from deepspec.errors import CheckpointError
 from deepspec.export.engines import Eagle3Traits, Traits
@@ -136,7 +137,7 @@ def eagle3_shape(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
 
-def load_eagle3(folder: Path, config: dict[str, Any], target: TargetEnds | None) -> Any:
+def load_eagle3(folder: Path, config: dict[str, Any], target: TargetEnds | None) -> Drafter:
     """The drafter; see `load_tensors`."""
     layers = None if target is None else target.num_layers
     shape = eagle3_shape(folder, config, layers)
@@ -146,7 +147,8 @@ def load_eagle3(folder: Path, config: dict[str, Any], target: TargetEnds | None)
 def unread(config: dict[str, Any]) -> Iterator[str]:
     """What of an export engines may well compute, but this library does not, a sentence each."""
     layer = config.get(BACKBONE)
-    layer = layer if isinstance(layer, dict) else {}
+    # layers that are not counted are as many as Transformers thinks
+    layer = {"num_hidden_layers": None, **layer} if isinstance(layer, dict) else {}
     for holder, known in ((config, BESIDE), (layer, WITHIN)):
         for key, value in known.items():
             if holder.get(key, value) != value:

@@ -329,6 +329,7 @@ UNREAD: dict[str, tuple[Callable[[Path], None], str]] = {
         layer(num_hidden_layers=2, layer_types=["full_attention"] * 2),
         "num_hidden_layers is 2",
     ),
+    "how many layers": (layer(num_hidden_layers=None), "num_hidden_layers is None"),
     "bias": (layer(attention_bias=True), "attention_bias is True"),
     "window": (layer(layer_types=["sliding_attention"]), "layer_types is "),
     "another size": (lambda f: edit(f, target_hidden_size=64), "target_hidden_size is 64"),
