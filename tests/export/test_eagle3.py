@@ -322,6 +322,12 @@ def test_every_break_is_found(target: Target, tmp_path: Path, what: str) -> None
     assert not any(entry.loads for entry in found.support)
 
 
+def uncounted(folder: Path) -> None:
+    kept = config_of(folder)[BACKBONE]
+    del kept["num_hidden_layers"], kept["layer_types"]
+    edit(folder, **{BACKBONE: kept})
+
+
 UNREAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "residual": (lambda f: edit(f, norm_before_residual=True), "norm_before_residual is True"),
     "output": (lambda f: edit(f, norm_output=True), "norm_output is True"),
@@ -329,7 +335,7 @@ UNREAD: dict[str, tuple[Callable[[Path], None], str]] = {
         layer(num_hidden_layers=2, layer_types=["full_attention"] * 2),
         "num_hidden_layers is 2",
     ),
-    "how many layers": (layer(num_hidden_layers=None), "num_hidden_layers is None"),
+    "uncounted layers": (uncounted, "num_hidden_layers is None"),
     "bias": (layer(attention_bias=True), "attention_bias is True"),
     "window": (layer(layer_types=["sliding_attention"]), "layer_types is "),
     "another size": (lambda f: edit(f, target_hidden_size=64), "target_hidden_size is 64"),
