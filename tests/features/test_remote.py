@@ -137,23 +137,20 @@ def test_dtypes_on_the_wire(target: Target, dtype: str, tolerance: float) -> Non
 def test_final_states_that_are_not_read_are_not_sent(
     target: Target, make_trainer: MakeTrainer
 ) -> None:
-    """A training ends with bitwise the same weights, and the wire carried less by just these."""
-    received, found = {}, {}
+    """A training ends with bitwise the same weights, and the wire carries less by just these."""
+    received, found, samples = {}, {}, make_samples(13)
     with serving(target, ServeConfig()) as address:
         for every in (True, False):
             remote = RemoteTarget(FeaturesConfig(servers=[address]), every)
+            remote.features(samples)
+            received[every] = remote.received
             source = Ahead(remote.features, 1, remote.close)
             found[every] = weights(make_trainer(f"remote-{every}", source=source), 4, {})
             source.close()
-            received[every] = remote.received
     assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
-    samples = make_samples(13)  # once each
     unread = sum(len(sample) - int(sample.loss_mask[1:].sum()) for sample in samples)
-    saved, headers = (
-        received[True] - received[False],
-        4 * 16,
-    )  # of four replies, in which lengths are
-    assert saved == pytest.approx(unread * target.hidden_size * 4, abs=headers)
+    saved, header = received[True] - received[False], 16  # in which lengths are
+    assert saved == pytest.approx(unread * target.hidden_size * 4, abs=header)
 
 
 def test_limits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
