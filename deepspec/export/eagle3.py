@@ -16,7 +16,7 @@ and SGLang (`llama_eagle3.py`):
   reads three captured layers, its Qwen3 layer any number.
 - llama.cpp goes by `architectures`, knows no normed heads, and captures hidden states 2, n/2 and
   n - 3 of n layers, whatever the config names.
-- SGLang reads EAGLE-3 under a flat config (`LlamaForCausalLMEagle3`) only.
+- SGLang reads EAGLE-3 under a flat config only: `eagle3_flat`, described by turning it into this.
 
 Not verified: any of it by running; whether llama.cpp captures what the config names by now.
 EAGLE-3 drafters of others mostly have an LM head that was trained with them, and other switches:
@@ -137,11 +137,13 @@ def eagle3_shape(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
 
-def load_eagle3(folder: Path, config: dict[str, Any], target: TargetEnds | None) -> Drafter:
+def load_eagle3(
+    folder: Path, config: dict[str, Any], target: TargetEnds | None, form: Form = EAGLE3
+) -> Drafter:
     """The drafter; see `load_tensors`."""
     layers = None if target is None else target.num_layers
     shape = eagle3_shape(folder, config, layers)
-    return load_tensors(EAGLE3, folder, config, shape, target)
+    return load_tensors(form, folder, config, shape, target)
 
 
 def unread(config: dict[str, Any]) -> Iterator[str]:
@@ -176,6 +178,13 @@ def eagle3_faults(config: dict[str, Any], headers: Headers | None) -> Iterator[s
     yield from serving_faults(config, "eagle3", AUXILIARY)
     if "norm_before_residual" not in config:
         yield "norm_before_residual is missing: engines disagree on what that means"
+    yield from drafter_faults(config, headers)
+
+
+def drafter_faults(
+    config: dict[str, Any], headers: Headers | None, form: Form = EAGLE3
+) -> Iterator[str]:
+    """Faults of the drafter that a config describes, and of the tensors beside it."""
     try:
         shape = _shape(config, None)
     except CheckpointError as error:
@@ -185,7 +194,7 @@ def eagle3_faults(config: dict[str, Any], headers: Headers | None) -> Iterator[s
     if shape.block_size < 1:
         yield f"speculative_tokens is {shape.block_size}, expected at least 1"
     if headers is not None and not any(unread(config)):
-        yield from tensor_faults(EAGLE3, headers, shape)
+        yield from tensor_faults(form, headers, shape)
 
 
 def eagle3_traits(config: dict[str, Any], headers: Headers) -> Traits:

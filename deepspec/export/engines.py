@@ -22,13 +22,18 @@ UNTIED = {
 @dataclass(frozen=True)
 class Eagle3Traits:
     """What the answer depends on besides where the drafter is EAGLE-3. `captured`: hidden states of
-    the target, counted from the embedding; `num_target_layers`: 0 where nothing tells; `unread`:
-    why this library does not read it."""
+    the target, counted from the embedding, empty where the config leaves them to engines;
+    `num_target_layers`: 0 where nothing tells; `unread`: why this library does not read it.
+    `named`: the engines that find the captured layers in the config; `counted`: whether these find
+    how many there are, where heads are not normed; `sglang`: why that one does not load it."""
 
     qk_norm: bool
     captured: tuple[int, ...]
     num_target_layers: int
     unread: str | None
+    named: tuple[str, ...] = ("vLLM",)
+    counted: bool = False
+    sglang: str | None = "reads EAGLE-3 in the flat layout only: use flat (drafter.qk_norm=false)"
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,14 @@ def _inside(traits: Traits) -> str:
 def _no_eagle3(engine: str, traits: Eagle3Traits) -> str | None:
     """Why `engine` does not load an EAGLE-3 drafter; None where it does."""
     count, layers = len(traits.captured), traits.num_target_layers
-    if engine == "SGLang":
-        return "reads EAGLE-3 in a flat layout only (LlamaForCausalLMEagle3)"
+    named = engine in traits.named
+    if engine == "SGLang" and traits.sglang:
+        return traits.sglang
     if engine == "llama.cpp" and traits.qk_norm:
         return "knows no normed heads: train with drafter.qk_norm=false"
-    if count != 3 and not traits.qk_norm:
+    if count not in (0, 3) and not traits.qk_norm and not (named and traits.counted):
         return f"reads three captured layers without normed heads, not {count}"
-    if engine == "vLLM":
+    if named or not count:
         return None
     if not layers:
         return (
@@ -125,6 +131,8 @@ def _own(traits: Traits) -> tuple[bool, str]:
 def _reference(traits: Traits) -> tuple[bool, str]:
     if traits.layout != "flat":
         return False, "reads the flat layout only"
+    if traits.eagle3 is not None:
+        return False, "is not known to read EAGLE-3 in this layout"
     if traits.reduced:
         return False, "knows no reduced draft vocabulary"
     if traits.embedding and traits.lm_head:

@@ -15,7 +15,7 @@ from torch import Tensor
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.eagle3 import Eagle3Config
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export import deepseek_v4, eagle3, flat, speculators
+from deepspec.export import deepseek_v4, eagle3, eagle3_flat, flat, speculators
 from deepspec.export.engines import Traits
 from deepspec.export.files import (
     CONFIG,
@@ -135,6 +135,14 @@ def _speculators_refusal(kind: str, shape: Any) -> str | None:
     return None
 
 
+def _flat_eagle3_refusal(kind: str, shape: Any) -> str | None:
+    if kind != "eagle3":
+        return f"it holds no {kind} drafters"
+    if shape.qk_norm:
+        return "of EAGLE-3 it holds no normed heads (train with drafter.qk_norm=false)"
+    return None
+
+
 EAGLE3 = Layout(
     is_mine=lambda config: _is_of(config, eagle3.ARCHITECTURES),
     refusal=lambda kind, _: None if kind == "eagle3" else f"it holds no {kind} drafters",
@@ -148,38 +156,54 @@ EAGLE3 = Layout(
     traits=eagle3.eagle3_traits,
 )
 
+FLAT_EAGLE3 = Layout(
+    is_mine=lambda config: _is_of(config, eagle3_flat.ARCHITECTURES),
+    refusal=_flat_eagle3_refusal,
+    config=eagle3_flat.flat_eagle3_config,
+    tensors=lambda *what: tensors_of(eagle3_flat.FLAT_EAGLE3, *what),
+    shape=eagle3_flat.flat_eagle3_shape,
+    load=eagle3_flat.load_flat_eagle3,
+    kind=lambda _: "eagle3",
+    target=lambda *_: "",  # others do not say it
+    faults=eagle3_flat.flat_eagle3_faults,
+    traits=eagle3_flat.flat_eagle3_traits,
+)
 
-def _with_eagle3(dspark: Layout) -> Layout:
+
+def _with_eagle3(dspark: Layout, eagle3: Layout) -> Layout:
     """Both algorithms of one layout: a config's architecture says which, and a drafter's shape."""
 
     def of(config: Config) -> Layout:
-        return EAGLE3 if EAGLE3.is_mine(config) else dspark
+        return eagle3 if eagle3.is_mine(config) else dspark
 
     def holding(shape: Any) -> Layout:
-        return EAGLE3 if isinstance(shape, Eagle3Config) else dspark
+        return eagle3 if isinstance(shape, Eagle3Config) else dspark
 
     return Layout(
-        is_mine=lambda config: dspark.is_mine(config) or EAGLE3.is_mine(config),
-        refusal=lambda kind, shape: (EAGLE3 if kind == "eagle3" else dspark).refusal(kind, shape),
+        is_mine=lambda config: dspark.is_mine(config) or eagle3.is_mine(config),
+        refusal=lambda kind, shape: (eagle3 if kind == "eagle3" else dspark).refusal(kind, shape),
         config=lambda shape, *more: holding(shape).config(shape, *more),
         tensors=lambda drafter, *more: holding(drafter.config).tensors(drafter, *more),
         shape=lambda folder, config: of(config).shape(folder, config),
         load=lambda folder, config, target: of(config).load(folder, config, target),
         kind=lambda shape: holding(shape).kind(shape),
-        target=dspark.target,
+        target=lambda folder, config: of(config).target(folder, config),
         faults=lambda config, headers: of(config).faults(config, headers),
         traits=lambda config, headers: of(config).traits(config, headers),
     )
 
 
 LAYOUTS = {
-    "flat": _dspark_layout(
-        "flat",
-        tuple(flat.ARCHITECTURES),
-        _flat_refusal,
-        flat.flat_config,
-        lambda config, _: config,
-        lambda _: iter(()),
+    "flat": _with_eagle3(
+        _dspark_layout(
+            "flat",
+            tuple(flat.ARCHITECTURES),
+            _flat_refusal,
+            flat.flat_config,
+            lambda config, _: config,
+            lambda _: iter(()),
+        ),
+        FLAT_EAGLE3,
     ),
     "speculators": _with_eagle3(
         _dspark_layout(
@@ -189,7 +213,8 @@ LAYOUTS = {
             speculators.speculators_config,
             speculators.as_flat,
             speculators.dspark_serving_faults,
-        )
+        ),
+        EAGLE3,
     ),
     "deepseek_v4": Layout(
         is_mine=deepseek_v4.is_deepseek_v4,

@@ -102,7 +102,8 @@ def test_eagle3_goes_the_same_way(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its recipe exports it at the end; that is checked, decoded with, and is no flat one."""
+    """Its recipe exports it at the end; that is checked, decoded with, and is no flat one, as its
+    heads are normed."""
     own, run = ["recipe=tiny_eagle3", *settings[1:]], tmp_path / "run"
     main(["train", *own, f"drafter.draft_vocab_size={SIZE}", f"out={run}"])
     exported = open_export(run / "export").load(target)
@@ -117,7 +118,8 @@ def test_eagle3_goes_the_same_way(
     assert (again.drafter["kind"], again.drafter["shape"]["draft_vocab_size"]) == ("eagle3", SIZE)
     assert all(result.baseline.unexplained == 0 for result in again.results if result.baseline)
     flat = ["export", f"checkpoint={run}", "format=flat", f"out={tmp_path / 'flat'}"]
-    assert "it holds no eagle3 drafters; set export.format=speculators" in refused(capsys, *flat)
+    message = "no normed heads (train with drafter.qk_norm=false); set export.format=speculators"
+    assert message in refused(capsys, *flat)
 
 
 def test_the_ends_alone_give_the_same_vocabulary(run: Path, target: Target) -> None:
@@ -150,7 +152,7 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
             "export.format=speculators cannot hold this drafter: .* not gated ones; set .*=flat",
         ),
         (["drafter=dflash", "export.format=speculators"], r"\(rank 0\); set export.format=flat"),
-        (["drafter.kind=eagle3"], "no eagle3 drafters; set export.format=speculators"),
+        (["drafter.kind=eagle3"], r"drafter.qk_norm=false\); set export.format=speculators"),
         (["drafter.draft_vocab_size=0"], "drafter.draft_vocab_size=0 must be at least 1"),
         (
             ["drafter.draft_vocab_size=261", "export.format=speculators"],

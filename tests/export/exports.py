@@ -81,6 +81,13 @@ def in_bf16(drafter: DSparkDrafter) -> DSparkDrafter:
     return rounded
 
 
+def assert_same_logits(found: Any, expected: Any, target: Target) -> None:
+    """Those of the training forward, bit for bit."""
+    features, batch = observed(target, expected)
+    outputs = [drafter(features, batch, target.embedding) for drafter in (found, expected)]
+    assert torch.equal(*(logits_of(expected, target, output) for output in outputs))
+
+
 def assert_same_numbers(found: DSparkDrafter, expected: DSparkDrafter, target: Target) -> None:
     """Logits and confidences of the training forward, and a proposal, bit for bit."""
     features, batch = observed(target, expected)

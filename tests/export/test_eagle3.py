@@ -29,13 +29,13 @@ from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig, as_di
 from deepspec.drafters.base import Observation, greedy
 from deepspec.drafters.causal import CausalProposer
 from deepspec.drafters.eagle3 import Eagle3Drafter, resolve_config
-from deepspec.errors import CheckpointError, ConfigError
+from deepspec.errors import CheckpointError
 from deepspec.export import LAYOUTS, loads_in, model_card, open_export, write_export
 from deepspec.export.engines import Eagle3Traits
 from deepspec.export.files import headers_of
 from deepspec.targets import Target, load_target
 from tests.checks.test_export import assert_nothing_is_too_strange
-from tests.export.exports import edit, logits_of, observed, rewrite
+from tests.export.exports import assert_same_logits, edit, in_bf16, observed, rewrite
 from tests.export.test_speculators import BACKBONE, config_of
 
 NORMED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
@@ -247,15 +247,7 @@ def test_round_trip_equals_the_rounded_original(
     assert (opened.kind, opened.target) == ("eagle3", Path(target.name).name)
     loaded = opened.load(target)
     assert loaded.config == original.config
-    with torch.no_grad():
-        for parameter in original.parameters():
-            parameter.copy_(parameter.bfloat16().float())
-    features, batch = observed(target, original)
-    found, expected = (
-        logits_of(original, target, drafter(features, batch, target.embedding))
-        for drafter in (loaded, original)
-    )
-    assert torch.equal(found, expected)
+    assert_same_logits(loaded, in_bf16(original), target)
     if size is not None:
         assert loaded.vocabulary.equal(original.vocabulary)
     assert check_export(folder, target).faults == []
@@ -374,12 +366,6 @@ def test_a_head_of_its_own_is_for_engines(target: Target, tmp_path: Path) -> Non
     assert "engines draft with it, but this library" in found.doubts[0]
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is not that of"):
         open_export(folder).load(target)
-
-
-def test_flat_refuses_and_names_the_layout(target: Target, tmp_path: Path) -> None:
-    message = "format=flat cannot hold .* it holds no eagle3 drafters; set .*=speculators$"
-    with pytest.raises(ConfigError, match=message):
-        export(make_eagle3(target), target, tmp_path / "out", layout="flat")
 
 
 # --------------------------------------------------------------------------------------- engines

@@ -248,6 +248,8 @@ def test_settings_tell_before_there_is_a_drafter() -> None:
     assert layouts_for("dspark", DrafterConfig(draft_vocab_size=9)) == ["speculators"]
     assert layouts_for("dflash", DrafterConfig(kind="dflash")) == ["flat"]
     assert layouts_for("eagle3", DrafterConfig(kind="eagle3")) == ["speculators"]
+    not_normed = DrafterConfig(kind="eagle3", qk_norm=False, draft_vocab_size=9)
+    assert layouts_for("eagle3", not_normed) == ["flat", "speculators"]
     assert layouts_for("mtp", DrafterConfig(kind="mtp")) == []
 
 
