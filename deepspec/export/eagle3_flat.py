@@ -16,10 +16,11 @@ conversion, and SpecForge's configs:
 - Embedding: SGLang always takes the target's, as its files have it, and drops one inside; vLLM and
   llama.cpp take the one inside, if there is one.
 - Captured layers: under `eagle_config` SGLang counts blocks (our ids) and adds one itself; without
-  them it captures hidden states 2, n/2 and n - 3 of n layers. Of gpt-oss it counts hidden states,
-  of DeepSeek V3 too unless the first is 1, so for these it is not promised. vLLM reads the key at
-  top level alone and counts hidden states (our ids plus one), else takes the same default. Both
-  keys are written. Of how many there are, both learn under `eagle_config`.
+  them it captures hidden states 2, n/2 and n - 3 of n layers. By two merged changes it counts
+  hidden states of gpt-oss, and of DeepSeek V3 and what computes like it unless the first is 1: for
+  these it is not promised. vLLM reads the key at top level alone and counts hidden states (our ids
+  plus one), else takes the same default. Both keys are written. How many layers there are, both
+  learn under `eagle_config`.
 - llama.cpp was read as in `eagle3`; a change of July 2026 is said to read the top-level key, and
   was not read itself.
 - How many tokens are drafted a round, it does not say: ours under `deepspec`, else the default.
@@ -68,7 +69,14 @@ APART = (
     "deepspec",
 )
 # targets whose layers SGLang counts otherwise
-OTHERWISE = ("gpt_oss", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
+OTHERWISE = (
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "kimi_k2",
+    "glm4_moe_lite",
+)
 
 
 def _rename(name: str) -> str:
@@ -197,8 +205,8 @@ def flat_eagle3_traits(config: dict[str, Any], headers: Headers) -> Traits:
     """What engines' answers depend on; a key that is missing is a fault anyway."""
     traits = eagle3_traits(as_speculators(config), headers)
     assert traits.eagle3 is not None
-    counted = AUXILIARY in _eagle_config(config)
-    named = {"vLLM": AUXILIARY in config, "SGLang": counted}
+    counted = _eagle_config(config).get(AUXILIARY) is not None
+    named = {"vLLM": config.get(AUXILIARY) is not None, "SGLang": counted}
     eagle3 = replace(
         traits.eagle3,
         unread=next(_unread(config), None),

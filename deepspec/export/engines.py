@@ -24,8 +24,8 @@ class Eagle3Traits:
     """What the answer depends on besides where the drafter is EAGLE-3. `captured`: hidden states of
     the target, counted from the embedding, empty where the config leaves them to engines;
     `num_target_layers`: 0 where nothing tells; `unread`: why this library does not read it.
-    `named`: the engines that find the captured layers in the config; `counted`: whether these find
-    how many there are, where heads are not normed; `sglang`: why that one does not load it."""
+    `named`: the engines that find the captured layers in the config; `counted`: whether a layer
+    without normed heads learns how many there are; `sglang`: why that engine does not load it."""
 
     qk_norm: bool
     captured: tuple[int, ...]
@@ -103,14 +103,13 @@ def _inside(traits: Traits) -> str:
 def _no_eagle3(engine: str, traits: Eagle3Traits) -> str | None:
     """Why `engine` does not load an EAGLE-3 drafter; None where it does."""
     count, layers = len(traits.captured), traits.num_target_layers
-    named = engine in traits.named
     if engine == "SGLang" and traits.sglang:
         return traits.sglang
     if engine == "llama.cpp" and traits.qk_norm:
         return "knows no normed heads: train with drafter.qk_norm=false"
-    if count not in (0, 3) and not traits.qk_norm and not (named and traits.counted):
+    if count not in (0, 3) and not traits.qk_norm and not traits.counted:
         return f"reads three captured layers without normed heads, not {count}"
-    if named or not count:
+    if engine in traits.named or not count:
         return None
     if not layers:
         return (

@@ -170,18 +170,18 @@ FLAT_EAGLE3 = Layout(
 )
 
 
-def _with_eagle3(dspark: Layout, eagle3: Layout) -> Layout:
+def _with_eagle3(dspark: Layout, eagle: Layout) -> Layout:
     """Both algorithms of one layout: a config's architecture says which, and a drafter's shape."""
 
     def of(config: Config) -> Layout:
-        return eagle3 if eagle3.is_mine(config) else dspark
+        return eagle if eagle.is_mine(config) else dspark
 
     def holding(shape: Any) -> Layout:
-        return eagle3 if isinstance(shape, Eagle3Config) else dspark
+        return eagle if isinstance(shape, Eagle3Config) else dspark
 
     return Layout(
-        is_mine=lambda config: dspark.is_mine(config) or eagle3.is_mine(config),
-        refusal=lambda kind, shape: (eagle3 if kind == "eagle3" else dspark).refusal(kind, shape),
+        is_mine=lambda config: dspark.is_mine(config) or eagle.is_mine(config),
+        refusal=lambda kind, shape: (eagle if kind == "eagle3" else dspark).refusal(kind, shape),
         config=lambda shape, *more: holding(shape).config(shape, *more),
         tensors=lambda drafter, *more: holding(drafter.config).tensors(drafter, *more),
         shape=lambda folder, config: of(config).shape(folder, config),

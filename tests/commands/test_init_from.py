@@ -128,10 +128,13 @@ def test_an_export_goes_on(target: Target, train: Train, tmp_path: Path, which: 
         assert "% of those in the training answers" in (run / "export" / "README.md").read_text()
 
 
-def test_an_eagle3_export_goes_on(target: Target, train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("origin", "end"), [("speculators", "flat"), ("flat", "speculators")])
+def test_an_eagle3_export_goes_on(
+    target: Target, train: Train, tmp_path: Path, origin: str, end: str
+) -> None:
     drafter = make_eagle3(target, 100, qk_norm=False)
-    origin = export_eagle3(drafter, target, tmp_path / "origin")
-    run = train("run", f"drafter.init_from={origin}", "export.format=speculators")
+    folder = export_eagle3(drafter, target, tmp_path / "origin", layout=origin)
+    run = train("run", f"drafter.init_from={folder}", f"export.format={end}")
     assert_began_with(run, drafter)
     checkpoint = read_checkpoint(list_checkpoints(run / "checkpoints")[0])
     saved = checkpoint.config["drafter"]

@@ -95,16 +95,20 @@ def test_the_export_is_the_drafter_and_is_served(
     assert all(result.baseline.unexplained == 0 for result in again.results if result.baseline)
 
 
+@pytest.mark.parametrize(("layout", "normed"), [("speculators", "true"), ("flat", "false")])
 def test_eagle3_goes_the_same_way(
     settings: list[str],
     target: Target,
     target_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    layout: str,
+    normed: str,
 ) -> None:
-    """Its recipe exports it at the end; that is checked, decoded with, and is no flat one, as its
-    heads are normed."""
+    """Its recipe exports it at the end; that is checked, and decoded with. With normed heads it is
+    no flat one."""
     own, run = ["recipe=tiny_eagle3", *settings[1:]], tmp_path / "run"
+    own += [f"export.format={layout}", f"drafter.qk_norm={normed}"]
     main(["train", *own, f"drafter.draft_vocab_size={SIZE}", f"out={run}"])
     exported = open_export(run / "export").load(target)
     trained = load_drafter(best_checkpoint(run / "checkpoints"))
@@ -117,6 +121,8 @@ def test_eagle3_goes_the_same_way(
     again = read_report(tmp_path / "again" / "report.json")
     assert (again.drafter["kind"], again.drafter["shape"]["draft_vocab_size"]) == ("eagle3", SIZE)
     assert all(result.baseline.unexplained == 0 for result in again.results if result.baseline)
+    if normed == "false":
+        return
     flat = ["export", f"checkpoint={run}", "format=flat", f"out={tmp_path / 'flat'}"]
     message = "no normed heads (train with drafter.qk_norm=false); set export.format=speculators"
     assert message in refused(capsys, *flat)

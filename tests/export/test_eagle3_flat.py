@@ -268,7 +268,6 @@ def test_engines(
     config = own.config(shape, target, "serving", 32)
     for key, value in changes.items():
         (config["deepspec"] if key in config["deepspec"] else config)[key] = value
-    config = {key: value for key, value in config.items() if key != IDS or value is not None}
     headers = headers_of(own.tensors(drafter, target, "serving"))
     assert list(own.faults(config, headers)) == []
     traits = own.traits(config, headers)
