@@ -42,7 +42,7 @@ def main() -> None:
     """Measure and print a table a shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     device = device_here()
-    usual = ["4b"] if device.type == "cuda" else ["tiny", "tiny, 16 samples", "reduced"]
+    usual = ["4b"] if device.type == "cuda" else ["tiny", "tiny16", "reduced"]
     parser.add_argument("shapes", nargs="*", choices=[*SHAPES, []], default=usual)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--chunk-size", type=int, default=ObjectiveConfig().chunk_size)
