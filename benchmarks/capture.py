@@ -8,8 +8,8 @@
 the captured layers and the final states are taken and packed. *capture* is `Target.features`; both
 give the same numbers, which is checked. The target is that of recipe=tiny (on CUDA a random one of
 Qwen3-4B's shapes), or with `--vocabulary` a random one. The two take turns; tokens a second are of
-processor time (on CUDA of wall time), medians with quartiles; peaks are of processes of their own,
-above what was held before the first forward.
+processor time (on CUDA of wall time), medians with quartiles; a peak is the most that a forward
+allocates at a time.
 
 The second table is the padding of batches of 4 as they are drawn, cut by length from larger steps,
 and in `extract`. The third trains recipe=tiny with the target between the drafter's steps and
@@ -19,20 +19,18 @@ ahead of them (features.overlap), in turns.
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import peak_bytes
 
 from deepspec.commands import stages
 from deepspec.config.loading import load_config
@@ -47,7 +45,6 @@ from deepspec.training.engine import open_engine
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
 QWEN3_4B = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "layers": 36}
 
 
@@ -63,7 +60,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="training steps a turn")
     parser.add_argument("--turns", type=int, default=4, help="of training; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--measure", choices=("plain", "capture"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     words = [f"data.path=[{options.answers}]", "regenerate.enabled=false", "data.limit=null"]
@@ -71,9 +67,6 @@ def main() -> None:
     target = make_target(config, options)
     samples = stages.load_samples(config, target, Path(options.answers)).samples
     ways = {"plain": plain, "capture": Target.features}
-    if options.measure:
-        print(peak(ways[options.measure], target, draw(samples, options.rows, 3)))
-        return
     console = Console()
     console.print(forwards(ways, target, samples, options))
     console.print(padding(samples, config))
@@ -132,7 +125,7 @@ Way = Callable[[Target, Sequence[Sample]], TargetFeatures]
 def forwards(
     ways: dict[str, Way], target: Target, samples: Sequence[Sample], options: argparse.Namespace
 ) -> Table:
-    """Tokens a second, alternating, and peaks apart."""
+    """Tokens a second, alternating, and peaks."""
     drawn = draw(samples, options.rows, options.repeats + 1)
     one, other = (way(target, drawn[-1]) for way in ways.values())
     torch.testing.assert_close(one.context, other.context, rtol=1e-3, atol=1e-3)
@@ -150,23 +143,9 @@ def forwards(
     table = Table("", "tokens/s", "quartiles", "peak MiB", title=title)
     for name, found in rates.items():
         low, _, high = quantiles(found, n=4)
-        command = [sys.executable, *sys.argv, "--measure", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        size = int(done.stdout) / 2**20
+        size = max(peak_bytes(partial(ways[name], target, batch)) for batch in drawn[:3]) / 2**20
         table.add_row(name, f"{median(found):.0f}", f"{low:.0f} to {high:.0f}", f"{size:.1f}")
     return table
-
-
-def peak(way: Way, target: Target, drawn: Sequence[Sequence[Sample]]) -> int:
-    """Bytes at the peak of some forwards, above what was held before."""
-    cuda = target.device.type == "cuda"
-    way(target, [drawn[0][0]])
-    before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
-    for batch in drawn:
-        way(target, batch)
-    if cuda:
-        return int(torch.cuda.max_memory_allocated() - before)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT - before
 
 
 def padding(samples: Sequence[Sample], config: RunConfig) -> Table:
