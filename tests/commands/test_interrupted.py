@@ -35,11 +35,14 @@ def start(
     return open_process(train_command(recipe, out, *words, launcher=launcher))
 
 
+@pytest.mark.parametrize(
+    "steps", [(3, 14), pytest.param((2, 7, 11, 15, 18), marks=pytest.mark.slow)]
+)
 def test_killed_at_any_moment_ends_with_the_same_weights(
-    recipe: Path, quiet: Path, tmp_path: Path
+    steps: tuple[int, ...], recipe: Path, quiet: Path, tmp_path: Path
 ) -> None:
     out, rng = tmp_path / "killed", random.Random(0)
-    for step in (3, 11, 18):
+    for step in steps:
         process = start(recipe, out)
         wait_for_step(out, step, process)
         time.sleep(rng.uniform(0, 0.3))  # in a step, or in the middle of a save
