@@ -57,11 +57,12 @@ def drawn_lengths(samples: int, longest: int, seed: int = 0) -> tuple[int, ...]:
 
 
 # recipe=tiny; the vocabulary of Qwen3 over small hidden states, which a processor does in seconds;
-# and Qwen3-4B as recipe=qwen3 trains it
+# the same with as many anchors as large recipes have; and Qwen3-4B as recipe=qwen3 trains it
 SHAPES = {
     "tiny": Shape(4096, 128, 4, 2, 448, 2, 4, 5, 64, 32, drawn_lengths(4, 170)),
     "tiny16": Shape(4096, 128, 4, 2, 448, 2, 4, 5, 64, 32, drawn_lengths(16, 200)),
     "reduced": Shape(151_936, 256, 4, 2, 896, 2, 5, 7, 64, 32, drawn_lengths(2, 160)),
+    "reduced512": Shape(151_936, 256, 4, 2, 896, 2, 5, 7, 64, 512, (700, 340)),
     "4b": Shape(151_936, 2560, 32, 8, 9728, 5, 5, 7, 256, 512, drawn_lengths(2, 4096)),
 }
 
