@@ -224,6 +224,20 @@ def _cross(config: RunConfig) -> None:
             f"decoding.scheduler={config.decoding.scheduler} needs decoding.throughput=FILE, the "
             "steps a second by tokens verified: a table of deepspec profile, or your own as .csv"
         )
+    _cross_kind(config)
+    if config.training.compile and config.engine.kind == "zero3":
+        raise ConfigError(
+            "training.compile=true needs whole layers, but engine=zero3 shards them; set engine="
+            "zero2, or training.compile=false"
+        )
+    if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
+        raise ConfigError(
+            "objective.ce_weight and objective.l1_weight are both 0: nothing would teach the drafts"
+        )
+
+
+def _cross_kind(config: RunConfig) -> None:
+    """What only some kinds of drafter can do."""
     if config.drafter.draft_vocab_size is not None and config.drafter.kind not in REDUCIBLE:
         raise ConfigError(
             f"drafter.draft_vocab_size={config.drafter.draft_vocab_size} is for drafter.kind="
@@ -240,15 +254,6 @@ def _cross(config: RunConfig) -> None:
                 f"training.{key}=true is for drafter.kind={', '.join(kinds)}, not "
                 f"{config.drafter.kind}; set it to false"
             )
-    if config.training.compile and config.engine.kind == "zero3":
-        raise ConfigError(
-            "training.compile=true needs whole layers, but engine=zero3 shards them; set engine="
-            "zero2, or training.compile=false"
-        )
-    if config.objective.ce_weight == 0 and config.objective.l1_weight == 0:
-        raise ConfigError(
-            "objective.ce_weight and objective.l1_weight are both 0: nothing would teach the drafts"
-        )
 
 
 def _cross_features(config: RunConfig) -> None:

@@ -47,17 +47,23 @@ _DSPARK_V4 = DrafterKind(
         drafter, target.embedding, target.head
     ),
 )
+
+
+def _causal_proposer(drafter: Any, target: Any) -> Proposer:
+    return CausalProposer(drafter, target.embedding, target.head)
+
+
 _EAGLE3 = DrafterKind(
     resolve=eagle3.resolve_config,
     load=eagle3.Eagle3Config.from_dict,
     build=eagle3.Eagle3Drafter,
-    proposer=lambda drafter, target: CausalProposer(drafter, target.embedding, target.head),
+    proposer=_causal_proposer,
 )
 _MTP = DrafterKind(
     resolve=mtp.resolve_config,
     load=DrafterShape.from_dict,
     build=mtp.MtpDrafter,
-    proposer=lambda drafter, target: CausalProposer(drafter, target.embedding, target.head),
+    proposer=_causal_proposer,
     all_finals=True,
 )
 _NGRAM = DrafterKind(

@@ -69,11 +69,12 @@ WITHIN = {
 }
 
 
-def _rename(name: str) -> str:
-    return name if name in OUTSIDE else f"layers.0.{name}"
+def eagle3_form(layer: str) -> Form:
+    """`layer`: what stands before the names of the layer's tensors."""
+    return Form(Eagle3Drafter, lambda name: name if name in OUTSIDE else layer + name)
 
 
-EAGLE3 = Form(Eagle3Drafter, _rename)
+EAGLE3 = eagle3_form("layers.0.")
 
 
 def eagle3_config(

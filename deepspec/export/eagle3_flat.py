@@ -37,14 +37,14 @@ from typing import Any
 
 from deepspec.config.schema import DrafterConfig
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from deepspec.drafters.eagle3 import Eagle3Config
 from deepspec.errors import CheckpointError
 from deepspec.export.eagle3 import (
     AUXILIARY,
     BESIDE,
-    OUTSIDE,
     drafter_faults,
     eagle3_config,
+    eagle3_form,
     eagle3_shape,
     eagle3_traits,
     load_eagle3,
@@ -53,7 +53,7 @@ from deepspec.export.eagle3 import (
 from deepspec.export.engines import Traits
 from deepspec.export.files import CONFIG, Headers, deepspec_of
 from deepspec.export.speculators import BACKBONE
-from deepspec.export.tensors import HEAD, Form
+from deepspec.export.tensors import HEAD
 from deepspec.targets import TargetEnds
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3",)
@@ -79,11 +79,7 @@ OTHERWISE = (
 )
 
 
-def _rename(name: str) -> str:
-    return name if name in OUTSIDE else f"midlayer.{name}"
-
-
-FLAT_EAGLE3 = Form(Eagle3Drafter, _rename)
+FLAT_EAGLE3 = eagle3_form("midlayer.")
 
 
 def flat_eagle3_config(

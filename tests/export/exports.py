@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspec.checks.export import check_export
 from deepspec.data.blocks import build_blocks
 from deepspec.drafters.base import Observation
 from deepspec.drafters.dspark import DSparkDrafter, DSparkProposer
+from deepspec.errors import CheckpointError
+from deepspec.export import open_export
 from deepspec.records import Sample
 from deepspec.targets import Target
 
@@ -34,6 +38,19 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["deepspec"]["sha256"]
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def library_part(algorithm: str, target: Target) -> dict[str, Any]:
+    """`speculators_config` of a drafter of 4 tokens, as the layout's description has it."""
+    return {
+        "algorithm": algorithm,
+        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
+        "default_proposal_method": "greedy",
+        "verifier": {
+            "name_or_path": Path(target.name).name,
+            "architectures": ["Qwen3ForCausalLM"],
+        },
+    }
 
 
 def observed(target: Target, drafter: DSparkDrafter) -> tuple[Any, Any]:
@@ -90,11 +107,21 @@ def assert_same_logits(found: Any, expected: Any, target: Target) -> None:
 
 def assert_same_numbers(found: DSparkDrafter, expected: DSparkDrafter, target: Target) -> None:
     """Logits and confidences of the training forward, and a proposal, bit for bit."""
+    assert_same_logits(found, expected, target)
     features, batch = observed(target, expected)
     outputs = [drafter(features, batch, target.embedding) for drafter in (found, expected)]
-    assert torch.equal(*(logits_of(expected, target, output) for output in outputs))
     assert torch.equal(*(output.confidence_logits for output in outputs))
     proposed, wanted = (draft(drafter, target, features, batch) for drafter in (found, expected))
     assert torch.equal(proposed.tokens, wanted.tokens)
     assert torch.equal(proposed.probabilities, wanted.probabilities)
     assert torch.equal(proposed.confidence, wanted.confidence)
+
+
+def assert_a_head_of_its_own_is_for_engines(folder: Path, target: Target) -> None:
+    """They draft with it; here it is doubted, and not loaded."""
+    rewrite(folder, lambda found: found["lm_head.weight"].mul_(2))
+    found = check_export(folder, target)
+    assert (found.faults, found.fine) == ([], True)
+    assert "engines draft with it, but this library" in found.doubts[0]
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not that of"):
+        open_export(folder).load(target)

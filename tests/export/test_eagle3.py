@@ -35,7 +35,15 @@ from deepspec.export.engines import Eagle3Traits
 from deepspec.export.files import headers_of
 from deepspec.targets import Target, load_target
 from tests.checks.test_export import assert_nothing_is_too_strange
-from tests.export.exports import assert_same_logits, edit, in_bf16, observed, rewrite
+from tests.export.exports import (
+    assert_a_head_of_its_own_is_for_engines,
+    assert_same_logits,
+    edit,
+    in_bf16,
+    library_part,
+    observed,
+    rewrite,
+)
 from tests.export.test_speculators import BACKBONE, config_of
 
 NORMED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
@@ -102,15 +110,7 @@ def test_config_says_what_the_description_says(
         "eagle_aux_hidden_state_layer_ids": [2, 3, 4],
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
-            "default_proposal_method": "greedy",
-            "verifier": {
-                "name_or_path": Path(target.name).name,
-                "architectures": ["Qwen3ForCausalLM"],
-            },
-        },
+        "speculators_config": library_part("eagle3", target),
     }
     assert own["target_layer_ids"] == [1, 2, 3]
     assert own["num_target_layers"] == 6
@@ -360,12 +360,7 @@ def test_no_value_of_any_key_is_too_strange(target: Target, tmp_path: Path, qk_n
 
 def test_a_head_of_its_own_is_for_engines(target: Target, tmp_path: Path) -> None:
     folder = export(make_eagle3(target), target, tmp_path / "out", "full")
-    rewrite(folder, lambda found: found["lm_head.weight"].mul_(2))
-    found = check_export(folder, target)
-    assert (found.faults, found.fine) == ([], True)
-    assert "engines draft with it, but this library" in found.doubts[0]
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not that of"):
-        open_export(folder).load(target)
+    assert_a_head_of_its_own_is_for_engines(folder, target)
 
 
 # --------------------------------------------------------------------------------------- engines

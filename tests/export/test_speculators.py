@@ -25,7 +25,7 @@ from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export import LAYOUTS, is_export, layouts_for, open_export, write_export
 from deepspec.targets import Target
 from tests.export.conftest import make_drafter
-from tests.export.exports import assert_same_numbers, edit, in_bf16, rewrite
+from tests.export.exports import assert_same_numbers, edit, in_bf16, library_part, rewrite
 
 BACKBONE = "transformer_layer_config"
 
@@ -77,15 +77,7 @@ def test_config_says_what_the_description_says(target: Target, tmp_path: Path) -
         "num_anchors": 32,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
-        "speculators_config": {
-            "algorithm": "dspark",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
-            "default_proposal_method": "greedy",
-            "verifier": {
-                "name_or_path": Path(target.name).name,
-                "architectures": ["Qwen3ForCausalLM"],
-            },
-        },
+        "speculators_config": library_part("dspark", target),
     }
     assert own["target_layer_ids"] == [1, 2, 3]
     assert own["num_target_layers"] == 6
