@@ -71,7 +71,7 @@ class Ahead(FeatureSource):
             self._pending[_key(samples)] = self._pool.submit(self._read, samples)
 
     def close(self) -> str:
-        """What was read ahead in vain is dropped."""
+        """What was read ahead in vain is dropped, and not waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self._close()
 
@@ -97,6 +97,11 @@ class Overlapped(Ahead):
             features.context.record_stream(reader)
             features.final.record_stream(reader)
         return features
+
+    def close(self) -> str:
+        """The target is free for others: a forward under way has ended."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        return super().close()
 
     def _compute(self, samples: Sequence[Sample]) -> TargetFeatures:
         if self._stream is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -338,6 +339,24 @@ def test_a_target_that_computes_ahead_gives_the_same_numbers(
     source = Overlapped(target)
     assert losses(make_trainer, "ahead", source) == losses(make_trainer, "between")
     source.close()
+
+
+def test_a_target_is_left_alone_before_others_have_it(target: Target) -> None:
+    """Its hooks are shared: they would get layers of both forwards."""
+    began, ended = threading.Event(), threading.Event()
+
+    def slowly(*_: object) -> None:
+        began.set()
+        time.sleep(0.3)
+        ended.set()
+
+    hook = target.backbone.layers[0].register_forward_hook(slowly)
+    source = Overlapped(target)
+    source.expect(SAMPLES)
+    began.wait()
+    source.close()
+    hook.remove()
+    assert ended.is_set()
 
 
 def test_of_the_target_only_embedding_and_head_are_needed(
