@@ -7,12 +7,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from deepspec.cli import main
 from tests.jobs import open_process
+from tests.regeneration.conftest import questions
+from tests.regeneration.test_server import Reply, Scripted, echo
+from tests.regeneration.test_server import run as ask
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 SETTINGS = ("regenerate.samples_per_prompt=4", "regenerate.batch_size=2")
@@ -71,3 +75,19 @@ def test_settings_of_parts_are_looked_at(
         main(["regenerate", f"recipe={recipe}", f"out={out}"])
     assert end.value.code == 2
     assert "answers.part-0001.jsonl holds answers of other settings" in capsys.readouterr().err
+
+
+def test_failures_of_a_killed_job_are_not_those_of_the_next(tmp_path: Path) -> None:
+    """Its process 1 left an answer and three failures, which are asked again."""
+    healthy = False
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        fine = healthy or request["messages"][0] == questions(1)[0].messages[0]
+        return echo(request, asked) if fine else (422, {})
+
+    with Scripted(reply) as server:
+        counts, _, failed = ask(server.url, tmp_path / "a.part-0001.jsonl", questions(4))
+        assert (counts.rows, counts.failed, len(failed)) == (1, {"HTTP 422": 3}, 3)
+        healthy = True
+        counts, _, failed = ask(server.url, tmp_path / "a.jsonl", questions(4))
+    assert (counts.resumed, counts.rows, counts.failed, failed) == (1, 4, {}, {})
