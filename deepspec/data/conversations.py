@@ -31,6 +31,7 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
+NOT_UNICODE = "half a surrogate pair"  # why a row is left out, or an answer
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,25 @@ def parse_row(
     if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
         return "empty answer", None
     name = _first(row, fields.id)
+    name = str(name) if name is not None else place
+    domain = row.get("domain")
+    if not all(map(is_unicode, (name, str(domain), *(m["content"] for m in messages)))):
+        return NOT_UNICODE, None
     return "", Conversation(
-        id=str(name) if name is not None else place,
+        id=name,
         messages=tuple(messages),
-        domain=row.get("domain"),
+        domain=domain,
         truncated=row.get("finish_reason") == "length",
     )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it is text to tokenizers and files: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.data.conversations import Conversation, Message
+from deepspec.data.conversations import NOT_UNICODE, Conversation, Message, is_unicode
 
 # What a decoder writes for bytes that are no character. At the end of an answer that hit the
 # length limit it is a character cut in two, and is left away.
@@ -61,6 +61,9 @@ class Dialogue:
         self.tokens += tokens
         if not text.strip():
             self.give_up("empty answer", f"{tokens} tokens, none of them text")
+            return
+        if not is_unicode(text):  # a server's JSON may spell what no tokenizer writes
+            self.give_up(NOT_UNICODE, ascii(text)[:300])
             return
         self.messages.append({"role": "assistant", "content": text})
         self._answered += 1
