@@ -36,7 +36,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.stages import make_answers, open_target, print_skipped
     from deepspec.processes import rank, together
 
-    out = Path(values["out"])
+    out = Path(values["out"]).expanduser()
     target = open_target(config)
     with together() as wait:
         print_skipped(make_answers(config, target, out, wait))

@@ -6,6 +6,7 @@ schema types them, `validation` checks what types cannot. Every mistake names th
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None  # ${...} to nowhere
     assert isinstance(config, RunConfig)
     validate(config)
+    config.out = os.path.expanduser(config.out)  # not every shell does in `out=~/runs`
     return config
 
 

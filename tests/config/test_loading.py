@@ -210,6 +210,7 @@ def test_values_arrive_and_survive_yaml(
         ('data.system_prompt="two\\nlines"', "data.system_prompt", "two\nlines"),
         ("drafter={kind: dflash}", "drafter.kind", "dflash"),
         ("out=${target.path}/x", "out", "t/x"),
+        ("out=~/runs/a", "out", str(Path.home() / "runs" / "a")),
         ("evaluation.seeds=3", "evaluation.seeds", [3]),
     ],
 )
