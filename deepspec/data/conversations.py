@@ -39,12 +39,14 @@ class Conversation:
     """Messages of roles system, user and assistant; `domain` is carried along for reports.
 
     `truncated`: the last answer stopped at a length limit, so its end of turn was not written.
+    `conversation_id`: where several rows answer the same prompts, whose these are.
     """
 
     id: str
     messages: tuple[Message, ...]
     domain: str | None = None
     truncated: bool = False
+    conversation_id: str | None = None
 
 
 def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conversation]:
@@ -97,14 +99,16 @@ def parse_row(
         return "empty answer", None
     name = _first(row, fields.id)
     name = str(name) if name is not None else place
-    domain = row.get("domain")
-    if not all(map(is_unicode, (name, str(domain), *(m["content"] for m in messages)))):
+    domain, whose = row.get("domain"), row.get("conversation_id")
+    texts = (name, str(domain), str(whose), *(message["content"] for message in messages))
+    if not all(map(is_unicode, texts)):
         return NOT_UNICODE, None
     return "", Conversation(
         id=name,
         messages=tuple(messages),
         domain=domain,
         truncated=row.get("finish_reason") == "length",
+        conversation_id=None if whose is None else str(whose),
     )
 
 

@@ -84,6 +84,7 @@ class _Place:
     tokens: slice
     finals: slice
     digest: str
+    conversation_id: str | None
 
 
 class Store:
@@ -171,7 +172,8 @@ class Store:
             opened = self._file(shard)  # of which this reads the tokens, a thousandth
             ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
             for sample_id, place in held[shard]:
-                sample = Sample(ids[place.tokens], mask[place.tokens].bool(), sample_id)
+                own, supervised = ids[place.tokens], mask[place.tokens].bool()
+                sample = Sample(own, supervised, sample_id, place.conversation_id)
                 if digest(sample) != place.digest:
                     self.check(shard)
                     raise DataError(f"{self.path / shard}.json is damaged; delete it and extract")
@@ -249,6 +251,7 @@ class Store:
                 "length": len(sample),
                 "finals": self.header.finals(sample),
                 "digest": digest(sample),
+                "conversation_id": sample.conversation_id,
             }
             for sample in samples
         ]
@@ -317,7 +320,8 @@ def _index(file: Path) -> Iterator[tuple[str, _Place]]:
             length = row["length"]
             kept = row.get("finals", length)  # older ones: all
             tokens, finals = slice(token, token + length), slice(final, final + kept)
-            yield row["id"], _Place(file.stem, tokens, finals, row["digest"])
+            conversation = row.get("conversation_id")  # older ones do not say
+            yield row["id"], _Place(file.stem, tokens, finals, row["digest"], conversation)
             token, final = tokens.stop, finals.stop
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

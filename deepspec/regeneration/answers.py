@@ -73,9 +73,10 @@ def regenerate(
 ) -> RegenerationCounts:
     """Write conversations with the target's own answers to `out` (.jsonl), in completion order.
 
-    A row has `id`, `domain` where known, `messages`, and `finish_reason`: "stop", or "length" when
-    the last answer hit `max_new_tokens`. Rows that `out` has already are not asked for again, so a
-    killed run is resumed by starting it again; samples that failed before are tried again.
+    A row has `id`, `domain` where known, `conversation_id` where several rows answer one prompt,
+    `messages`, and `finish_reason`: "stop", or "length" when the last answer hit `max_new_tokens`.
+    Rows that `out` has already are not asked for again, so a killed run is resumed by starting it
+    again; samples that failed before are tried again.
 
     An answer is stored as text, without its end of turn, and training tokenizes it again. That
     gives other ids than the target sampled where those are not the tokenizer's own way to write

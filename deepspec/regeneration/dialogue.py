@@ -33,7 +33,9 @@ class Dialogue:
     (prompts without answers) are answered one by one.
     """
 
-    def __init__(self, sample_id: str, conversation: Conversation) -> None:
+    def __init__(
+        self, sample_id: str, conversation: Conversation, conversation_id: str | None
+    ) -> None:
         self.id = sample_id
         self.prompts = tuple(m["content"] for m in conversation.messages if m["role"] == "user")
         self.messages: list[Message] = []
@@ -41,6 +43,7 @@ class Dialogue:
         self.failure: Failure | None = None
         self.tokens = 0
         self._domain = conversation.domain
+        self._conversation_id = conversation_id
         self._truncated = self._altered = False
         self._answered = 0
         self._turns = _turns(conversation.messages)
@@ -92,6 +95,7 @@ class Dialogue:
         return {
             "id": self.id,
             **({"domain": self._domain} if self._domain is not None else {}),
+            **({"conversation_id": whose} if (whose := self._conversation_id) else {}),
             "messages": self.messages,
             "finish_reason": "length" if self._truncated else "stop",
             **({"altered": True} if self._altered else {}),
@@ -106,13 +110,14 @@ def make_dialogues(
     Several samples of conversation ID are ID#0, ID#1, ...; when the data repeats an id, the second
     one is ID~2.
     """
-    seen: Counter[str] = Counter()
+    seen, several = Counter[str](), samples_per_prompt > 1
     for conversation in conversations:
         seen[conversation.id] += 1
         again = f"~{seen[conversation.id]}" if seen[conversation.id] > 1 else ""
+        name = f"{conversation.id}{again}"
+        whose = conversation.conversation_id or (name if several else None)
         for index in range(samples_per_prompt):
-            sample = f"#{index}" if samples_per_prompt > 1 else ""
-            yield Dialogue(f"{conversation.id}{again}{sample}", conversation)
+            yield Dialogue(f"{name}#{index}" if several else name, conversation, whose)
 
 
 def _turns(messages: Iterable[Message]) -> Iterator[list[Message]]:

@@ -27,7 +27,8 @@ from deepspec.training.trainer import Trainer
 from tests.trainers import MakeTrainer, build_trainer, make_samples
 
 SMALL = ExtractConfig(shard_mib=0.05, batch_tokens=64)
-SAMPLES = [*make_samples(13), *make_samples(4, seed=1)]
+OTHERS = [replace(sample, conversation_id="others") for sample in make_samples(4, seed=1)]
+SAMPLES = [*make_samples(13), *OTHERS]
 
 
 def build(
@@ -87,6 +88,7 @@ def test_it_gives_back_samples_and_features(target: Target, tmp_path: Path) -> N
     for sample in SAMPLES:
         assert torch.equal(back[sample.sample_id].input_ids, sample.input_ids)
         assert torch.equal(back[sample.sample_id].loss_mask, sample.loss_mask)
+        assert back[sample.sample_id].conversation_id == sample.conversation_id
     chosen = [SAMPLES[i] for i in (3, 16, 0, 7)]
     read, expected = store.read(chosen), target.features(chosen)
     torch.testing.assert_close(read.context, expected.context, rtol=1e-5, atol=1e-5)

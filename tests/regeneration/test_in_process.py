@@ -113,6 +113,7 @@ def test_samples_of_a_prompt_differ_and_ids_never_repeat(writer: Target, tmp_pat
     assert len(rows) + sum(counts.failed.values()) == 12
     assert set(rows) <= {f"{name}#{i}" for name in ("a", "b", "a~2") for i in range(4)}
     assert all(any(row.startswith(f"{name}#") for row in rows) for name in ("a", "b", "a~2"))
+    assert all(row.conversation_id == name.partition("#")[0] for name, row in rows.items())
     assert len({row.messages[-1]["content"] for row in rows.values()}) > len(rows) // 2
 
 
