@@ -217,7 +217,9 @@ class Trainer:
                         saved = self.save()
                     if self.step % self.steps_an_epoch == 0:
                         self.source.settle(self.engine.wait)
-                    if stop and not last:
+                    if last:  # no later step hears of what came since
+                        stop = self._signal_to_any()
+                    if stop:
                         raise Interrupted(stop, str(saved))
         finally:
             for number, handler in handlers.items():

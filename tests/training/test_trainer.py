@@ -5,14 +5,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from deepspec.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
+from deepspec.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    MissingDependencyError,
+    TrainingError,
+)
 from deepspec.targets import Target
 from deepspec.training.checkpoint import (
     DESCRIPTION,
@@ -76,6 +85,26 @@ def test_resumed_is_bitwise_the_uninterrupted_run(make_trainer: MakeTrainer) -> 
     expected = weights(whole)
     for name, tensor in weights(resumed).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("moment", ["train_step", "validate", "save"])
+def test_a_signal_in_the_last_step_ends_the_run_too(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It is saved, but what follows a training is not begun."""
+    trainer = make_trainer("run", "training.max_steps=3")
+    whole = getattr(trainer, moment)
+
+    def signalled() -> Any:
+        if trainer.step >= 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole()
+
+    monkeypatch.setattr(trainer, moment, signalled)
+    with pytest.raises(Interrupted) as caught:
+        trainer.train()
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert read_checkpoint(Path(caught.value.saved)).step == 3
 
 
 def test_every_sample_once_an_epoch(make_trainer: MakeTrainer) -> None:
