@@ -28,6 +28,7 @@ from deepspec.atomic import atomic_folder, sha256
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
+from deepspec.progress import say
 from deepspec.targets.identity import differing
 
 FORMAT = 1
@@ -189,10 +190,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(folder: Path) -> Checkpoint:
-    """The one with the largest validation acceptance; the newer of equals."""
-    found = [read_checkpoint(entry) for entry in list_checkpoints(folder)]
+    """The one with the largest validation acceptance; the newer of equals.
+
+    One that is unreadable is passed over. Raises CheckpointError where none is left.
+    """
+    found, problem = [], f"{folder} holds no checkpoint; train first"
+    for entry in list_checkpoints(folder):
+        try:
+            found.append(read_checkpoint(entry))
+        except CheckpointError as error:
+            problem = str(error)
+            say(f"passed over: {problem}")
     if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint; train first")
+        raise CheckpointError(problem)
     return max(found, key=lambda checkpoint: (checkpoint.acceptance, checkpoint.step))
 
 

@@ -27,6 +27,7 @@ from deepspec.training.checkpoint import (
     DESCRIPTION,
     OPTIMIZER,
     WEIGHTS,
+    best_checkpoint,
     list_checkpoints,
     prune,
     read_checkpoint,
@@ -153,6 +154,20 @@ def test_removal_that_is_cut_leaves_whole_checkpoints(
     prune(folder, 2)
     assert len(list_checkpoints(folder)) in (2, 3)
     assert not list(folder.glob(".*"))
+
+
+def test_an_old_checkpoint_that_is_unreadable_stops_nothing(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer("run", "training.max_steps=2", "training.save_every=1")
+    trainer.train()
+    checkpoints = trainer.folder.checkpoints
+    damaged = list_checkpoints(checkpoints)[0] / DESCRIPTION
+    damaged.write_text("{")
+    assert best_checkpoint(checkpoints).step == 2
+    assert f"passed over: {damaged} is unreadable" in capsys.readouterr().err
+    prune(checkpoints, 1)
+    assert [place.name for place in list_checkpoints(checkpoints)] == ["step-00000002"]
 
 
 def test_nan_loss_names_step_samples_and_ways_out(make_trainer: MakeTrainer) -> None:
