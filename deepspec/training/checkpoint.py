@@ -48,7 +48,8 @@ FIELDS = {  # of checkpoint.json, with the type each has in JSON
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder's description: `metrics` of the validation before it, hashes of files."""
+    """A checkpoint folder's description: `metrics` of the validation at its step, where there was
+    one; hashes of files."""
 
     folder: Path
     step: int
@@ -62,7 +63,8 @@ class Checkpoint:
 
     @property
     def acceptance(self) -> float:
-        """Expected accepted length on the validation samples, by which the best is kept."""
+        """Expected accepted length on the validation samples, by which the best is kept; below all
+        others where its step was not validated."""
         return self.metrics.get("validation_accept_length", float("-inf"))
 
     def check_target(self, identity: dict[str, str]) -> None:

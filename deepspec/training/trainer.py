@@ -89,7 +89,7 @@ class Trainer:
         self._coming = self._order()
         self._expected = 0  # micro-batches that the source has heard of and not been asked for
         self._signal: int | None = None
-        self._last_validation: dict[str, float] = {}
+        self._validation: dict[str, float] = {}  # of the weights as they are
 
     # ------------------------------------------------------------------------------- one step
 
@@ -113,6 +113,7 @@ class Trainer:
         ids = [sample_id for _, batch in micro_batches for sample_id in batch.sample_ids]
         self._require_finite("gradient norm", norm, ids)
         self.step += 1
+        self._validation = {}
         (loss,) = self.engine.sum(loss)
         ratios.add("feature_wait", self._waited, time.perf_counter() - begun)
         return {
@@ -247,10 +248,10 @@ class Trainer:
                 samples, batch = self.blocks_of(share, VALIDATION_EPOCH)
                 ratios.add_loss(*self.loss_of(samples, batch, 1.0))
         self.distillation.train()
-        self._last_validation = {
+        self._validation = {
             f"validation_{name}": value for name, value in ratios.divided(self.engine.sum).items()
         }
-        return {"step": self.step, **self._last_validation}
+        return {"step": self.step, **self._validation}
 
     def save(self) -> Path:
         """A checkpoint of the current step; old ones beyond `keep_last` and the best go.
@@ -266,7 +267,7 @@ class Trainer:
             "identity": self.target.identity,
             "target": self.target.name,
             "config": as_dict(self.config),
-            "metrics": self._last_validation,
+            "metrics": self._validation,
         }
         if self.engine.is_main:
             save_checkpoint(self.folder.checkpoints, weights, moments, description)
@@ -293,7 +294,7 @@ class Trainer:
             )
         self.engine.restore(weights, read_tensors(checkpoint, OPTIMIZER), checkpoint.step)
         self.step = checkpoint.step
-        self._last_validation = checkpoint.metrics
+        self._validation = checkpoint.metrics
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number  # acted on after the step, when weights and step agree

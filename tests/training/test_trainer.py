@@ -133,6 +133,23 @@ def test_checkpoints_kept_are_the_newest_and_the_best(make_trainer: MakeTrainer)
     assert max(checkpoint.acceptance for checkpoint in kept) == best
 
 
+def test_a_checkpoint_has_the_validation_of_its_own_step(make_trainer: MakeTrainer) -> None:
+    """Validated at 4, 8, 12 and saved at every second step: what lies between is never the best."""
+    trainer = make_trainer("run", "training.save_every=2", "training.keep_last=9")
+    trainer.train()
+    rows = {
+        row["step"]: row
+        for row in read_metrics(trainer.folder.metrics)
+        if "validation_accept_length" in row
+    }
+    kept = [read_checkpoint(folder) for folder in list_checkpoints(trainer.folder.checkpoints)]
+    assert [checkpoint.step for checkpoint in kept] == [2, 4, 6, 8, 10, 12]
+    for checkpoint in kept:
+        row = rows.get(checkpoint.step, {})
+        assert checkpoint.acceptance == row.get("validation_accept_length", float("-inf"))
+    assert best_checkpoint(trainer.folder.checkpoints).step in rows
+
+
 def test_removal_that_is_cut_leaves_whole_checkpoints(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
