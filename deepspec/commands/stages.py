@@ -51,7 +51,7 @@ from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
-from deepspec.training.resume import set_aside_newer
+from deepspec.training.resume import named_start, set_aside
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.speed import Speed
 from deepspec.training.trainer import Trainer
@@ -305,9 +305,15 @@ def train_drafter(
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:
-        if config.training.resume == "auto" and engine.is_main:
-            set_aside_newer(folder.checkpoints, start)
         trainer.resume(start)
+        if trainer.step >= trainer.total_steps and start.folder == named_start(config.training):
+            raise ConfigError(
+                f"training.resume={start.folder} is at step {start.step}, and step "
+                f"{trainer.total_steps} is the last: raise training.epochs or training.max_steps, "
+                f"or measure it as it is (deepspec evaluate checkpoint={start.folder})"
+            )
+        if engine.is_main:
+            set_aside(folder.checkpoints, start)
         say(f"going on from {start.folder}")
     try:
         trainer.train()

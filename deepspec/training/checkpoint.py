@@ -30,6 +30,7 @@ from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
 from deepspec.progress import say
 from deepspec.targets.identity import differing
+from deepspec.training.decisive import decisive
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
@@ -194,7 +195,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def best_checkpoint(folder: Path) -> Checkpoint:
     """The one with the largest validation acceptance; the newer of equals.
 
-    One that is unreadable is passed over. Raises CheckpointError where none is left.
+    Only of those with the newest's settings: under others, validation may have been of other
+    samples. One that is unreadable is passed over. Raises CheckpointError where none is left.
     """
     found, problem = [], f"{folder} holds no checkpoint; train first"
     for entry in list_checkpoints(folder):
@@ -205,17 +207,22 @@ def best_checkpoint(folder: Path) -> Checkpoint:
             say(f"passed over: {problem}")
     if not found:
         raise CheckpointError(problem)
+    settings = decisive(found[-1].config)
+    found = [checkpoint for checkpoint in found if decisive(checkpoint.config) == settings]
     return max(found, key=lambda checkpoint: (checkpoint.acceptance, checkpoint.step))
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` and the best, and what a killed process left."""
+def prune(folder: Path, keep_last: int, start: Path | None = None) -> None:
+    """Remove all but the newest `keep_last`, the best and `start`, and what a killed process left.
+
+    `start`: what `training.resume` names, of this folder or of another.
+    """
     for remains in folder.glob(".step-*"):
         shutil.rmtree(remains)
     entries = list_checkpoints(folder)
     if entries:
-        best = best_checkpoint(folder).folder
+        kept = {place.resolve() for place in (best_checkpoint(folder).folder, start) if place}
         for entry in entries[: -max(keep_last, 1)]:
-            if entry != best:
+            if entry.resolve() not in kept:
                 # renamed first: a process killed half way leaves no checkpoint that lacks files
                 shutil.rmtree(entry.rename(entry.with_name(f".{entry.name}.removed")))

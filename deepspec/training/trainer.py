@@ -44,6 +44,7 @@ from deepspec.training.checkpoint import (
 from deepspec.training.distillation import Distillation
 from deepspec.training.engine import Engine
 from deepspec.training.metrics import MetricsLog, Ratios
+from deepspec.training.resume import named_start
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.speed import Speed
 from deepspec.training.tracking import start_trackers
@@ -254,7 +255,7 @@ class Trainer:
         return {"step": self.step, **self._validation}
 
     def save(self) -> Path:
-        """A checkpoint of the current step; old ones beyond `keep_last` and the best go.
+        """A checkpoint of the current step; old ones go, see `prune`.
 
         Written by the main process while the others wait: when they go on, it is there.
         """
@@ -271,7 +272,8 @@ class Trainer:
         }
         if self.engine.is_main:
             save_checkpoint(self.folder.checkpoints, weights, moments, description)
-            prune(self.folder.checkpoints, self.config.training.keep_last)
+            training = self.config.training
+            prune(self.folder.checkpoints, training.keep_last, named_start(training))
         self.engine.wait()
         return step_folder(self.folder.checkpoints, self.step)
 
