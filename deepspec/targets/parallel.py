@@ -27,6 +27,7 @@ from deepspec.targets.families import Parts
 from deepspec.targets.target import Target
 
 COLLECTIVE = ("tensor", "zero3")
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # DeepSpeed's names; else it takes float32
 
 
 def check_parallel(config: TargetConfig, hf_config: Any) -> None:
@@ -113,16 +114,16 @@ class TensorParallelTarget(Target):
 
 
 @contextmanager
-def zero3_loading(config: TargetConfig) -> Iterator[None]:
-    """Inside, Transformers loads a model in shards: no process holds all of it at any time."""
-    if config.parallel != "zero3":
-        yield
-        return
+def zero3_loading(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, Transformers loads a model in shards: no process holds all of it at any time.
+
+    DeepSpeed makes all weights `dtype`, whatever they are in the files.
+    """
     import_deepspeed("target.parallel=zero3", "set target.parallel=tensor or device_map")
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    kept = HfDeepSpeedConfig(_zero3_settings(config))  # held by a weak reference only
+    kept = HfDeepSpeedConfig(_zero3_settings(dtype))  # held by a weak reference only
     try:
         yield
     finally:
@@ -130,7 +131,7 @@ def zero3_loading(config: TargetConfig) -> Iterator[None]:
         del kept
 
 
-def zero3_backbone(parts: Parts, config: TargetConfig, device: torch.device) -> None:
+def zero3_backbone(parts: Parts, dtype: torch.dtype, device: torch.device) -> None:
     """Let DeepSpeed gather a layer at a time in the forward of `parts.backbone`."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
@@ -140,11 +141,11 @@ def zero3_backbone(parts: Parts, config: TargetConfig, device: torch.device) -> 
     parts.backbone.eval().requires_grad_(False)
     set_z3_leaf_modules(parts.backbone, list({type(layer) for layer in parts.layers}))
     # not the whole model: its root hook would never see the backbone called, and nothing prefetch
-    engine, *_ = deepspeed.initialize(model=parts.backbone, config=_zero3_settings(config))
+    engine, *_ = deepspeed.initialize(model=parts.backbone, config=_zero3_settings(dtype))
     parts.backbone.__dict__["zero3_engine"] = engine  # kept alive, and not as a submodule
 
 
-def _zero3_settings(config: TargetConfig) -> dict[str, Any]:
+def _zero3_settings(dtype: torch.dtype) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31,
@@ -155,6 +156,6 @@ def _zero3_settings(config: TargetConfig) -> dict[str, Any]:
             "stage3_max_live_parameters": 0,
         },
     }
-    if config.dtype == "bfloat16":
-        settings["bf16"] = {"enabled": True}
+    if dtype in HALVES:
+        settings[HALVES[dtype]] = {"enabled": True}
     return settings
