@@ -103,24 +103,6 @@ def check_fit(config: RunConfig, target: TargetEnds) -> None:
     drafter_kind(config.drafter.kind).resolve(config.drafter, target)
 
 
-def check_split(config: RunConfig) -> None:
-    """Raises ConfigError where a training wants more of a split target than features."""
-    if config.target.parallel not in COLLECTIVE:
-        return
-    if config.regenerate.enabled and not config.regenerate.server:
-        raise ConfigError(
-            f"target.parallel={config.target.parallel} cannot answer the prompts: make the answers "
-            "first (deepspec regenerate target.parallel=device_map) and set data.path=[FILE] "
-            "regenerate.enabled=false, or set regenerate.server"
-        )
-    if config.evaluation.enabled:
-        raise ConfigError(
-            f"target.parallel={config.target.parallel} cannot evaluate: set "
-            "evaluation.enabled=false, and run deepspec evaluate target.parallel=device_map "
-            "afterwards"
-        )
-
-
 def quiet_libraries() -> None:
     """Progress is shown once, by us."""
     import transformers

@@ -52,13 +52,14 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.decoding import require_rollback
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
+    from deepspec.targets.parallel import check_split
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
     stages.check_trained(config)
-    stages.check_split(config)
+    check_split(config)
     stages.check_export(config)
     check_trackers(config.tracking)
     if config.evaluation.enabled:

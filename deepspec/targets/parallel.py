@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspec.config.schema import TargetConfig
-from deepspec.errors import TargetError
+from deepspec.config.schema import RunConfig, TargetConfig
+from deepspec.errors import ConfigError, TargetError
 from deepspec.machine import import_deepspeed
 from deepspec.processes import world_size
 from deepspec.records import Sample, TargetFeatures
@@ -66,6 +66,24 @@ def check_parallel(config: TargetConfig, hf_config: Any) -> None:
                     f"target.parallel=tensor: {count} {name} cannot be split over {world_size()} "
                     "processes; start a number that divides it, or set target.parallel=zero3"
                 )
+
+
+def check_split(config: RunConfig) -> None:
+    """Raises ConfigError where a training wants more of a split target than features."""
+    if config.target.parallel not in COLLECTIVE:
+        return
+    if config.regenerate.enabled and not config.regenerate.server:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} cannot answer the prompts: make the answers "
+            "first (deepspec regenerate target.parallel=device_map) and set data.path=[FILE] "
+            "regenerate.enabled=false, or set regenerate.server"
+        )
+    if config.evaluation.enabled:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} cannot evaluate: set "
+            "evaluation.enabled=false, and run deepspec evaluate target.parallel=device_map "
+            "afterwards"
+        )
 
 
 def _plan_of(kind: type) -> dict[str, str]:
