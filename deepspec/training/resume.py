@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from deepspec.config.schema import RunConfig, TrainingConfig, as_dict
+from deepspec.config.schema import RunConfig, TrainingConfig, as_dict, dotted
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.progress import say
 from deepspec.training.checkpoint import (
@@ -33,7 +33,7 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     before = {} if newest is None else decisive(newest.config)
     changed = {k: v for k, v in decisive(as_dict(config)).items() if before.get(k) != v}
     if (named := named_start(config.training)) is not None:
-        if newest is not None and newest.config["training"].get("resume") == resume and not changed:
+        if newest is not None and not changed and _resumed_by(newest) == resume:
             return newest
         if not named.is_dir():
             raise ConfigError(
@@ -60,6 +60,10 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
 def named_start(config: TrainingConfig) -> Path | None:
     """The folder that `resume` names; None for `auto` and `never`."""
     return None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
+
+
+def _resumed_by(checkpoint: Checkpoint) -> str | None:
+    return dotted(checkpoint.config).get("training.resume")
 
 
 def _sound(checkpoints: Path) -> Iterator[Checkpoint]:

@@ -181,8 +181,10 @@ class Trainer:
         batch = batch.to(self.engine.device)
         begun = time.perf_counter()
         features = self.source.features(samples)
-        self._waited += time.perf_counter() - begun
         features = features.to(self.engine.device, non_blocking=True)
+        if self.engine.device.type == "cuda":  # a target's kernels are queued, not done
+            torch.cuda.current_stream(self.engine.device).synchronize()
+        self._waited += time.perf_counter() - begun
         fields = self.distillation(features.context, features.final, batch, denominator)
         return LossOutput(*fields), batch
 
