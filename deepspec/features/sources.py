@@ -6,6 +6,7 @@ be asked for, so that reading and fetching happen behind the step before.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -116,7 +117,8 @@ class Hybrid(FeatureSource):
     """Online for what the store lacks, which is then stored; a later epoch reads it.
 
     A shard is written when `shard_bytes` are together; what was not when the process dies is
-    computed again. `writer` names this process's shards apart from those of others.
+    computed again. Names of this process's shards begin with `writer`. Several processes and jobs
+    may share a store.
     """
 
     def __init__(self, target: Target, store: Store, writer: str, shard_bytes: int) -> None:
@@ -172,10 +174,9 @@ class Hybrid(FeatureSource):
             torch.cat([own.context for _, own in self._fresh.values()]),
             torch.cat([own.final for _, own in self._fresh.values()]),
         )
-        taken = set(self._store.finished())
-        count = next(n for n in range(len(taken) + 1) if f"{self._writer}-{n:05d}" not in taken)
         encoded = encode(packed, header.dtype, len(header.layer_ids))
-        self._store.write(f"{self._writer}-{count:05d}", samples, encoded)
+        # a name for once: others, of this job or another, may hold places in what was discarded
+        self._store.write(f"{self._writer}-{secrets.token_hex(8)}", samples, encoded)
         self._fresh.clear()
 
 

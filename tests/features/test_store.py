@@ -451,3 +451,66 @@ def test_hybrid_asks_the_target_once_a_sample(
     again = make_trainer("again", source=source())
     assert [again.train_step()["loss"] for _ in range(4)] == pytest.approx(online[:4], rel=1e-5)
     assert 17 < asked[0] <= 17 + 4 * held
+
+
+def shared(target: Target, path: Path, count: int) -> list[Hybrid]:
+    """`count` processes on one store, which write when they settle."""
+    header = header_of(target, SAMPLES, "auto")
+    return [
+        Hybrid(target, Store.create(path, header), f"hybrid-{rank}", 2**30) for rank in range(count)
+    ]
+
+
+def assert_right(target: Target, source: Hybrid, samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        found, expected = source.features([sample]), target.features([sample])
+        torch.testing.assert_close(found.context, expected.context, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.final, expected.final, rtol=1e-5, atol=1e-5)
+
+
+def test_two_jobs_share_a_hybrid_store(target: Target, tmp_path: Path) -> None:
+    """Both of one process, and in orders of their own."""
+    jobs = [*shared(target, tmp_path, 1), *shared(target, tmp_path, 1)]
+    for job, samples in zip(jobs, (SAMPLES[:9], SAMPLES[::-1]), strict=True):
+        for sample in samples:
+            job.features([sample])
+    for job in jobs * 2:  # the first knows of the other's then
+        job.settle(lambda: None)
+    files = set(tmp_path.iterdir())
+    assert len(files) == 1 + 2 * 2  # the header, and a shard of each
+    for job in jobs:
+        assert_right(target, job, SAMPLES)
+        job.settle(lambda: None)
+    assert set(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_shard_that_another_process_discarded_is_never_read(
+    target: Target, tmp_path: Path, replaced: bool
+) -> None:
+    """Whether or not that has stored its samples again, in another order."""
+    first, second = processes = shared(target, tmp_path, 2)
+    for sample in SAMPLES[:5]:
+        first.features([sample])
+    for process in processes:
+        process.settle(lambda: None)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    for sample in SAMPLES[4::-1]:
+        first.features([sample])
+    if replaced:
+        first.settle(lambda: None)
+    assert_right(target, second, SAMPLES[:5])
+
+
+def test_a_shard_is_not_taken_for_another_of_its_name(target: Target, tmp_path: Path) -> None:
+    """Places in it are of what lay there when they were read."""
+    store = build(target, tmp_path)
+    name = store.finished()[0]
+    reader = Store.open(tmp_path)
+    store.discard(name)
+    store.write(name, SAMPLES[:2], encode(target.features(SAMPLES[:2]), "float32", 3))
+    with pytest.raises(DataError, match=f"{name}.safetensors is corrupt"):
+        reader.read(SAMPLES)
