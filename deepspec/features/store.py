@@ -1,14 +1,16 @@
 """A store of samples and their features: safetensors shards, each of them whole or not there.
 
-    store.json               format, identity of the target, layer ids, dtype, which samples
-    NAME-00000.safetensors   samples end to end: input_ids [T] int32, loss_mask [T] bool, context
-                             [T, L*D], final [F, D] and, in float8, their scales
-    NAME-00000.json          written behind it: sample ids, lengths, final states of each (F in
-                             all), digests, the tensors' sha256
+    store.json           format, identity of the target, layer ids, dtype, which samples
+    shard-*.safetensors  samples end to end: input_ids [T] int32, loss_mask [T] bool, context
+                         [T, L*D], final [F, D] and, in float8, their scales
+    shard-*.json         written behind it: sample ids, lengths, final states of each (F in all),
+                         digests, the tensors' sha256
+    hybrid-*             the same two of `features=hybrid`
 
 A killed process leaves finished shards and nothing else that is looked at. Variable lengths, no
 padding. Several processes may write shards of their own names into one folder, where other files
-(the answers that `deepspec extract` makes) may lie too.
+(the answers that `deepspec extract` makes) may lie too. No name is used again for other samples:
+who has read the one file must not find the other.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from deepspec.records import Sample, TargetFeatures
 
 FORMAT = 1
 HEADER = "store.json"
-SHARDS = "*-[0-9]*.json"
+SHARDS = ("shard-*.json", "hybrid-*.json")  # other files may lie beside them
 TOKEN_BYTES = 4 + 1  # of input_ids and loss_mask
 OPEN_SHARDS = 64
 
@@ -134,7 +136,7 @@ class Store:
 
     def refresh(self) -> None:
         """Look for shards that were finished since."""
-        for file in sorted(self.path.glob(SHARDS)):
+        for file in sorted(file for names in SHARDS for file in self.path.glob(names)):
             if file.stem not in self._known:
                 with suppress(FileNotFoundError):  # another process has just discarded it
                     self._known[file.stem], places = _index(file)

@@ -236,6 +236,14 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: str, message: str) -
         Store.open(tmp_path)
 
 
+def test_other_files_beside_the_shards_are_none(target: Target, tmp_path: Path) -> None:
+    """Such as what a killed job of several processes leaves of the answers made there."""
+    store = build(target, tmp_path)
+    (tmp_path / "answers.part-0001.json").write_text('{"format": 1}')
+    (tmp_path / "qwen-3.json").write_text("{")
+    assert Store.open(tmp_path).finished() == store.finished()
+
+
 def test_room_is_asked_for_before_the_work(target: Target, tmp_path: Path) -> None:
     header = header_of(target, SAMPLES, "auto")
     with pytest.raises(DataError, match=r"GiB are missing.*extract\.dtype=float8"):
