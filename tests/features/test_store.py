@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from deepspec.config.schema import ExtractConfig, TargetConfig
 from deepspec.errors import DataError, TargetError
 from deepspec.features.encoding import decode, encode, token_bytes
-from deepspec.features.extract import check_room, extract, header_of, plan_shards
+from deepspec.features.extract import check_room, extract, header_of, missing_shards
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
 from deepspec.records import Sample, TargetFeatures
@@ -36,9 +36,7 @@ def build(
 ) -> Store:
     header = header_of(target, SAMPLES, config.dtype, all_finals)
     store = Store.create(path, header)
-    shards = plan_shards(SAMPLES, config, header.bytes_a_token)
-    missing = [shard for shard in shards if shard.name not in store.finished()]
-    extract(target, missing, store, config)
+    extract(target, missing_shards(SAMPLES, store, config), store, config)
     return store
 
 
@@ -152,6 +150,22 @@ def test_it_goes_on_without_redoing(target: Target, tmp_path: Path) -> None:
     after = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     assert [file.stem for file in before if before[file] != after[file]] == [names[1]]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("mib", [0.02, 0.2])
+def test_it_goes_on_with_shards_of_another_size(target: Target, tmp_path: Path, mib: float) -> None:
+    """Finished ones are kept as they are, and every sample is there in the end."""
+    store = build(target, tmp_path)
+    for name in store.finished()[1::2]:
+        (tmp_path / f"{name}.json").unlink()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    build(target, tmp_path, replace(SMALL, shard_mib=mib))
+    assert all(file.stat().st_mtime_ns == moment for file, moment in before.items())
+    found = Store.open(tmp_path)
+    found.require_complete()
+    read, expected = found.read(SAMPLES), target.features(SAMPLES)
+    torch.testing.assert_close(read.context, expected.context, rtol=1e-5, atol=1e-5)
+    assert not missing_shards(SAMPLES, found, SMALL)
 
 
 def test_a_shard_that_is_made_again_is_read_anew(target: Target, tmp_path: Path) -> None:
