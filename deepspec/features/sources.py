@@ -14,7 +14,7 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode
-from deepspec.features.store import Store
+from deepspec.features.store import Store, digest
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 
@@ -181,4 +181,5 @@ class Hybrid(FeatureSource):
 
 
 def _key(samples: Sequence[Sample]) -> tuple[str, ...]:
-    return tuple(sample.sample_id for sample in samples)
+    """By their tokens: ids are as the data gives them, and may be there twice."""
+    return tuple(digest(sample) for sample in samples)

@@ -365,6 +365,17 @@ def test_a_target_that_computes_ahead_gives_the_same_numbers(
     source.close()
 
 
+def test_what_is_read_ahead_is_not_taken_for_a_namesake(target: Target) -> None:
+    """Ids of training and validation samples are the data's, and as long they may be."""
+    sample = SAMPLES[0]
+    namesake = replace(sample, input_ids=sample.input_ids.flip(0))
+    source = Overlapped(target)
+    source.expect([sample])
+    for one in (namesake, sample):
+        assert torch.equal(source.features([one]).context, target.features([one]).context)
+    source.close()
+
+
 def test_a_target_is_left_alone_before_others_have_it(target: Target) -> None:
     """Its hooks are shared: they would get layers of both forwards."""
     began, ended = threading.Event(), threading.Event()
