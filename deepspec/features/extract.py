@@ -67,7 +67,7 @@ def header_of(
 def missing_shards(samples: Sequence[Sample], store: Store, config: ExtractConfig) -> list[Shard]:
     """All samples, by id, cut into shards of about `shard_mib`: those that `store` lacks any of.
 
-    Named by what is in them, because the same command may cut otherwise when it is given again.
+    Their names tell what is in them: another `shard_mib` cuts otherwise.
     """
     budget = max(1, int(config.shard_mib * 2**20) // store.header.bytes_a_token)
     shards: list[list[Sample]] = [[]]

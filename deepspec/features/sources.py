@@ -175,7 +175,7 @@ class Hybrid(FeatureSource):
             torch.cat([own.final for _, own in self._fresh.values()]),
         )
         encoded = encode(packed, header.dtype, len(header.layer_ids))
-        # a name for once: others, of this job or another, may hold places in what was discarded
+        # never the name of another shard: other processes and jobs have places in those
         self._store.write(f"{self._writer}-{secrets.token_hex(8)}", samples, encoded)
         self._fresh.clear()
 

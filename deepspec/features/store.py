@@ -208,7 +208,7 @@ class Store:
             (self.path / f"{shard}{suffix}").unlink(missing_ok=True)
         self._known.pop(shard)
         self._checked.discard(shard)
-        self._opened.cache_clear()  # another shard may get its name
+        self._opened.cache_clear()  # one that is made again gets its name
         self._places = {i: place for i, place in self._places.items() if place.shard != shard}
 
     def _slice(self, place: _Place) -> dict[str, Tensor]:

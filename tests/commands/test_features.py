@@ -150,10 +150,7 @@ def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -
         ("features=hybrid features.overlap=true", "is for features=online, not hybrid"),
         ("features.overlap=true target.parallel=zero3", "in one order, which a thread beside"),
         ("features=hybrid target.parallel=zero3", "asks the target only for what a process"),
-        (
-            "features=hybrid target.parallel=tensor",
-            "asks the target only for what a process",
-        ),
+        ("features=hybrid target.parallel=tensor", "asks the target only for what a process"),
         ("features=remote features.servers=[http://a:1]", "no target here to answer the prompts"),
         (
             "features=remote features.servers=[http://a:1] engine=zero2 engine.timeout=30",
