@@ -478,9 +478,11 @@ def test_hybrid_asks_the_target_once_a_sample(
     assert asked[0] == 17
     assert len(Store.open(tmp_path / "s")) == header.samples
 
-    bad = sorted((tmp_path / "s").glob("*.safetensors"))[0]
+    written = {file: file.read_text() for file in (tmp_path / "s").glob("hybrid-*.json")}
+    index = next(file for file, text in written.items() if SAMPLES[0].sample_id in text)
+    bad = index.with_suffix(".safetensors")  # of samples that are trained on
     bad.write_bytes(bad.read_bytes()[:-8])
-    held = len(json.loads(bad.with_suffix(".json").read_text())["samples"])
+    held = len(json.loads(written[index])["samples"])
     again = make_trainer("again", source=source())
     assert [again.train_step()["loss"] for _ in range(4)] == pytest.approx(online[:4], rel=1e-5)
     assert 17 < asked[0] <= 17 + 4 * held
