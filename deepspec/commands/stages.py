@@ -29,7 +29,7 @@ from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
 from deepspec.export import layouts_for, model_card, require_layout, write_export
 from deepspec.export.engines import Traits
-from deepspec.features.extract import check_room, extract, header_of, plan_shards
+from deepspec.features.extract import check_room, extract, header_of, missing_shards
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
@@ -165,7 +165,10 @@ def load_samples(
 def extract_features(
     config: RunConfig, target: Target, data: TrainingData, out: Path, wait: Callable[[], None]
 ) -> Store:
-    """A store of all samples in the folder `out`, made by the processes of this job together."""
+    """A store of all samples in the folder `out`, made by the processes of this job together.
+
+    Raises DataError where a sample is missing in the end.
+    """
     samples = [*data.samples, *data.validation]
     if not samples:
         raise DataError("no sample to extract; see the rows left out above and data.path")
@@ -175,19 +178,20 @@ def extract_features(
         Store.create(out, header)
     wait()
     store = Store.create(out, header)
-    shards = plan_shards(samples, config.extract, header.bytes_a_token)
-    missing = [shard for shard in shards if shard.name not in store.finished()]
+    missing = missing_shards(samples, store, config.extract)
     tokens = sum(shard.tokens for shard in missing)
     need = store.header.bytes_of(sample for shard in missing for sample in shard.samples)
     say(
         f"store: {tokens} tokens at {need / max(1, tokens):.0f} bytes ({header.dtype}) make "
         f"{need / 2**30:.2f} GiB in {len(missing)} shards; "
-        f"{len(shards) - len(missing)} are there from before"
+        f"{len(store.finished())} are there from before"
     )
     check_room(out, header, need, config.extract)
+    wait()  # all share out the same shards: nobody writes before the others have looked
     extract(target, missing[rank() :: world_size()], store, config.extract)
     wait()
     store.refresh()
+    store.require_complete()
     return store
 
 

@@ -272,6 +272,13 @@ def _cross_features(config: RunConfig) -> None:
             "for all processes in one order, which a thread beside the training does not keep; set "
             "it to false, or target.parallel=replicated"
         )
+    if config.features.source == "hybrid" and config.target.parallel in ("tensor", "zero3"):
+        raise ConfigError(
+            "features.source=hybrid asks the target only for what a process has not stored, but "
+            f"the forwards of target.parallel={config.target.parallel} are for all processes; set "
+            "features=online, or target.parallel=replicated, or train on a store (deepspec extract "
+            "target.parallel=device_map, then features=stored)"
+        )
     if config.features.source == "remote" and not config.features.servers:
         raise ConfigError(
             "features.source=remote needs features.servers=[http://host:port, ...], servers "
