@@ -80,9 +80,12 @@ def recipe_config(settings: Sequence[str]) -> RunConfig:
 
 
 def print_config(config: RunConfig) -> None:
-    """The resolved config as YAML, on standard output."""
+    """The resolved config as YAML, escaped where standard output cannot hold its signs."""
+    import sys
+
     import yaml
 
     from deepspec.config.schema import as_dict
 
-    print(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), end="")
+    holds_all = sys.stdout.encoding.lower().startswith("utf")
+    print(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=holds_all), end="")
