@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,10 +56,29 @@ def non_negative(name: str, word: str) -> float:
     return number
 
 
-def listed(word: str) -> list[str]:
-    """The parts of `[a,b,c]`, or of `a`."""
-    parts = [part.strip() for part in word.strip("[]").split(",")]
-    return [part for part in parts if part]
+def positive(name: str, word: str) -> float:
+    """The value of the command's own key `name`. Raises ConfigError for 0 and less."""
+    number = non_negative(name, word)
+    if not number:
+        raise ConfigError(f"{name}={word} must be a number above 0")
+    return number
+
+
+def listed(name: str, word: str) -> list[str]:
+    """The value of the command's own key `name`: the parts of `[a, "b,c"]`, or the one that is not
+    in brackets. Raises ConfigError for a list of anything but texts."""
+    from deepspec.config.values import read_value
+
+    parts = read_value(f"{name}={word}")
+    parts = parts if isinstance(parts, list) else [parts]
+    if not all(isinstance(part, str) and part for part in parts):
+        raise ConfigError(f"{name}={word} must be a list; lists are written [a, b]")
+    return parts
+
+
+def command_line(command: str, *words: str) -> str:
+    """`deepspec command words`, as a shell takes it."""
+    return shlex.join(["deepspec", command, *words])
 
 
 def given_keys(settings: Sequence[str]) -> set[str]:
