@@ -107,5 +107,5 @@ def print_config(config: RunConfig) -> None:
 
     from deepspec.config.schema import as_dict
 
-    holds_all = sys.stdout.encoding.lower().startswith("utf")
+    holds_all = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     print(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=holds_all), end="")

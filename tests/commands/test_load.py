@@ -76,6 +76,7 @@ def test_simulated_throughput_is_that_of_the_real_loop(
     [
         (("load",), "give one of run=DIR and checkpoint=DIR"),
         (("load", "run=a", "policies=[best]"), "best must be one of plain, fixed, threshold"),
+        (("load", "run=a", "policies=[]"), "policies=[] must be one or several of plain"),
         (("load", "run=a", "policies=[threshold:2]"), "threshold:2 must be one of"),
         (("load", "run=a", "concurrency=[0]"), "concurrency=0 must be a whole number"),
         (("load", "run=a", "rates=[1]"), "need one concurrency=N"),
