@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deepspec import __version__
-from deepspec.commands.seen import held_out_prompts
+from deepspec.commands.seen import held_out_prompts, require_prompts
 from deepspec.commands.sources import Source
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.drafters.base import Drafter
@@ -32,6 +32,7 @@ def calibrate_drafter(
     """
     assert source.place is not None, "what needs no training has no confidences either"
     config, data = source.config, source.config.data
+    require_prompts(config)
     require_confidences(drafter, "deepspec calibrate")
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
     prompts, checked = held_out_prompts(source, encoder)

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepspec import __version__
 from deepspec.commands.confidences import calibration_of
+from deepspec.commands.seen import require_prompts
 from deepspec.commands.sources import Source
 from deepspec.commands.stages import open_target
 from deepspec.config.schema import RunConfig
@@ -48,9 +49,10 @@ def measure_load(
     """Every policy with the drafter of `source`, and the `others` with whole blocks, under every
     level for so many seconds each; records and rounds go to the folder `out`.
 
-    Raises ConfigError for a policy that the drafter has no confidences for, and for drafters of
-    another target.
+    Raises ConfigError for a policy that the drafter has no confidences for, for drafters of another
+    target, and without prompts.
     """
+    require_prompts(source.config)
     config, target = source.config, open_target(source.config)
     drafter = source.load(target)
     scaling = scaling_of(source, drafter, policies, temperature)

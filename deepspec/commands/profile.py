@@ -6,6 +6,7 @@ Saves the table that decoding.throughput takes, for scheduler=algorithm1 and asy
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,8 @@ def _measure(
     table.save(out)
     Console().print(_shown(table, load))
     print(f"throughput: {out}")
-    print(f"next:       decoding.scheduler=algorithm1 decoding.throughput={out}")
+    words = ["decoding.scheduler=algorithm1", f"decoding.throughput={out}"]
+    print(f"next:       {shlex.join(words)}")
 
 
 def _shown(table: Throughput, load: Load) -> RichTable:
@@ -141,7 +143,7 @@ def _listed(word: str) -> list[int]:
     from deepspec.commands.settings import listed, whole_number
     from deepspec.errors import ConfigError
 
-    counts = sorted({whole_number("tokens", part) for part in listed(word)})
+    counts = sorted({whole_number("tokens", part) for part in listed("tokens", word)})
     if len(counts) < 2:
         raise ConfigError(f"tokens={word} must be at least two numbers, such as [1,2,4,8]")
     return counts

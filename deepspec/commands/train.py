@@ -102,6 +102,7 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     from rich.console import Console
 
     from deepspec.commands import stages
+    from deepspec.commands.settings import command_line
     from deepspec.commands.sources import from_checkpoint
     from deepspec.evaluation.report import results_table
     from deepspec.export import layouts_for
@@ -122,4 +123,5 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     print(f"checkpoint: {drafted.place}")
     where = folder.export if exported else f"none: no layout holds a drafter.kind={drafted.kind}"
     print(f"export:     {where}")
-    print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")
+    evaluation = command_line("evaluate", f"run={folder.path}", "decoding.batch_size=8")
+    print(f"next:       {evaluation}")

@@ -315,6 +315,18 @@ def test_an_export_for_a_local_target_asks_where_it_is(refused: Refused, trained
     assert "target.path=DIR or by recipe=R" in message
 
 
+def test_the_recipe_that_it_asks_for_is_taken(
+    trained: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    target = f"target: {{path: {target_folder}, num_layer_ids: 2}}"
+    recipe.write_text(f"defaults: [tiny, _self_]\n{target}\nengine: {{device: cpu}}\n")
+    export = trained / "export"
+    main(["export", f"checkpoint={export}", f"recipe={recipe}", f"out={tmp_path / 'again'}"])
+    main(["check", f"run={tmp_path / 'again'}", f"recipe={recipe}"])
+    main(["check", f"export={export}", f"recipe={recipe}"])
+
+
 def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> None:
     message = refused("evaluate", f"run={trained}", "target.layer_ids=[1,2,3]")
     assert "target.layer_ids" in message
