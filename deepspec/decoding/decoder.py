@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.packing import packed
-from deepspec.decoding.results import Completion, DecodeResult
+from deepspec.decoding.results import Completion, DecodeResult, back_in_order
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
 from deepspec.decoding.skipping import SkippingProposer
@@ -73,7 +73,7 @@ class Decoder:
         """
         names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
         begun = time.perf_counter()
-        completions: dict[str, Completion] = {}
+        completions: list[Completion] = []  # in `order`
         traces: list[DecodeTrace] = []
         # neighbours in length share a batch: less padding in the prefill
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -89,9 +89,9 @@ class Decoder:
             )
             random = RandomRows(seed, rows.requests, self.target.device)
             self._run(rows, random, sampling, traces)
-            completions.update((completion.request, completion) for completion in rows.finished)
+            completions += rows.finished
         seconds = time.perf_counter() - begun
-        return DecodeResult([completions[name] for name in names], traces, seconds)
+        return DecodeResult(back_in_order(order, completions), traces, seconds)
 
     def _run(
         self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]
