@@ -30,7 +30,8 @@ from deepspec.targets import Target, TargetOutput
 Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
 """How many drafts of each row to verify, by the proposal's confidences and the most that each row
 can use; must not depend on a token that it admits (that is what keeps it lossless). One with an
-attribute `pays` (see `scheduling.drafting`) may have rounds without drafts."""
+attribute `pays` (see `scheduling.drafting`) may have rounds without drafts; one with a method
+`start` is told of every new batch."""
 
 
 class Decoder:
@@ -54,6 +55,7 @@ class Decoder:
         self.batch_size = batch_size
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
+        self._start_schedule = getattr(schedule, "start", None)
         self._fixed = proposer.block_size + 1 if compiled else None
         if compiled and isinstance(proposer, Compilable):
             proposer.compile()
@@ -97,6 +99,8 @@ class Decoder:
         self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]
     ) -> None:
         """Prefill one group, then rounds until its last row has finished."""
+        if self._start_schedule is not None:
+            self._start_schedule()
         self.begin(rows, random, sampling)
         number = 0
         while len(rows):
