@@ -56,7 +56,7 @@ class Decoder:
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
         self._start_schedule = getattr(schedule, "start", None)
-        self._fixed = proposer.block_size + 1 if compiled else None
+        self.fixed = proposer.block_size + 1 if compiled else None
         if compiled and isinstance(proposer, Compilable):
             proposer.compile()
 
@@ -87,7 +87,7 @@ class Decoder:
                 [prompts[i] for i in group],
                 max_new_tokens,
                 self.stop_token_ids,
-                self._fixed,
+                self.fixed,
             )
             random = RandomRows(seed, rows.requests, self.target.device)
             self._run(rows, random, sampling, traces)
