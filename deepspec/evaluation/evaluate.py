@@ -121,9 +121,10 @@ def load_benchmark(
     name: str, config: RunConfig, target: Target
 ) -> tuple[str, list[Prompt], dict[str, int]]:
     """(short name, tokenised prompts, rows left out by reason) of one benchmark."""
-    data = config.data
+    data, new = config.data, config.decoding.max_new_tokens
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
     short, conversations, skips = load_prompts(name, config.evaluation.limit, data.fields)
+    window = getattr(target.config, "max_position_embeddings", None)
     prompts = []
     for conversation in conversations:
         try:
@@ -133,12 +134,14 @@ def load_benchmark(
             continue
         if len(tokens) > data.max_length:
             skips["prompt longer than data.max_length"] += 1
+        elif window is not None and len(tokens) + new > window:
+            skips[f"prompt and decoding.max_new_tokens exceed the target's context, {window}"] += 1
         else:
             prompts.append(Prompt(f"{short}/{conversation.id}", tokens))
     if not prompts:
         raise DataError(
             f"evaluation.benchmarks: {name} has no usable prompt ({dict(skips)}); raise "
-            "data.max_length, or name another one"
+            "data.max_length, lower decoding.max_new_tokens, or name another one"
         )
     return short, prompts, dict(skips)
 
