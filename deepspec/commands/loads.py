@@ -50,10 +50,16 @@ def measure_load(
     level for so many seconds each; records and rounds go to the folder `out`.
 
     Raises ConfigError for a policy that the drafter has no confidences for, for drafters of another
-    target, and without prompts.
+    target, for compiled decoding, and without prompts.
     """
-    require_prompts(source.config)
-    config, target = source.config, open_target(source.config)
+    config = source.config
+    require_prompts(config)
+    if config.decoding.compile:
+        raise ConfigError(
+            "decoding.compile=true: forwards are compiled as batches of new sizes come, which "
+            "would be counted into the seconds of a load; set decoding.compile=false"
+        )
+    target = open_target(config)
     drafter = source.load(target)
     scaling = scaling_of(source, drafter, policies, temperature)
     proposer = open_proposer(source, drafter, target)

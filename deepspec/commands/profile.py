@@ -60,6 +60,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         context=whole_number("context", values.get("context", "256")),
         repeats=whole_number("repeats", values.get("repeats", "20")),
         temperature=non_negative("temperature", values.get("temperature", "1")),
+        compiled=config.decoding.compile,
     )
     out = Path(values.get("out", f"runs/throughput-{config.recipe}.json")).expanduser()
     _measure(config, source, load, values.get("tokens"), out)

@@ -15,12 +15,13 @@ from typing import Any
 
 from deepspec import __version__
 from deepspec.commands.beginnings import first_drafter
-from deepspec.commands.confidences import calibration_of
+from deepspec.commands.confidences import calibration_of, require_scheduled
 from deepspec.commands.sources import Source
 from deepspec.config.schema import FieldsConfig, RunConfig, as_dict
 from deepspec.data.batching import hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
+from deepspec.decoding import require_rollback, require_state
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import ConfigError, DataError
@@ -47,6 +48,7 @@ from deepspec.regeneration import (
     regenerate_together,
 )
 from deepspec.scheduling.calibration_file import read_calibration
+from deepspec.scheduling.schedulers import open_policy
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
@@ -101,6 +103,16 @@ def check_trained(config: RunConfig) -> None:
 def check_fit(config: RunConfig, target: TargetEnds) -> None:
     """Raises ConfigError for a drafter that does not fit `target`, before answers are made."""
     drafter_kind(config.drafter.kind).resolve(config.drafter, target)
+
+
+def check_decoding(config: RunConfig, target: TargetEnds) -> None:
+    """Raises TargetError or ConfigError where the evaluation after a training could not decode as
+    `config.decoding` says, before answers are made."""
+    require_rollback(target)
+    require_state(target, config.decoding.compile)
+    open_policy(config.decoding)
+    shape = drafter_kind(config.drafter.kind).resolve(config.drafter, target)
+    require_scheduled(shape, config.decoding)
 
 
 def quiet_libraries() -> None:

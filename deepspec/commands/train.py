@@ -49,7 +49,6 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from functools import partial
 
     from deepspec.commands import stages
-    from deepspec.decoding import require_rollback
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.targets.parallel import check_split
@@ -70,9 +69,9 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     target = (
         stages.open_ends(config) if stored or remote else stages.open_target(config, training=True)
     )
-    if config.evaluation.enabled:
-        require_rollback(target)
     stages.check_fit(config, target)
+    if config.evaluation.enabled:
+        stages.check_decoding(config, target)
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)
@@ -109,13 +108,15 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     from deepspec.targets import Target
 
     drafted = from_checkpoint(best)
-    report = None
-    if config.evaluation.enabled:
-        whole = target if isinstance(target, Target) else stages.open_target(config)
-        report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
     exported = bool(layouts_for(drafted.kind, config.drafter))
-    if exported:
-        stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
+    report = None
+    try:
+        if config.evaluation.enabled:
+            whole = target if isinstance(target, Target) else stages.open_target(config)
+            report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
+    finally:  # an evaluation that fails costs no export
+        if exported:
+            stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if report is not None:
         Console().print(results_table(report))

@@ -55,6 +55,12 @@ def test_measured_and_simulated(trained: Path, held_out: Path, tmp_path: Path) -
     assert "synthetic_gpu" in about["throughput"]["dspark"]
 
 
+def test_a_load_is_not_compiled(trained: Path, refused: Refused) -> None:
+    """Compilations would be counted; a run that was trained to decode so says what to set."""
+    message = refused("load", f"run={trained}", "decoding.compile=true")
+    assert "set decoding.compile=false" in message
+
+
 @pytest.mark.slow
 def test_simulated_throughput_is_that_of_the_real_loop(
     target_folder: Path, held_out: Path, tmp_path: Path
