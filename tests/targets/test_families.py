@@ -164,6 +164,20 @@ def test_a_dense_family_needs_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not failing(make_target(name))
 
 
+def test_longrope_with_a_part_of_each_head() -> None:
+    """As Phi-4 mini has it: two lists of factors, of fewer frequencies than a whole head's."""
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    }
+    dense = {key: value for key, value in DENSE.items() if key != "head_dim"}
+    config = hf.Phi3Config(**dense, rope_parameters=longrope, original_max_position_embeddings=256)
+    assert not failing(build(config))
+
+
 def test_snapshots_hold_for_other_families_too() -> None:
     findings = check(make_target("gpt_oss", rollback="snapshot"), 5)
     assert not [finding for finding in findings.values() if not finding.holds]
