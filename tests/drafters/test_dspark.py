@@ -125,6 +125,20 @@ def test_attention_equals_loops_over_visible_keys(implementation: str) -> None:
     torch.testing.assert_close(got, naive_attention(q, ck, cv, bk, bv, batch))
 
 
+def test_flex_attends_in_the_dtype_of_values() -> None:
+    """Behind norms and rotation autocast leaves queries and keys in fp32, and values in bf16."""
+    batch = batch_of(LENGTHS, ANCHORS, CONFIG)
+    torch.manual_seed(0)
+    total, blocks = sum(LENGTHS), batch.anchors.shape[0]
+    q, bk, bv = torch.randn(blocks, 4, 4, 16), *torch.randn(2, blocks, 4, 2, 16)
+    ck, cv = torch.randn(2, total, 2, 16)
+    seen = build_visibility(batch, "flex")
+    low = [states.bfloat16() for states in (q, ck, cv, bk, bv)]
+    got = block_attention(q, ck, low[2], bk, low[4], seen)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, block_attention(*low, seen))
+
+
 def test_a_block_sees_nothing_at_or_behind_its_anchor() -> None:
     """Changing features at positions >= anchor, or of another sample, changes nothing."""
     drafter = drafter_of(CONFIG)
