@@ -12,7 +12,7 @@ from deepspec.commands.sources import Source
 from deepspec.config.schema import DecodingConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import open_proposer
 from deepspec.errors import ConfigError
 from deepspec.evaluation.calibrate import decode_everything, fit_all, write_calibration_report
 from deepspec.progress import say
@@ -40,7 +40,7 @@ def calibrate_drafter(
     prompts, checked = held_out_prompts(source, encoder)
     if not checked:
         say(f"{source.place} has no training data at hand: that the prompts are new is not checked")
-    proposer = drafter_kind(source.kind).proposer(drafter.to(target.device), target)
+    proposer = open_proposer(source.kind, drafter, target)
     evaluation = decode_everything(config, target, proposer)
     calibration = Calibration(
         fits=fit_all(config, evaluation, method),

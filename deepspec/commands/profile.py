@@ -77,7 +77,7 @@ def _measure(
     from deepspec import __version__
     from deepspec.commands.stages import open_target
     from deepspec.drafters.base import Proposer
-    from deepspec.drafters.registry import drafter_kind
+    from deepspec.drafters.registry import open_proposer
     from deepspec.errors import ConfigError
     from deepspec.evaluation.profiling import Blanks, default_tokens, profile
     from deepspec.machine import describe_machine
@@ -86,8 +86,7 @@ def _measure(
     target = open_target(config)
     proposer: Proposer
     if source is not None:
-        drafter = source.load(target).to(target.device)
-        proposer = drafter_kind(source.kind).proposer(drafter, target)
+        proposer = open_proposer(source.kind, source.load(target), target)
     else:
         proposer = Blanks(config.drafter.block_size)
     most = load.rows * (proposer.block_size + 1)

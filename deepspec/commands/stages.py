@@ -23,7 +23,7 @@ from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.decoding import require_rollback, require_state
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import drafter_kind, open_proposer
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.evaluate import average, evaluate
 from deepspec.evaluation.report import markdown_table, write_report
@@ -328,7 +328,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     skipped, training = source.skipped(), source.training()
     calibration = calibration_of(source, drafter)
     out.mkdir(parents=True, exist_ok=True)
-    proposer = drafter_kind(source.kind).proposer(drafter.to(target.device), target)
+    proposer = open_proposer(source.kind, drafter, target)
     evaluation = evaluate(config, target, proposer, calibration)
     report = Report(
         title=config.recipe,
