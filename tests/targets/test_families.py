@@ -252,6 +252,29 @@ def test_the_text_part_of_a_multimodal_checkpoint(name: str, tmp_path: Path) -> 
     assert ends.head.soft_cap == target.head.soft_cap
 
 
+@pytest.mark.parametrize("says", ["tied outside", "tied inside", "untied"])
+def test_a_head_of_its_own_is_read_whatever_the_config_says(says: str, tmp_path: Path) -> None:
+    """Of a multimodal config's two answers the outer one decides, and against it the files."""
+    config = hf.Gemma3Config(
+        text_config=DENSE | WINDOWED | {"tie_word_embeddings": says != "untied"},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = hf.Gemma3ForConditionalGeneration(config)
+    model.config.tie_word_embeddings = says == "tied outside"
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    options = {"path": str(tmp_path), "dtype": "float32", "layer_ids": [0]}
+    whole = load_target(TargetConfig(**options), "cpu")
+    split = load_target(TargetConfig(**options, parallel="device_map"), "cpu")
+    assert not torch.equal(whole.head.weight, whole.model.get_input_embeddings().weight)
+    for ends in (split, load_ends(TargetConfig(**options), "cpu")):
+        assert torch.equal(ends.head.weight, whole.head.weight)
+        assert torch.equal(ends.embedding, whole.embedding)
+
+
 @pytest.mark.parametrize("name", ["gemma4_text", "granite"])
 def test_scaled_ends_read_alone(name: str, tmp_path: Path) -> None:
     """The same fingerprint whatever the dtype: a scale is not part of the files."""
