@@ -19,6 +19,7 @@ from deepspec.evaluation.profiling import Load, profile
 from deepspec.targets import Target
 from tests.decoding.test_lossless import prompts_of
 from tests.export.conftest import make_drafter
+from tests.targets.tiny import make_target
 
 GREEDY = Sampling()
 
@@ -64,6 +65,19 @@ def check(target: Target, batch: int) -> None:
 def test_fixed_buffers_change_nothing(target: Target, uncompiled: set[str]) -> None:
     check(target, 3)
     assert uncompiled == {"_forward", "_greedy"}
+
+
+def test_layers_that_share_the_keys_of_others_have_no_buffers(uncompiled: set[str]) -> None:
+    target = make_target("gemma4_text")
+    assert target.config.num_kv_shared_layers
+
+    def plain(fixed: bool) -> list[tuple[int, ...]]:
+        options = {"batch_size": 2, "stop_token_ids": [], "compiled": fixed}
+        found = plain_decode(target, prompts_of(2), GREEDY, 5, **options)
+        return [completion.tokens for completion in found.completions]
+
+    assert plain(fixed=True) == plain(fixed=False)
+    assert uncompiled == {"_forward"}
 
 
 def test_the_same_drafts_with_fixed_buffers(target: Target, uncompiled: set[str]) -> None:
