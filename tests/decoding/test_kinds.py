@@ -29,8 +29,6 @@ KINDS = {
     "mtp, three drafts": DrafterConfig(kind="mtp", num_layers=1, block_size=3),
     "ngram": DrafterConfig(kind="ngram", block_size=4),
 }
-
-
 IN_PARALLEL = {
     head: DrafterConfig(num_layers=2, block_size=3, markov_rank=6, markov_head=head)
     for head in ("vanilla", "gated", "rnn")
