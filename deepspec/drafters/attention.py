@@ -168,8 +168,8 @@ def _flex_attention(
     def heads_first(states: Tensor) -> Tensor:
         return states.transpose(0, 1)[None]
 
-    # Autocast on CUDA norms and rotates queries and keys in fp32. What it does for SDPA it does not
-    # do for FlexAttention: bring all to the dtype of its products, which values have.
+    # Autocast on CUDA norms and rotates queries and keys in fp32, and leaves values in the dtype of
+    # products. It casts for SDPA, but in older torch not for FlexAttention, which wants one dtype.
     dtype = context_values.dtype
     queries, context_keys, block_keys = (
         states.to(dtype) for states in (queries, context_keys, block_keys)

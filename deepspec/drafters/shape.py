@@ -113,8 +113,8 @@ def _rope_parameters(text: Any) -> dict[str, Any]:
         if isinstance(parameters.get(kind), dict):
             parameters = dict(parameters[kind])
     parameters.setdefault("rope_theta", getattr(text, "rope_theta", 10000.0))
-    kind = parameters.setdefault("rope_type", "default")
-    if kind in ("default", "proportional", "longrope"):
+    rope_type = parameters.setdefault("rope_type", "default")
+    if rope_type in ("default", "proportional", "longrope"):
         return {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
     ours = parameters.keys() - {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     return {key: parameters[key] for key in sorted(ours)}
