@@ -42,7 +42,7 @@ from deepspec.config.schema import RunConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
 from deepspec.drafters.base import Proposer
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import open_proposer
 from deepspec.evaluation.benchmarks import load_prompts
 from deepspec.evaluation.metrics import accepted_length
 from deepspec.machine import describe_machine
@@ -100,8 +100,7 @@ def main() -> None:
 
     source = open_source(options.run)
     target = open_target(source.config)
-    drafter = source.load(target).to(target.device)
-    proposer = partial(drafter_kind(source.kind).proposer, drafter, target)
+    proposer = partial(open_proposer, source.kind, source.load(target), target)
     lengths = [int(n) for n in options.verify.split(",") if n] or [proposer().block_size]
     prompts = read_prompts(source.config, target, options.prompts, options.skip.split(","))
     limit = source.config.decoding.max_new_tokens
