@@ -89,7 +89,7 @@ def exactness(report: Report) -> Exactness:
     )
     total = identical + explained + unexplained
     # an output that ends where plain decoding goes on has no pair of logits to compare
-    gaps = [base.largest_gap for base in checked if base.largest_gap]
+    gaps = [base.largest_gap for base in checked if base.largest_gap is not None]
     largest = f"largest gap {max(gaps):.3g} logits" if gaps else "of unlike length"
     same = f"Identical to plain decoding, token by token: {identical} of {total} greedy outputs."
     near = (
