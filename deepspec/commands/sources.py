@@ -135,7 +135,7 @@ def from_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> So
             f"the config saved in {checkpoint.folder / DESCRIPTION} does not fit this version of "
             f"DeepSpec: {error}"
         ) from None
-    run = checkpoint.folder.resolve().parents[1]
+    run = checkpoint.folder.resolve().parent.parent  # of a folder below / that is / itself
     return Source(
         place=checkpoint.folder,
         config=config_from(checkpoint.config, overrides),

@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepspec.cli import main
+from deepspec.commands.sources import from_checkpoint
 from deepspec.targets.families import FAMILIES
 from deepspec.training.checkpoint import (
     OPTIMIZER,
@@ -318,6 +320,13 @@ def test_an_export_for_a_local_target_asks_where_it_is(refused: Refused, trained
 def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> None:
     message = refused("evaluate", f"run={trained}", "target.layer_ids=[1,2,3]")
     assert "target.layer_ids" in message
+
+
+def test_a_checkpoint_directly_below_the_root(trained: Path) -> None:
+    """Where a container mounts it; there is no run around it."""
+    checkpoint = read_checkpoint(trained / "checkpoints" / "step-00000002")
+    source = from_checkpoint(replace(checkpoint, folder=Path("/checkpoint")))
+    assert (source.step, source.run) == (2, None)
 
 
 def test_broken_skipped_rows(refused: Refused, run: Path) -> None:
