@@ -151,12 +151,13 @@ def validate(config: RunConfig) -> None:
     _require(fine, config, "training.betas", "two numbers from 0 to below 1")
     temperatures = config.evaluation.temperatures
     fine = bool(temperatures) and all(0 <= value < math.inf for value in temperatures)
-    _require(fine, config, "evaluation.temperatures", "a list of numbers of at least 0")
+    fine = fine and _distinct(temperatures)
+    _require(fine, config, "evaluation.temperatures", "a list of distinct numbers of at least 0")
     for key in ("seed", "regenerate.seed"):
         _require(value_of(config, key) in SEEDS, config, key, "from 0 to 2**63 - 1")
     seeds = config.evaluation.seeds
-    fine = bool(seeds) and all(seed in SEEDS for seed in seeds)
-    _require(fine, config, "evaluation.seeds", "a list of numbers from 0 to 2**63 - 1")
+    fine = bool(seeds) and all(seed in SEEDS for seed in seeds) and _distinct(seeds)
+    _require(fine, config, "evaluation.seeds", "a list of distinct numbers from 0 to 2**63 - 1")
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
     _require(all(config.data.path), config, "data.path", "one or several paths")
@@ -170,8 +171,9 @@ def validate(config: RunConfig) -> None:
 
 def _reproduction(config: RunConfig) -> None:
     wanted = config.reproduce
-    key = "reproduce.figures"
-    _require(_distinct(wanted.figures, FIGURES), config, key, f"some of {', '.join(FIGURES)}")
+    figures = wanted.figures
+    fine = bool(figures) and _distinct(figures) and set(figures) <= set(FIGURES)
+    _require(fine, config, "reproduce.figures", f"some of {', '.join(FIGURES)}")
     for key in ("reproduce.depths", "reproduce.blocks", "reproduce.loads"):
         sizes = value_of(config, key)
         fine = bool(sizes) and sizes == sorted(set(sizes)) and sizes[0] >= 1
@@ -181,9 +183,9 @@ def _reproduction(config: RunConfig) -> None:
     _require(fine, config, key, "a list of ascending numbers from 0 to 1")
 
 
-def _distinct(names: Sequence[str], choices: Sequence[str]) -> bool:
-    """Whether these are some of `choices`, each once."""
-    return bool(names) and len(names) == len(set(names)) and set(names) <= set(choices)
+def _distinct(values: Sequence[Any]) -> bool:
+    """Whether no two are the same: what was measured twice would count twice."""
+    return len(values) == len(set(values))
 
 
 def _cross(config: RunConfig) -> None:

@@ -169,7 +169,7 @@ def plain_texts() -> SearchStrategy[str]:
     seed=st.integers(0, 2**63 - 1),
     flag=st.booleans(),
     ids=st.none() | st.lists(st.integers(-1, 90), min_size=1, unique=True).map(sorted),
-    temperatures=st.lists(st.floats(0, 9), min_size=1),
+    temperatures=st.lists(st.floats(0, 9), min_size=1, unique=True),
 )
 def test_values_arrive_and_survive_yaml(
     text: str,

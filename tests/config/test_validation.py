@@ -56,7 +56,7 @@ def test_every_number_is_checked(key: str) -> None:
     many = KEYS[key] in (list[int], list[float])
     real = KEYS[key] in (float, list[float])
     for value in (-1, math.nan, math.inf) if real else (-1,):
-        message = refusal(key, [value, value] if many else value)
+        message = refusal(key, [value, 0] if many else value)
         assert message.startswith(f"{key}=")
         assert " must be " in message
 
@@ -94,7 +94,9 @@ def test_the_lowest_value_is_fine(key: str, lowest: Any) -> None:
         ("training.betas", [0.9]),
         ("training.betas", [0.9, 1.0]),
         ("evaluation.temperatures", []),
+        ("evaluation.temperatures", [0.0, 1.0, 0.0]),
         ("evaluation.seeds", []),
+        ("evaluation.seeds", [1, 1]),
         ("seed", 2**63),
         ("out", ""),
         ("target.path", ""),
