@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.cli import main
 from deepspec.commands import calibrate, evaluate, load, regenerate
 from deepspec.config.loading import load_config
 from deepspec.config.schema import FIGURES
@@ -80,11 +81,27 @@ def test_words_are_understood() -> None:
         config = load_config("tiny", changes)
         if command == "train":
             assert job.name == "dspark-rnn-layers2-block16-seed0"
-            assert config.data.path == [str(OUT / "answers.jsonl")]
+            assert config.data.path == [str(OUT.resolve() / "answers.jsonl")]
             assert (config.drafter.markov_head, config.drafter.block_size) == ("rnn", 16)
             assert config.training.max_steps == made.config.reproduce.steps
             assert not config.regenerate.enabled
             assert config.out == str(made.folder(job.name))
+
+
+def test_a_folder_is_the_same_however_it_is_written() -> None:
+    assert plan() == make_plan(load_config("tiny"), ["recipe=tiny"], OUT.resolve())
+
+
+def test_what_one_kind_of_drafter_refuses_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word = "drafter.draft_vocab_size=1000"
+    with pytest.raises(SystemExit) as end:
+        main(["reproduce", f"out={tmp_path / 'out'}", "figures=[positions]", word])
+    assert end.value.code == 2
+    message = f"error: mtp-layers1-block1-seed0, which has to run too: {word} is for drafter.kind="
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.yaml").exists()
 
 
 def test_answers_that_are_there_are_not_made() -> None:
