@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from deepspec.config.keys import KEYS
@@ -158,6 +159,9 @@ def validate(config: RunConfig) -> None:
     seeds = config.evaluation.seeds
     fine = bool(seeds) and all(seed in SEEDS for seed in seeds) and _distinct(seeds)
     _require(fine, config, "evaluation.seeds", "a list of distinct numbers from 0 to 2**63 - 1")
+    key = "evaluation.benchmarks"
+    short = [Path(name).stem for name in value_of(config, key)]  # what results call them
+    _require(_distinct(short), config, key, "a list of names that differ without folder and ending")
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
     _require(all(config.data.path), config, "data.path", "one or several paths")

@@ -97,6 +97,7 @@ def test_the_lowest_value_is_fine(key: str, lowest: Any) -> None:
         ("evaluation.temperatures", [0.0, 1.0, 0.0]),
         ("evaluation.seeds", []),
         ("evaluation.seeds", [1, 1]),
+        ("evaluation.benchmarks", ["a/test.jsonl", "b/test.jsonl"]),
         ("seed", 2**63),
         ("out", ""),
         ("target.path", ""),
