@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.data.conversations import Conversation, Message
+from deepspec.data.conversations import Conversation, Message, with_distinct_ids
 
 # What a decoder writes for bytes that are no character. At the end of an answer that hit the
 # length limit it is a character cut in two, and is left away.
@@ -100,16 +99,12 @@ def make_dialogues(
 ) -> Iterator[Dialogue]:
     """`samples_per_prompt` dialogues a conversation, with ids that no two share.
 
-    Several samples of conversation ID are ID#0, ID#1, ...; when the data repeats an id, the second
-    one is ID~2.
+    Several samples of conversation ID are ID#0, ID#1, ...
     """
-    seen: Counter[str] = Counter()
-    for conversation in conversations:
-        seen[conversation.id] += 1
-        again = f"~{seen[conversation.id]}" if seen[conversation.id] > 1 else ""
+    for conversation in with_distinct_ids(conversations):
         for index in range(samples_per_prompt):
             sample = f"#{index}" if samples_per_prompt > 1 else ""
-            yield Dialogue(f"{conversation.id}{again}{sample}", conversation)
+            yield Dialogue(f"{conversation.id}{sample}", conversation)
 
 
 def _turns(messages: Iterable[Message]) -> Iterator[list[Message]]:
