@@ -20,6 +20,7 @@ import torch
 
 from deepspec.cli import main
 from deepspec.commands.sources import from_checkpoint
+from deepspec.evaluation.results import read_report
 from deepspec.targets.families import FAMILIES
 from deepspec.training.checkpoint import (
     OPTIMIZER,
@@ -29,6 +30,7 @@ from deepspec.training.checkpoint import (
     read_checkpoint,
     read_tensors,
 )
+from deepspec.training.run_folder import RunFolder
 from tests.conftest import make_model, make_tokenizer
 from tests.recipes.small import STEPS, small, words, write_prompts
 from tests.targets.tiny import CONFIGS, make_causal_lm
@@ -332,6 +334,36 @@ def test_a_checkpoint_directly_below_the_root(trained: Path) -> None:
 def test_broken_skipped_rows(refused: Refused, run: Path) -> None:
     (run / "skipped.json").write_text('{"prom')
     assert "skipped.json is damaged" in refused("evaluate", f"run={run}", "out=report")
+
+
+def test_an_export_does_without_a_broken_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(run / "report.json")
+    out = run.parent / "drafter"
+    main(["export", f"checkpoint={run}", f"out={out}"])
+    said = capsys.readouterr().err
+    assert f"no measured acceptance: {run / 'report.json'} is not a report" in said
+    assert "Not measured yet." in (out / "README.md").read_text()
+
+
+def test_a_full_disk_leaves_reports_as_they_were(run: Path) -> None:
+    """What was written last is there, whole; a half one would be in the way of other commands."""
+    folder, report = RunFolder(run), read_report(run / "report.json")
+    folder.save_skipped({"prompts": {"no user turn": 2}})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        for save in (
+            lambda: report.save(run / "report.json"),
+            lambda: folder.save_skipped({"prompts": {"no user turn": 3}}),
+        ):
+            with pytest.raises(OSError, match="File too large"):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_report(run / "report.json") == report
+    assert folder.read_skipped() == {"prompts": {"no user turn": 2}}
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])
