@@ -347,6 +347,22 @@ def test_an_export_does_without_a_broken_report(
     assert "Not measured yet." in (out / "README.md").read_text()
 
 
+def test_an_export_of_an_export_tells_no_tales_of_its_training(
+    trained: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Which it does not know, but for the anchors that its config names."""
+    own = [f"target.path={settings['target.path']}", "format=speculators"]
+    main(["export", f"checkpoint={trained / 'export'}", f"out={tmp_path / 'second'}", *own])
+    cards = [
+        (place / "README.md").read_text() for place in (trained / "export", tmp_path / "second")
+    ]
+    assert ["## Training" in card for card in cards] == [True, False]
+    assert "optimizer steps" not in cards[1]
+    assert "\n\n\n" not in cards[1]
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["num_anchors"] == 4
+
+
 def test_a_full_disk_leaves_reports_as_they_were(run: Path) -> None:
     """What was written last is there, whole; a half one would be in the way of other commands."""
     folder, report = RunFolder(run), read_report(run / "report.json")
