@@ -59,8 +59,7 @@ def _measured(source: Source) -> Report | None:
     from deepspec.evaluation.results import read_report
     from deepspec.progress import say
 
-    path = source.run and source.run.path / "report.json"
-    if path is None or not path.is_file():
+    if source.run is None or not (path := source.run.path / "report.json").is_file():
         return None
     try:
         report = read_report(path)
