@@ -35,7 +35,7 @@ from deepspec.decoding import Decoder
 from deepspec.decoding import decoder as module
 from deepspec.decoding.rows import Rows
 from deepspec.drafters.cache import RowKV
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import open_proposer
 from deepspec.machine import describe_machine
 from deepspec.targets import Target
 
@@ -89,8 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     source = open_source(options.run)
     target = open_target(source.config)
-    drafter = source.load(target).to(target.device)
-    proposer = drafter_kind(source.kind).proposer(drafter, target)
+    proposer = open_proposer(source.kind, source.load(target), target)
     decoder = Decoder(target, proposer, options.batch, compiled=options.compile)
     prompts = read_prompts(source.config, target, options.prompts, [])
     console = Console()

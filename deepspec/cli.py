@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,6 +14,7 @@ from types import ModuleType
 from deepspec import __version__
 from deepspec.errors import DeepSpecError, Interrupted
 from deepspec.processes import rank
+from deepspec.streams import drop_unread, escape_unknown_signs, tell
 
 COMMANDS = (
     "plan",
@@ -34,11 +34,14 @@ COMMANDS = (
     "recipes",
     "doctor",
 )
+RESUMED = ("train", "regenerate", "extract", "reproduce")  # stopped, they go on
+LISTINGS = ("plan", "recipes")  # all that they make is what they print
+UNREAD = 128 + 13  # SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0; 1 where a check does not hold; 2 for a mistake of the user's;
-    128 + n after signal n."""
+    128 + n after signal n, and as after SIGPIPE where nobody read the results to their end."""
     parser, commands = _parser()
     # argparse takes key=value words before the first flag only; those behind it come as a rest
     options, rest = parser.parse_known_args(arguments)
@@ -49,23 +52,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command is None:
         parser.print_help()
         return
+    escape_unknown_signs()
+    listing = options.command in LISTINGS or getattr(options, "cfg", False)
     try:
         commands[options.command].run(options.settings + rest, options)
         sys.stdout.flush()
-    except BrokenPipeError:  # `deepspec recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DeepSpecError, OSError) as error:  # OSError: a full disk, a place without permission
-        if options.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except Interrupted as stop:
         if rank() == 0:
-            print(f"stopped; {stop.saved} is saved and the same command goes on", file=sys.stderr)
+            tell(f"stopped; {stop.saved} is saved and the same command goes on")
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        how = "goes on where it stopped" if options.command in RESUMED else "begins anew"
+        tell(f"interrupted; the same command {how}")
         sys.exit(130)
+    except SystemExit as end:
+        # rich's answer to a reader that left, which would read as a check that does not hold
+        if isinstance(end.__context__, BrokenPipeError):
+            sys.exit(0 if listing else UNREAD)
+        raise
+    except (DeepSpecError, OSError) as error:  # OSError: a full disk, a place without permission
+        if isinstance(error, BrokenPipeError) and drop_unread():  # `deepspec recipes | head`
+            sys.exit(0 if listing else UNREAD)
+        if options.traceback:
+            raise
+        tell(f"error: {error}")
+        sys.exit(2)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:

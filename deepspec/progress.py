@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from deepspec.processes import rank
+from deepspec.streams import tell
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0
@@ -73,11 +74,8 @@ class Progress:
         if now - self._printed >= LINE_SECONDS or self._done >= self._total:
             self._printed = now
             left = (self._total - self._done) / max(self.rate, 1e-9)
-            print(
-                f"{self._label}: {self._done}/{self._total} {self._unit}  {note}  "
-                f"{left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+            tell(
+                f"{self._label}: {self._done}/{self._total} {self._unit}  {note}  {left:.0f} s left"
             )
 
 
@@ -94,4 +92,4 @@ def track(
 def say(line: str) -> None:
     """A line about the work, once, beside the progress; results go to standard output."""
     if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        tell(line)

@@ -31,12 +31,14 @@ class Sample(_Movable):
     """One tokenised conversation.
 
     `input_ids` [T] int64; `loss_mask` [T] bool, true where the assistant wrote the token (end of
-    turn included); `sample_id` is stable across runs, processes and epochs.
+    turn included); `sample_id` is stable across runs, processes and epochs. `conversation_id`:
+    where several samples are of one conversation, which.
     """
 
     input_ids: Tensor
     loss_mask: Tensor
     sample_id: str
+    conversation_id: str | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import resource
+import signal
+import socket
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 
 import pytest
 import yaml
@@ -17,6 +20,7 @@ from deepspec import __version__
 from deepspec.cli import COMMANDS, main
 from deepspec.config.keys import KEYS
 from deepspec.config.loading import config_from, list_recipes, load_config
+from deepspec.config.resources import resource
 
 SHOW_HEAVY = """
 import sys
@@ -27,6 +31,16 @@ for arguments in {commands!r}:
     except SystemExit as end:
         assert not end.code
 print(sorted({{"torch", "transformers", "datasets", "matplotlib"}} & set(sys.modules)))
+"""
+WORK = """
+import sys
+from pathlib import Path
+from deepspec.progress import Progress, say
+say("begun")
+with Progress("work", 2, "steps") as progress:
+    progress.advance(2)
+print("results")
+Path(sys.argv[1]).write_text("done")
 """
 
 
@@ -43,9 +57,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_help_is_quick() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = getrusage(RUSAGE_CHILDREN)
     result = deepspec("--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    after = getrusage(RUSAGE_CHILDREN)
     assert result.returncode == 0
     assert all(re.search(rf"(?m)^ +{command}\b", result.stdout) for command in COMMANDS)
     assert "deepspec train recipe=tiny" in result.stdout
@@ -148,17 +162,83 @@ def test_traceback_is_shown_when_asked_for() -> None:
     assert "Traceback" in deepspec("train", "recipe=tinny", "--traceback").stderr
 
 
-def test_a_reader_that_left_is_no_error() -> None:
+# ----------------------------------------------------------------------------------- the streams
+
+
+def unread(*command: str) -> subprocess.CompletedProcess[str]:
+    """Python with `command`, whose standard output and error nobody reads."""
     read, write = os.pipe()
     os.close(read)
     # as in a shell: python writes when it ends, not line by line
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "deepspec", "recipes"]
-    result = subprocess.run(
-        command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    os.close(write)
-    assert (result.returncode, result.stderr) == (0, "")
+    try:
+        return subprocess.run(
+            [sys.executable, *command], stdout=write, stderr=write, text=True, env=environment
+        )
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize(("command", "code"), [("recipes", 0), ("doctor", 141), ("evaluate", 2)])
+def test_a_reader_that_left_is_no_error(command: str, code: int) -> None:
+    """A list was read as far as wanted; results were not, and a mistake stays one."""
+    assert unread("-m", "deepspec", command).returncode == code
+
+
+def test_work_goes_on_when_nobody_reads_its_progress(tmp_path: Path) -> None:
+    assert unread("-c", WORK, str(tmp_path / "result")).returncode == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_a_broken_socket_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(settings: object, options: object) -> None:
+        here, there = socket.socketpair()
+        there.close()
+        with here:
+            here.send(b"hello")
+
+    monkeypatch.setattr("deepspec.commands.recipes.run", talk)
+    assert "error: [Errno 32] Broken pipe" in refused(capsys, "recipes")
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"), [("train", "goes on where it stopped"), ("evaluate", "begins anew")]
+)
+def test_ctrl_c_says_what_the_command_will_do(
+    command: str,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(settings: object, options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(f"deepspec.commands.{command}.run", stop)
+    with pytest.raises(SystemExit) as end:
+        main([command])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == f"interrupted; the same command {expected}\n"
+
+
+def test_standard_output_without_the_sign_for_a_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config still loads back, and the name of a folder stops nothing."""
+    home = tmp_path / "caf\u00e9"
+    home.mkdir()
+    for name in ("configs", "recipes", "data"):
+        (home / name).symlink_to(resource(name))
+    monkeypatch.setattr("deepspec.config.resources.PACKAGE", home / "deepspec")
+    for command in (["recipes"], ["train", "recipe=tiny", "--cfg"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        main(command)
+        printed = sys.stdout.buffer.getvalue().decode("ascii")
+        if command == ["recipes"]:
+            assert "caf\\xe9/recipes" in printed
+        else:
+            assert config_from(yaml.safe_load(printed)) == load_config("tiny")
 
 
 # ------------------------------------------------------------------------- recipes and doctor

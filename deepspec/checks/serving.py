@@ -63,6 +63,7 @@ def compare_paths(
     new_tokens: int,
 ) -> Comparison:
     """Decode `prompts` (token ids) by `new_tokens` each, and compare as the head of the file says.
+    The `drafter` stays in its dtype: rounded to its target's, a small break would not show.
 
     Raises ConfigError for a drafter that has no training forward.
     """

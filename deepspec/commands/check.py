@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deepspec.checks import Finding
@@ -36,23 +36,26 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.settings import take
     from deepspec.errors import ConfigError
 
-    values, words = take(settings, *MODES)
+    values, words = take(settings, *MODES, "recipe")
+    recipe = values.pop("recipe", None)
     if len(values) != 1:
         raise ConfigError(f"give exactly one of {', '.join(f'{mode}=...' for mode in MODES)}")
     ((mode, value),) = values.items()
-    if not MODES[mode][1](value, words):
+    if not MODES[mode][1](value, words, recipe):
         sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------- target
 
 
-def _check_target(path: str, words: Sequence[str]) -> bool:
+def _check_target(path: str, words: Sequence[str], recipe: str | None) -> bool:
     from deepspec.checks import check_target
     from deepspec.commands import stages
     from deepspec.config.loading import config_from
     from deepspec.errors import ConfigError
 
+    if recipe is not None:
+        words = [f"recipe={recipe}", *words]
     for word in words:
         key = word.partition("=")[0]
         if not key.startswith("target.") and key != "engine.device":
@@ -88,20 +91,22 @@ def print_findings(title: str, findings: Iterable[Finding]) -> bool:
 # ---------------------------------------------------------------------------------------- export
 
 
-def _check_export(path: str, words: Sequence[str]) -> bool:
+def _check_export(path: str, words: Sequence[str], recipe: str | None) -> bool:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from deepspec.checks.export import check_export
     from deepspec.commands import stages
-    from deepspec.config.loading import config_from
+    from deepspec.config.loading import config_from, load_config
 
     target, place = None, Path(path).expanduser()
-    if words:
-        raw: dict[str, Any] = {"recipe": "check", "data": {"path": []}}
-        raw |= {"engine": {"device": "cpu"}, "target": {"num_layer_ids": 1}}  # none is captured
-        target = stages.open_ends(config_from(raw, words))
+    light = ["engine.device=cpu", "target.num_layer_ids=1"]  # no layer is captured
+    if recipe is not None:
+        target = stages.open_ends(load_config(recipe, [*light, *words]))
+    elif words:
+        raw = {"recipe": "check", "data": {"path": []}}
+        target = stages.open_ends(config_from(raw, [*light, *words]))
     found = check_export(place, target)
     console = Console()
     print(f"{place}: {found.layout or 'no known'} layout")
@@ -122,7 +127,7 @@ def _check_export(path: str, words: Sequence[str]) -> bool:
 # ------------------------------------------------------------------------------------------- run
 
 
-def _check_run(path: str, words: Sequence[str]) -> bool:
+def _check_run(path: str, words: Sequence[str], recipe: str | None) -> bool:
     from deepspec.checks.serving import compare_paths, differing_tensors
     from deepspec.commands import stages
     from deepspec.commands.sources import open_source
@@ -130,7 +135,7 @@ def _check_run(path: str, words: Sequence[str]) -> bool:
     from deepspec.export import is_export, open_export
 
     place = Path(path).expanduser()
-    source = open_source(place, words)
+    source = open_source(place, words, recipe)
     target = stages.open_target(source.config)
     drafter = source.load(target).to(target.device)
     prompts = _prompts(source, target.tokenizer)
@@ -202,17 +207,18 @@ def _prompts(source: Source, tokenizer: object) -> list[list[int]]:
     raise DataError(f"no prompt fits in data.max_length={data.max_length}; raise it")
 
 
-MODES: dict[str, tuple[str, Callable[[str, Sequence[str]], bool]]] = {
+MODES: dict[str, tuple[str, Callable[[str, Sequence[str], str | None], bool]]] = {
     "target": (
         "PATH (does DeepSpec read, train and decode this model rightly? takes target.* keys)",
         _check_target,
     ),
     "export": (
-        "DIR (which engines load this export, and why not? target.path=... tells more)",
+        "DIR (which engines load this export, and why not? recipe=R or target.path=... tells more)",
         _check_export,
     ),
     "run": (
-        "DIR (does this run, checkpoint or export decode as it was trained? takes config keys)",
+        "DIR (does this run, checkpoint or export decode as it was trained? takes config keys, and "
+        "recipe=R for an export)",
         _check_run,
     ),
 }

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from deepspec import __version__
-from deepspec.commands.seen import held_out_prompts
+from deepspec.commands.seen import held_out_prompts, require_prompts
 from deepspec.commands.sources import Source
+from deepspec.config.schema import DecodingConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import open_proposer
 from deepspec.errors import ConfigError
 from deepspec.evaluation.calibrate import decode_everything, fit_all, write_calibration_report
 from deepspec.progress import say
@@ -33,12 +35,13 @@ def calibrate_drafter(
     """
     assert source.place is not None, "what needs no training has no confidences either"
     config, data = source.config, source.config.data
-    require_confidences(drafter, "deepspec calibrate")
+    require_prompts(config)
+    require_confidences(drafter.config, "deepspec calibrate")
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
     prompts, checked = held_out_prompts(source, encoder)
     if not checked:
         say(f"{source.place} has no training data at hand: that the prompts are new is not checked")
-    proposer = drafter_kind(source.kind).proposer(drafter.to(target.device), target)
+    proposer = open_proposer(source.kind, drafter, target)
     evaluation = decode_everything(config, target, proposer)
     benchmarks = tuple(Path(name).name for name in config.evaluation.benchmarks)
     fits = tuple(
@@ -73,9 +76,8 @@ def calibration_of(source: Source, drafter: Drafter) -> Calibration | None:
     calibration.json.
     """
     decoding = source.config.decoding
-    if decoding.scheduler in ("none", "fixed"):
+    if not require_scheduled(drafter.config, decoding):
         return None
-    require_confidences(drafter, f"decoding.scheduler={decoding.scheduler}")
     if decoding.calibration == "none" or source.place is None:
         return None
     found = read_calibration(source.place)
@@ -87,9 +89,18 @@ def calibration_of(source: Source, drafter: Drafter) -> Calibration | None:
     return found
 
 
-def require_confidences(drafter: Drafter, what: str) -> None:
-    """Raises ConfigError where `drafter` has no confidence head."""
-    if not getattr(drafter.config, "confidence_head", False):
+def require_scheduled(shape: Any, decoding: DecodingConfig) -> bool:
+    """Whether `decoding.scheduler` looks at confidences. Raises ConfigError where it does and a
+    drafter of `shape` has none."""
+    looks = decoding.scheduler not in ("none", "fixed")
+    if looks:
+        require_confidences(shape, f"decoding.scheduler={decoding.scheduler}")
+    return looks
+
+
+def require_confidences(shape: Any, what: str) -> None:
+    """Raises ConfigError where a drafter of `shape` has no confidence head."""
+    if not getattr(shape, "confidence_head", False):
         raise ConfigError(
             f"{what} needs a drafter with a confidence head, which this one was trained without; "
             "train one with drafter.kind=dspark drafter.confidence_head=true, or set "

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from deepspec.evaluation.results import Report
 
 SETTINGS = (
-    "checkpoint=DIR (a checkpoint, or a run for its best one), out=DIR, "
-    "format=flat|speculators|deepseek_v4, profile=serving|full, and overrides of the saved config"
+    "checkpoint=DIR (a checkpoint, a run for its best one, or an export, which may take its config "
+    "from recipe=R), out=DIR, format=flat|speculators|deepseek_v4, profile=serving|full, and "
+    "overrides of the saved config"
 )
 EXAMPLES = """\
   deepspec export checkpoint=runs/tiny format=flat profile=serving out=my-drafter
@@ -29,14 +30,14 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.settings import print_config, take
     from deepspec.errors import ConfigError
 
-    values, overrides = take(settings, "checkpoint", "out", "format", "profile")
+    values, overrides = take(settings, "checkpoint", "out", "recipe", "format", "profile")
     for name in ("checkpoint", "out"):
         if name not in values:
             raise ConfigError(f"{name}= is missing; see deepspec export --help")
     from deepspec.commands.sources import open_source
 
     own = [f"export.{name}={values[name]}" for name in ("format", "profile") if name in values]
-    source = open_source(Path(values["checkpoint"]), [*overrides, *own])
+    source = open_source(Path(values["checkpoint"]), [*overrides, *own], values.get("recipe"))
     if options.cfg:
         print_config(source.config)
         return

@@ -24,7 +24,13 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Answer the conversations where the recipe says so, then make the shards."""
     from pathlib import Path
 
-    from deepspec.commands.settings import given_keys, print_config, recipe_config, take
+    from deepspec.commands.settings import (
+        command_line,
+        given_keys,
+        print_config,
+        recipe_config,
+        take,
+    )
     from deepspec.errors import ConfigError
 
     values, others = take(settings, "out")
@@ -51,4 +57,6 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         stages.extract_features(config, target, data, out, wait)
     if rank() == 0:
         print(f"store: {out}")
-        print(f"next:  deepspec train recipe={config.recipe} features=stored features.path={out}")
+        same = [word for word in others if not word.startswith(("features=", "features."))]
+        training = command_line("train", *same, "features=stored", f"features.path={out}")
+        print(f"next:  {training}")

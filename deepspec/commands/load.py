@@ -35,7 +35,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Decode under each load, save, and print the table."""
     from pathlib import Path
 
-    from deepspec.commands.settings import listed, non_negative, print_config, take
+    from deepspec.commands.settings import listed, non_negative, positive, print_config, take
     from deepspec.errors import ConfigError
     from deepspec.serving.policies import DEFAULT, parse_policies
 
@@ -44,8 +44,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     given = [values[key] for key in ("run", "checkpoint") if key in values]
     if len(given) != 1:
         raise ConfigError("give one of run=DIR and checkpoint=DIR")
-    policies = parse_policies(listed(values["policies"]) if "policies" in values else DEFAULT)
+    policies = parse_policies(
+        listed("policies", values["policies"]) if "policies" in values else DEFAULT
+    )
     levels = parse_levels(values)
+    seconds = positive("seconds", values.get("seconds", SECONDS))
+    temperature = non_negative("temperature", values.get("temperature", TEMPERATURE))
     from deepspec.commands.sources import open_source
 
     source = open_source(Path(given[0]), overrides, values.get("recipe"))
@@ -58,9 +62,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.serving.tables import records_table
 
     out = Path(values.get("out", f"runs/load-{source.config.recipe}")).expanduser()
-    others = [open_source(Path(place)) for place in listed(values.get("against", "[]"))]
-    seconds = non_negative("seconds", values.get("seconds", SECONDS))
-    temperature = non_negative("temperature", values.get("temperature", TEMPERATURE))
+    others = [open_source(Path(place)) for place in listed("against", values.get("against", "[]"))]
     records = measure_load(source, others, policies, levels, seconds, temperature, out)
     Console().print(records_table(records))
     print(f"load:   {out / 'load.csv'}")
@@ -69,17 +71,18 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
 
 def parse_levels(values: Mapping[str, str]) -> list[Level]:
     """The levels that concurrency= and rates= ask for. Raises ConfigError."""
-    from deepspec.commands.settings import listed, non_negative, whole_number
+    from deepspec.commands.settings import listed, positive, whole_number
     from deepspec.errors import ConfigError
     from deepspec.serving.traffic import Level
 
-    words = listed(values.get("concurrency", LEVELS))
+    words = listed("concurrency", values.get("concurrency", LEVELS))
     concurrency = sorted({whole_number("concurrency", word) for word in words})
-    rates = sorted({non_negative("rates", word) for word in listed(values.get("rates", "[]"))})
+    if not concurrency:
+        raise ConfigError("concurrency=[] must be one or several whole numbers")
+    words = listed("rates", values.get("rates", "[]"))
+    rates = sorted({positive("rates", word) for word in words})
     if not rates:
         return [Level(count) for count in concurrency]
-    if len(concurrency) > 1 or not rates[0]:
-        raise ConfigError(
-            "rates=[...] must be above 0 and need one concurrency=N, the most requests at once"
-        )
+    if len(concurrency) > 1:
+        raise ConfigError("rates=[...] need one concurrency=N, the most requests at once")
     return [Level(concurrency[0], rate) for rate in rates]

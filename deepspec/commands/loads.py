@@ -11,12 +11,13 @@ from typing import Any
 
 from deepspec import __version__
 from deepspec.commands.confidences import calibration_of
+from deepspec.commands.seen import require_prompts
 from deepspec.commands.sources import Source
 from deepspec.commands.stages import open_target
 from deepspec.config.schema import RunConfig
 from deepspec.decoding import Decoder, NoDrafts, Sampling
 from deepspec.drafters.base import Drafter, Proposer
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import open_proposer
 from deepspec.errors import ConfigError
 from deepspec.evaluation.evaluate import load_benchmark
 from deepspec.evaluation.profiling import Load, default_tokens, profile
@@ -48,13 +49,20 @@ def measure_load(
     """Every policy with the drafter of `source`, and the `others` with whole blocks, under every
     level for so many seconds each; records and rounds go to the folder `out`.
 
-    Raises ConfigError for a policy that the drafter has no confidences for, and for drafters of
-    another target.
+    Raises ConfigError for a policy that the drafter has no confidences for, for drafters of another
+    target, for compiled decoding, and without prompts.
     """
-    config, target = source.config, open_target(source.config)
+    config = source.config
+    require_prompts(config)
+    if config.decoding.compile:
+        raise ConfigError(
+            "decoding.compile=true: forwards are compiled as batches of new sizes come, which "
+            "would be counted into the seconds of a load; set decoding.compile=false"
+        )
+    target = open_target(config)
     drafter = source.load(target)
     scaling = scaling_of(source, drafter, policies, temperature)
-    proposer = open_proposer(source, drafter, target)
+    proposer = open_proposer(source.kind, drafter, target)
     conditions = _conditions(config, target, temperature, seconds)
     out.mkdir(parents=True, exist_ok=True)
     most = max(level.concurrency for level in levels)
@@ -143,11 +151,6 @@ def _conditions(
     )
 
 
-def open_proposer(source: Source, drafter: Drafter, target: Target) -> Proposer:
-    """The `drafter` of `source` inside the decoding loop."""
-    return drafter_kind(source.kind).proposer(drafter.to(target.device), target)
-
-
 def mixed_prompts(config: RunConfig, target: Target) -> list[Prompt]:
     """Those of the evaluation's benchmarks, one of each in turn."""
     benchmarks = [load_benchmark(name, config, target)[1] for name in config.evaluation.benchmarks]
@@ -206,4 +209,4 @@ def _beside(source: Source, target: Target) -> tuple[Target, Proposer]:
             f"against={source.place} was made for another target: {own.name} differs from "
             f"{target.name} in {', '.join(different)}"
         )
-    return own, open_proposer(source, source.load(own), own)
+    return own, open_proposer(source.kind, source.load(own), own)

@@ -6,6 +6,7 @@ Saves the table that decoding.throughput takes, for scheduler=algorithm1 and asy
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         context=whole_number("context", values.get("context", "256")),
         repeats=whole_number("repeats", values.get("repeats", "20")),
         temperature=non_negative("temperature", values.get("temperature", "1")),
+        compiled=config.decoding.compile,
     )
     out = Path(values.get("out", f"runs/throughput-{config.recipe}.json")).expanduser()
     _measure(config, source, load, values.get("tokens"), out)
@@ -75,7 +77,7 @@ def _measure(
     from deepspec import __version__
     from deepspec.commands.stages import open_target
     from deepspec.drafters.base import Proposer
-    from deepspec.drafters.registry import drafter_kind
+    from deepspec.drafters.registry import open_proposer
     from deepspec.errors import ConfigError
     from deepspec.evaluation.profiling import Blanks, default_tokens, profile
     from deepspec.machine import describe_machine
@@ -84,8 +86,7 @@ def _measure(
     target = open_target(config)
     proposer: Proposer
     if source is not None:
-        drafter = source.load(target).to(target.device)
-        proposer = drafter_kind(source.kind).proposer(drafter, target)
+        proposer = open_proposer(source.kind, source.load(target), target)
     else:
         proposer = Blanks(config.drafter.block_size)
     most = load.rows * (proposer.block_size + 1)
@@ -107,7 +108,8 @@ def _measure(
     table.save(out)
     Console().print(_shown(table, load))
     print(f"throughput: {out}")
-    print(f"next:       decoding.scheduler=algorithm1 decoding.throughput={out}")
+    words = ["decoding.scheduler=algorithm1", f"decoding.throughput={out}"]
+    print(f"next:       {shlex.join(words)}")
 
 
 def _shown(table: Throughput, load: Load) -> RichTable:
@@ -141,7 +143,7 @@ def _listed(word: str) -> list[int]:
     from deepspec.commands.settings import listed, whole_number
     from deepspec.errors import ConfigError
 
-    counts = sorted({whole_number("tokens", part) for part in listed(word)})
+    counts = sorted({whole_number("tokens", part) for part in listed("tokens", word)})
     if len(counts) < 2:
         raise ConfigError(f"tokens={word} must be at least two numbers, such as [1,2,4,8]")
     return counts

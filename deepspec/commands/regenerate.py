@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from deepspec.config.schema import RunConfig
 
 SETTINGS = "recipe=R, out=FILE, and overrides of the config"
 EXAMPLES = """\
@@ -23,7 +29,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Write the answers."""
     from pathlib import Path
 
-    from deepspec.commands.settings import print_config, recipe_config, take
+    from deepspec.commands.settings import command_line, print_config, recipe_config, take
     from deepspec.errors import ConfigError
 
     values, others = take(settings, "out")
@@ -36,13 +42,26 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.stages import make_answers, open_target, print_skipped
     from deepspec.processes import rank, together
 
-    out = Path(values["out"])
+    out = Path(values["out"]).expanduser()
     target = open_target(config)
     with together() as wait:
         print_skipped(make_answers(config, target, out, wait))
     if rank() != 0:
         return
     print(f"answers: {out}")
-    print(
-        f"next:    deepspec train recipe={config.recipe} data.path=[{out}] regenerate.enabled=false"
-    )
+    print(f"next:    {command_line('train', *_on_answers(config, others, out))}")
+
+
+def _on_answers(config: RunConfig, words: Sequence[str], answers: Path) -> list[str]:
+    """`words` for a training on `answers`, whose rows are all wanted and have our own fields."""
+    from deepspec.config.schema import FieldsConfig, as_dict
+
+    prompts = ("data.path=", "data.limit=", "data.fields", "regenerate")
+    rows = [f"data.path={answers}"]
+    if config.data.limit is not None:
+        rows.append("data.limit=null")
+    for name, ours in as_dict(FieldsConfig()).items():
+        if getattr(config.data.fields, name) != ours:
+            rows.append(f"data.fields.{name}=[{', '.join(ours)}]")
+    same = [word for word in words if not word.startswith(prompts)]
+    return [*same, *rows, "regenerate.enabled=false"]

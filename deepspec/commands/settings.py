@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,10 +56,29 @@ def non_negative(name: str, word: str) -> float:
     return number
 
 
-def listed(word: str) -> list[str]:
-    """The parts of `[a,b,c]`, or of `a`."""
-    parts = [part.strip() for part in word.strip("[]").split(",")]
-    return [part for part in parts if part]
+def positive(name: str, word: str) -> float:
+    """The value of the command's own key `name`. Raises ConfigError for 0 and less."""
+    number = non_negative(name, word)
+    if not number:
+        raise ConfigError(f"{name}={word} must be a number above 0")
+    return number
+
+
+def listed(name: str, word: str) -> list[str]:
+    """The value of the command's own key `name`: the parts of `[a, "b,c"]`, or the one that is not
+    in brackets. Raises ConfigError for a list of anything but texts."""
+    from deepspec.config.values import read_value
+
+    parts = read_value(f"{name}={word}")
+    parts = parts if isinstance(parts, list) else [parts]
+    if not all(isinstance(part, str) and part for part in parts):
+        raise ConfigError(f"{name}={word} must be a list; lists are written [a, b]")
+    return parts
+
+
+def command_line(command: str, *words: str) -> str:
+    """`deepspec command words`, as a shell takes it."""
+    return shlex.join(["deepspec", command, *words])
 
 
 def given_keys(settings: Sequence[str]) -> set[str]:
@@ -80,9 +100,12 @@ def recipe_config(settings: Sequence[str]) -> RunConfig:
 
 
 def print_config(config: RunConfig) -> None:
-    """The resolved config as YAML, on standard output."""
+    """The resolved config as YAML, escaped where standard output cannot hold its signs."""
+    import sys
+
     import yaml
 
     from deepspec.config.schema import as_dict
 
-    print(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), end="")
+    holds_all = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=holds_all), end="")

@@ -33,7 +33,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from deepspec.commands.load import parse_levels
-    from deepspec.commands.settings import listed, non_negative, take, whole_number
+    from deepspec.commands.settings import listed, positive, take, whole_number
     from deepspec.commands.simulations import open_recorded, simulate_all
     from deepspec.errors import ConfigError
     from deepspec.serving.policies import DEFAULT, parse_policies
@@ -49,10 +49,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     recorded = open_recorded(values.get("load"), values.get("traces"), values.get("throughput"))
     policies: Sequence[str] = recorded.policies or DEFAULT
     if "policies" in values:
-        policies = parse_policies(listed(values["policies"]))
+        policies = parse_policies(listed("policies", values["policies"]))
     chosen = {"concurrency", "rates"} & values.keys()
     levels = parse_levels(values) if chosen or not recorded.levels else list(recorded.levels)
-    seconds = non_negative("seconds", values.get("seconds", SECONDS))
+    seconds = positive("seconds", values.get("seconds", SECONDS))
     seed = whole_number("seed", values.get("seed", "1"))
     records = simulate_all(recorded, policies, levels, seconds, seed)
     out = Path(values.get("out", values.get("load", "runs/simulate"))).expanduser()

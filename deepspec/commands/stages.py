@@ -15,21 +15,22 @@ from typing import Any
 
 from deepspec import __version__
 from deepspec.commands.beginnings import first_drafter
-from deepspec.commands.confidences import calibration_of
+from deepspec.commands.confidences import calibration_of, require_scheduled
 from deepspec.commands.sources import Source
 from deepspec.config.schema import FieldsConfig, RunConfig, as_dict
 from deepspec.data.batching import hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
+from deepspec.decoding import require_rollback, require_state
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import drafter_kind, open_proposer
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.evaluate import average, evaluate
 from deepspec.evaluation.report import markdown_table, write_report
 from deepspec.evaluation.results import Report
 from deepspec.export import layouts_for, model_card, require_layout, write_export
 from deepspec.export.engines import Traits
-from deepspec.features.extract import check_room, extract, header_of, plan_shards
+from deepspec.features.extract import check_room, extract, header_of, missing_shards
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
@@ -47,11 +48,12 @@ from deepspec.regeneration import (
     regenerate_together,
 )
 from deepspec.scheduling.calibration_file import read_calibration
+from deepspec.scheduling.schedulers import open_policy
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
 from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
-from deepspec.training.resume import set_aside_newer
+from deepspec.training.resume import named_start, set_aside
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.speed import Speed
 from deepspec.training.trainer import Trainer
@@ -103,22 +105,14 @@ def check_fit(config: RunConfig, target: TargetEnds) -> None:
     drafter_kind(config.drafter.kind).resolve(config.drafter, target)
 
 
-def check_split(config: RunConfig) -> None:
-    """Raises ConfigError where a training wants more of a split target than features."""
-    if config.target.parallel not in COLLECTIVE:
-        return
-    if config.regenerate.enabled and not config.regenerate.server:
-        raise ConfigError(
-            f"target.parallel={config.target.parallel} cannot answer the prompts: make the answers "
-            "first (deepspec regenerate target.parallel=device_map) and set data.path=[FILE] "
-            "regenerate.enabled=false, or set regenerate.server"
-        )
-    if config.evaluation.enabled:
-        raise ConfigError(
-            f"target.parallel={config.target.parallel} cannot evaluate: set "
-            "evaluation.enabled=false, and run deepspec evaluate target.parallel=device_map "
-            "afterwards"
-        )
+def check_decoding(config: RunConfig, target: TargetEnds) -> None:
+    """Raises TargetError or ConfigError where the evaluation after a training could not decode as
+    `config.decoding` says, before answers are made."""
+    require_rollback(target)
+    require_state(target, config.decoding.compile)
+    open_policy(config.decoding)
+    shape = drafter_kind(config.drafter.kind).resolve(config.drafter, target)
+    require_scheduled(shape, config.decoding)
 
 
 def quiet_libraries() -> None:
@@ -183,7 +177,10 @@ def load_samples(
 def extract_features(
     config: RunConfig, target: Target, data: TrainingData, out: Path, wait: Callable[[], None]
 ) -> Store:
-    """A store of all samples in the folder `out`, made by the processes of this job together."""
+    """A store of all samples in the folder `out`, made by the processes of this job together.
+
+    Raises DataError where a sample is missing in the end.
+    """
     samples = [*data.samples, *data.validation]
     if not samples:
         raise DataError("no sample to extract; see the rows left out above and data.path")
@@ -193,19 +190,20 @@ def extract_features(
         Store.create(out, header)
     wait()
     store = Store.create(out, header)
-    shards = plan_shards(samples, config.extract, header.bytes_a_token)
-    missing = [shard for shard in shards if shard.name not in store.finished()]
+    missing = missing_shards(samples, store, config.extract)
     tokens = sum(shard.tokens for shard in missing)
     need = store.header.bytes_of(sample for shard in missing for sample in shard.samples)
     say(
         f"store: {tokens} tokens at {need / max(1, tokens):.0f} bytes ({header.dtype}) make "
         f"{need / 2**30:.2f} GiB in {len(missing)} shards; "
-        f"{len(shards) - len(missing)} are there from before"
+        f"{len(store.finished())} are there from before"
     )
     check_room(out, header, need, config.extract)
+    wait()  # all share out the same shards: nobody writes before the others have looked
     extract(target, missing[rank() :: world_size()], store, config.extract)
     wait()
     store.refresh()
+    store.require_complete()
     return store
 
 
@@ -305,9 +303,15 @@ def train_drafter(
     if config.training.resume == "never" and engine.is_main:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if start is not None:
-        if config.training.resume == "auto" and engine.is_main:
-            set_aside_newer(folder.checkpoints, start)
         trainer.resume(start)
+        if trainer.step >= trainer.total_steps and start.folder == named_start(config.training):
+            raise ConfigError(
+                f"training.resume={start.folder} is at step {start.step}, and step "
+                f"{trainer.total_steps} is the last: raise training.epochs or training.max_steps, "
+                f"or measure it as it is (deepspec evaluate checkpoint={start.folder})"
+            )
+        if engine.is_main:
+            set_aside(folder.checkpoints, start)
         say(f"going on from {start.folder}")
     try:
         trainer.train()
@@ -324,7 +328,7 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     skipped, training = source.skipped(), source.training()
     calibration = calibration_of(source, drafter)
     out.mkdir(parents=True, exist_ok=True)
-    proposer = drafter_kind(source.kind).proposer(drafter.to(target.device), target)
+    proposer = open_proposer(source.kind, drafter, target)
     evaluation = evaluate(config, target, proposer, calibration)
     report = Report(
         title=config.recipe,

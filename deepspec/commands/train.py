@@ -49,16 +49,16 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from functools import partial
 
     from deepspec.commands import stages
-    from deepspec.decoding import require_rollback
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
+    from deepspec.targets.parallel import check_split
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
     stages.check_trained(config)
-    stages.check_split(config)
+    check_split(config)
     stages.check_export(config)
     check_trackers(config.tracking)
     if config.evaluation.enabled:
@@ -69,9 +69,9 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     target = (
         stages.open_ends(config) if stored or remote else stages.open_target(config, training=True)
     )
-    if config.evaluation.enabled:
-        require_rollback(target)
     stages.check_fit(config, target)
+    if config.evaluation.enabled:
+        stages.check_decoding(config, target)
     skipped: stages.Skipped = {}
     if engine.is_main:
         folder.save_config(config)
@@ -101,19 +101,22 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     from rich.console import Console
 
     from deepspec.commands import stages
+    from deepspec.commands.settings import command_line
     from deepspec.commands.sources import from_checkpoint
     from deepspec.evaluation.report import results_table
     from deepspec.export import layouts_for
     from deepspec.targets import Target
 
     drafted = from_checkpoint(best)
-    report = None
-    if config.evaluation.enabled:
-        whole = target if isinstance(target, Target) else stages.open_target(config)
-        report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
     exported = bool(layouts_for(drafted.kind, config.drafter))
-    if exported:
-        stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
+    report = None
+    try:
+        if config.evaluation.enabled:
+            whole = target if isinstance(target, Target) else stages.open_target(config)
+            report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
+    finally:  # an evaluation that fails costs no export
+        if exported:
+            stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if report is not None:
         Console().print(results_table(report))
@@ -121,4 +124,5 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     print(f"checkpoint: {drafted.place}")
     where = folder.export if exported else f"none: no layout holds a drafter.kind={drafted.kind}"
     print(f"export:     {where}")
-    print(f"next:       deepspec evaluate run={folder.path} decoding.batch_size=8")
+    evaluation = command_line("evaluate", f"run={folder.path}", "decoding.batch_size=8")
+    print(f"next:       {evaluation}")

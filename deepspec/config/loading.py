@@ -6,6 +6,7 @@ schema types them, `validation` checks what types cannot. Every mistake names th
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from deepspec.config.keys import KEYS, is_group, is_list, members, nearest, unknown_key, wrong_type
 from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
+from deepspec.config.values import read_value
 from deepspec.errors import ConfigError
 
 OmegaConf.register_new_resolver(
@@ -76,11 +78,18 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     assert isinstance(raw, dict)
     changes = [word for word in overrides if word not in choices]
-    return config_from({"recipe": path.stem, **{str(k): v for k, v in raw.items()}}, changes)
+    named = {"recipe": _literal(path.stem, "recipe"), **{str(k): v for k, v in raw.items()}}
+    return _resolved(named, changes)
 
 
 def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    """A RunConfig from plain containers (a saved run's config) and `key=value` changes."""
+    """A RunConfig from plain containers (a saved run's config) and `key=value` changes, whose texts
+    are all taken as they stand: `${...}` has a meaning in recipes only."""
+    return _resolved(_literal(raw, ""), overrides)
+
+
+def _resolved(raw: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
+    """Typed, with every `${...}` of `raw` followed once, and checked."""
     try:
         schema = OmegaConf.structured(RunConfig)
         merged = OmegaConf.merge(schema, _shaped(raw), _shaped(_parsed(overrides)))
@@ -89,7 +98,6 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
             raise ConfigError(
                 f"{missing[0]} is not set; add {missing[0]}=... or put it in the recipe"
             )
-        OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
@@ -98,30 +106,33 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None  # ${...} to nowhere
     assert isinstance(config, RunConfig)
     validate(config)
+    config.out = os.path.expanduser(config.out)  # not every shell does in `out=~/runs`
     return config
 
 
 def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words as nested containers.
-
-    A value is taken as it stands, so that a path or a prompt may hold any sign; one that begins
-    like a list, a mapping or a quoted text is YAML, and null is null.
-    """
+    """`key=value` words as nested containers."""
     changes = OmegaConf.create()
     for word in overrides:
-        key, equals, text = word.partition("=")
+        key, equals, _ = word.partition("=")
         if not (key and equals):
             raise ConfigError(f"{word!r} is not key=value")
         if key not in KEYS:
             raise unknown_key(key)
-        value: Any = None if text == "null" else text
-        if text.startswith(("[", "{", "'", '"')):
-            try:
-                value = yaml.safe_load(text)
-            except yaml.MarkedYAMLError as error:
-                raise ConfigError(f"{word} is not readable: {error.problem}") from None
-        OmegaConf.update(changes, key, value)
+        OmegaConf.update(changes, key, _literal(read_value(word), key))
     return OmegaConf.to_container(changes, resolve=False)  # type: ignore[return-value]
+
+
+def _literal(node: Any, key: str) -> Any:
+    """`node` with the `${` in its texts escaped for OmegaConf. Raises ConfigError for ???, which it
+    would pass over."""
+    if isinstance(node, Mapping):
+        return {name: _literal(value, f"{key}.{name}".lstrip(".")) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_literal(value, key) for value in node]
+    if node == MISSING:
+        raise ConfigError(f"{key}={node} sets nothing: a recipe marks by it what has to be given")
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

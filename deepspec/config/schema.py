@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -293,13 +293,8 @@ class RunConfig:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """A config (dataclass or OmegaConf node) as plain, resolved containers."""
-    from omegaconf import OmegaConf
-
-    node = config if OmegaConf.is_config(config) else OmegaConf.structured(config)
-    container = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    """A config, or a group of one, as plain containers."""
+    return asdict(config)
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -151,17 +151,19 @@ def validate(config: RunConfig) -> None:
     fine = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _require(fine, config, "training.betas", "two numbers from 0 to below 1")
     temperatures = config.evaluation.temperatures
-    fine = bool(temperatures) and all(0 <= value < math.inf for value in temperatures)
-    fine = fine and _distinct(temperatures)
-    _require(fine, config, "evaluation.temperatures", "a list of distinct numbers of at least 0")
+    fine = _once(temperatures) and all(0 <= value < math.inf for value in temperatures)
+    expected = "a list of different numbers of at least 0"
+    _require(fine, config, "evaluation.temperatures", expected)
     for key in ("seed", "regenerate.seed"):
         _require(value_of(config, key) in SEEDS, config, key, "from 0 to 2**63 - 1")
     seeds = config.evaluation.seeds
-    fine = bool(seeds) and all(seed in SEEDS for seed in seeds) and _distinct(seeds)
-    _require(fine, config, "evaluation.seeds", "a list of distinct numbers from 0 to 2**63 - 1")
+    fine = _once(seeds) and all(seed in SEEDS for seed in seeds)
+    expected = "a list of different numbers from 0 to 2**63 - 1"
+    _require(fine, config, "evaluation.seeds", expected)
     key = "evaluation.benchmarks"
     short = [Path(name).stem for name in value_of(config, key)]  # what results call them
-    _require(_distinct(short), config, key, "a list of names that differ without folder and ending")
+    fine = len(short) == len(set(short))
+    _require(fine, config, key, "a list of names that differ without folder and ending")
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
     _require(all(config.data.path), config, "data.path", "one or several paths")
@@ -175,9 +177,9 @@ def validate(config: RunConfig) -> None:
 
 def _reproduction(config: RunConfig) -> None:
     wanted = config.reproduce
-    figures = wanted.figures
-    fine = bool(figures) and _distinct(figures) and set(figures) <= set(FIGURES)
-    _require(fine, config, "reproduce.figures", f"some of {', '.join(FIGURES)}")
+    key = "reproduce.figures"
+    fine = _once(wanted.figures) and set(wanted.figures) <= set(FIGURES)
+    _require(fine, config, key, f"some of {', '.join(FIGURES)}")
     for key in ("reproduce.depths", "reproduce.blocks", "reproduce.loads"):
         sizes = value_of(config, key)
         fine = bool(sizes) and sizes == sorted(set(sizes)) and sizes[0] >= 1
@@ -187,9 +189,9 @@ def _reproduction(config: RunConfig) -> None:
     _require(fine, config, key, "a list of ascending numbers from 0 to 1")
 
 
-def _distinct(values: Sequence[Any]) -> bool:
-    """Whether no two are the same: what was measured twice would count twice."""
-    return len(values) == len(set(values))
+def _once(values: Sequence[object]) -> bool:
+    """Whether there are some, each once."""
+    return 0 < len(values) == len(set(values))
 
 
 def _cross(config: RunConfig) -> None:
@@ -277,6 +279,13 @@ def _cross_features(config: RunConfig) -> None:
             f"features.overlap=true: the forwards of target.parallel={config.target.parallel} are "
             "for all processes in one order, which a thread beside the training does not keep; set "
             "it to false, or target.parallel=replicated"
+        )
+    if config.features.source == "hybrid" and config.target.parallel in ("tensor", "zero3"):
+        raise ConfigError(
+            "features.source=hybrid asks the target only for what a process has not stored, but "
+            f"the forwards of target.parallel={config.target.parallel} are for all processes; set "
+            "features=online, or target.parallel=replicated, or train on a store (deepspec extract "
+            "target.parallel=device_map, then features=stored)"
         )
     if config.features.source == "remote" and not config.features.servers:
         raise ConfigError(

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 
 from deepspec.records import Sample
 
 
 def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation) samples: `count` drawn by `seed`, at most a fifth of all.
+    """(training, validation) samples: whole conversations drawn by `seed`, until they have `count`
+    samples, but at most a fifth of all conversations: no prompt is in both.
 
     Both come sorted by id, whatever the order in which answers were written.
     """
     ordered = sorted(samples, key=lambda sample: sample.sample_id)
-    count = min(count, len(ordered) // 5)
-    chosen = set(random.Random(f"validation/{seed}").sample(range(len(ordered)), count))
+    conversations: dict[str | int, list[int]] = defaultdict(list)
+    for index, sample in enumerate(ordered):
+        conversations[sample.conversation_id or index].append(index)
+    whole, chosen = list(conversations.values()), set[int]()
+    most = min(count, len(whole) // 5)
+    for indices in random.Random(f"validation/{seed}").sample(whole, most):
+        if len(chosen) < count:
+            chosen.update(indices)
     training = [sample for index, sample in enumerate(ordered) if index not in chosen]
     return training, [ordered[index] for index in sorted(chosen)]
 

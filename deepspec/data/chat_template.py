@@ -61,6 +61,8 @@ class ChatEncoder:
             rendered = self._rendered(messages)
         except TemplateError as error:
             raise type(error)(f"sample {conversation.id}: {error}") from None
+        several = len(rendered) > 1
+        whose = conversation.conversation_id or (conversation.id if several else None)
         samples = []
         for number, (ids, mask) in enumerate(rendered, start=1):
             if not any(mask) or all(mask):
@@ -75,9 +77,9 @@ class ChatEncoder:
                 mask[last] = False
             ids, mask = ids[: self.max_length], mask[: self.max_length]
             if any(mask):
-                name = conversation.id if len(rendered) == 1 else f"{conversation.id}#{number}"
+                name = f"{conversation.id}#{number}" if several else conversation.id
                 tokens, supervised = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
-                samples.append(Sample(tokens, supervised, name))
+                samples.append(Sample(tokens, supervised, name, whose))
         return samples
 
     def answered(self, messages: Iterable[Message]) -> list[int]:

@@ -31,6 +31,7 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
+NOT_UNICODE = "half a surrogate pair"  # why a row is left out, or an answer
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Conversation:
     """Messages of roles system, user and assistant; `domain` is carried along for reports.
 
     `truncated`: the last answer stopped at a length limit, so its end of turn was not written.
+    `conversation_id`: where several rows answer the same prompts, whose these are.
     """
 
     id: str
     messages: tuple[Message, ...]
     domain: str | None = None
     truncated: bool = False
+    conversation_id: str | None = None
 
 
 def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conversation]:
@@ -95,11 +98,17 @@ def parse_row(
     if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
         return "empty answer", None
     name = _first(row, fields.id)
+    name = str(name) if name is not None else place
+    domain, whose = row.get("domain"), row.get("conversation_id")
+    texts = (name, str(domain), str(whose), *(message["content"] for message in messages))
+    if not all(map(is_unicode, texts)):
+        return NOT_UNICODE, None
     return "", Conversation(
-        id=str(name) if name is not None else place,
+        id=name,
         messages=tuple(messages),
-        domain=row.get("domain"),
+        domain=domain,
         truncated=row.get("finish_reason") == "length",
+        conversation_id=None if whose is None else str(whose),
     )
 
 
@@ -113,6 +122,15 @@ def with_distinct_ids(conversations: Iterable[Conversation]) -> Iterator[Convers
             name = f"{conversation.id}~{counts[conversation.id]}"
         counts[name] = 1
         yield replace(conversation, id=name)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it is text to tokenizers and files: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

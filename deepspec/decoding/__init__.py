@@ -5,7 +5,7 @@ from deepspec.decoding.decoder import Decoder
 from deepspec.decoding.plain import plain_decode
 from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.sampling import Sampling
-from deepspec.decoding.state import require_rollback
+from deepspec.decoding.state import require_rollback, require_state
 
 __all__ = [
     "Completion",
@@ -16,4 +16,5 @@ __all__ = [
     "Sampling",
     "plain_decode",
     "require_rollback",
+    "require_state",
 ]

@@ -68,7 +68,9 @@ class ContinuousBatch:
         `requests` name them in traces and seed their random streams.
         """
         running = self._decoder
-        rows = Rows(running.target, requests, prompts, self._limit, running.stop_token_ids)
+        rows = Rows(
+            running.target, requests, prompts, self._limit, running.stop_token_ids, running.fixed
+        )
         random = RandomRows(self._seed, requests, running.target.device)
         # they read at the door, with a proposer of their own, and go in together
         door = copy.copy(running)

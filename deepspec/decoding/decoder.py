@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.packing import packed
-from deepspec.decoding.results import Completion, DecodeResult
+from deepspec.decoding.results import Completion, DecodeResult, back_in_order
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
 from deepspec.decoding.skipping import SkippingProposer
@@ -30,7 +30,8 @@ from deepspec.targets import Target, TargetOutput
 Schedule = Callable[[Proposal, Sequence[int]], Sequence[int]]
 """How many drafts of each row to verify, by the proposal's confidences and the most that each row
 can use; must not depend on a token that it admits (that is what keeps it lossless). One with an
-attribute `pays` (see `scheduling.drafting`) may have rounds without drafts."""
+attribute `pays` (see `scheduling.drafting`) may have rounds without drafts; one with a method
+`start` is told of every new batch."""
 
 
 class Decoder:
@@ -54,7 +55,8 @@ class Decoder:
         self.batch_size = batch_size
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
-        self._fixed = proposer.block_size + 1 if compiled else None
+        self._start_schedule = getattr(schedule, "start", None)
+        self.fixed = proposer.block_size + 1 if compiled else None
         if compiled and isinstance(proposer, Compilable):
             proposer.compile()
 
@@ -74,7 +76,7 @@ class Decoder:
         names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
         assert len(set(names)) == len(names), "two requests of one name would share an output"
         begun = time.perf_counter()
-        completions: dict[str, Completion] = {}
+        completions: list[Completion] = []  # in `order`
         traces: list[DecodeTrace] = []
         # neighbours in length share a batch: less padding in the prefill
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -86,18 +88,20 @@ class Decoder:
                 [prompts[i] for i in group],
                 max_new_tokens,
                 self.stop_token_ids,
-                self._fixed,
+                self.fixed,
             )
             random = RandomRows(seed, rows.requests, self.target.device)
             self._run(rows, random, sampling, traces)
-            completions.update((completion.request, completion) for completion in rows.finished)
+            completions += rows.finished
         seconds = time.perf_counter() - begun
-        return DecodeResult([completions[name] for name in names], traces, seconds)
+        return DecodeResult(back_in_order(order, completions), traces, seconds)
 
     def _run(
         self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]
     ) -> None:
         """Prefill one group, then rounds until its last row has finished."""
+        if self._start_schedule is not None:
+            self._start_schedule()
         self.begin(rows, random, sampling)
         number = 0
         while len(rows):

@@ -183,7 +183,9 @@ class RowCache(Cache):
 
     def begin_fixed(self, positions: Tensor, end: int) -> None:
         """The next forward writes at `positions` [B, Q], all below `end`, over whole buffers."""
-        self.end = max(layer.rows.reserve(len(positions), end) for layer in self._rows)
+        # layers that take their keys and values of others (Gemma 4) never write
+        written = [layer.rows for layer in self._rows if layer.rows.written]
+        self.end = max(rows.reserve(len(positions), end) for rows in written)
         self.positions, self.packing, self.fixed = positions, None, True
 
     def update(

@@ -16,10 +16,15 @@ from torch import Tensor
 from deepspec.decoding.transfers import upload
 from deepspec.errors import ConfigError
 
+# Below it a draw decides at most between logits that their rounding does not tell apart, and far
+# below it a division by it overflows.
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep everything."""
+    """`temperature` 0, or below LEAST_TEMPERATURE, is greedy; `top_k` 0 and `top_p` 1 keep
+    everything."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -34,7 +39,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the choice is an argmax."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[.., V] logits -> the distribution that is sampled, fp32."""

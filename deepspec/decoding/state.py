@@ -45,25 +45,30 @@ def open_state(target: Target, rows: int, fixed: int | None = None) -> TargetSta
     """A state of `rows` rows that have fed nothing yet; forwards of at most `fixed` tokens a row
     run compiled, None compiles nothing.
 
-    Raises TargetError where the target's attention takes no mask a row, or nothing can be compiled.
-    A family without a proven rollback has a cache for rows in step: plain decoding takes nothing
-    back.
+    Raises as `require_state`. A family without a proven rollback has a cache for rows in step:
+    plain decoding takes nothing back.
     """
+    require_state(target, compiled=fixed is not None)
+    return RowState(target, fixed) if target.rollback == ROWS else SnapshotState(target, rows)
+
+
+def require_state(target: TargetEnds, compiled: bool) -> None:
+    """Raises TargetError where the target's attention takes no mask a row, or forwards are to be
+    `compiled` and cannot be."""
     if target.rollback != ROWS:
-        if fixed is not None:
+        if compiled:
             raise TargetError(
                 f"decoding.compile=true needs keys and values with a length a row, but target "
                 f"family {target.family!r} decodes with target.rollback={target.rollback}; set "
                 "decoding.compile=false"
             )
-        return SnapshotState(target, rows)
+        return
     implementation = target.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise TargetError(
             f"target.attention={implementation} takes no mask with a length a row, which decoding "
             "needs; set target.attention=sdpa, or eager"
         )
-    return RowState(target, fixed)
 
 
 def require_rollback(target: TargetEnds) -> None:

@@ -168,6 +168,12 @@ def _flex_attention(
     def heads_first(states: Tensor) -> Tensor:
         return states.transpose(0, 1)[None]
 
+    # Autocast on CUDA norms and rotates queries and keys in fp32, and leaves values in the dtype of
+    # products. It casts for SDPA, but in older torch not for FlexAttention, which wants one dtype.
+    dtype = context_values.dtype
+    queries, context_keys, block_keys = (
+        states.to(dtype) for states in (queries, context_keys, block_keys)
+    )
     attended = _flex(queries.is_cuda).flex_attention(
         heads_first(queries.flatten(0, 1)),
         heads_first(torch.cat((context_keys, block_keys.flatten(0, 1)))),

@@ -43,12 +43,20 @@ class Drafter(nn.Module):
 
     config: Any
     d2t: Tensor | None
+    in_fp32: tuple[str, ...] = ()  # parts of the names of what is served in fp32
     recomputed = False  # whether what goes through `through` is computed again in the backward
 
     def __init__(self, draft_vocab_size: int | None = None) -> None:
         super().__init__()
         offsets = None if draft_vocab_size is None else torch.zeros(draft_vocab_size).long()
         self.register_buffer("d2t", offsets)
+
+    def to_serve(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Itself, rounded and moved as engines hold it: in `dtype`, but what is `in_fp32`."""
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and not any(part in name for part in self.in_fp32):
+                tensor.data = tensor.data.to(dtype)
+        return self.to(device)
 
     @property
     def vocabulary(self) -> Tensor | None:

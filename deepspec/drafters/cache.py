@@ -21,6 +21,11 @@ class RowKV:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
+    @property
+    def written(self) -> bool:
+        """Whether something was."""
+        return self._keys is not None
+
     def write(
         self, keys: Tensor, values: Tensor, starts: Tensor, end: int
     ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ class DrafterKind:
     """The ways into a drafter.
 
     `resolve(DrafterConfig, target)` gives the full shape, `load(dict)` reads it back from a
-    checkpoint, `build(shape)` makes the module, `proposer(module, target)` puts it in the decoder.
+    checkpoint, `build(shape)` makes the module, `proposer(module, target)` puts it in the decoder
+    as it is (see `open_proposer`).
     `trained`: whether there is anything to train. `all_finals`: whether the drafter itself reads
     the target's final states, so that training needs them of all tokens; the objective reads them
     only where a supervised token follows.
@@ -89,3 +90,11 @@ def drafter_kind(name: str) -> DrafterKind:
     if name not in DRAFTERS:
         raise ConfigError(f"drafter.kind={name} is not one of {', '.join(sorted(DRAFTERS))}")
     return DRAFTERS[name]
+
+
+def open_proposer(name: str, drafter: Drafter, target: Any) -> Proposer:
+    """The `drafter` called `name` inside the decoding loop, on the device of `target` and in its
+    dtype, as engines serve it: in fp32 beside a bf16 target it would be another drafter, a slower
+    one, and would have the whole LM head cast for every use. The module itself is changed."""
+    drafter.to_serve(target.device, target.dtype)
+    return drafter_kind(name).proposer(drafter, target)

@@ -6,6 +6,7 @@ Computed from the config on first use and never a module buffer: a buffer would 
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,7 @@ class Rotary:
         self, head_dim: int, parameters: dict[str, Any], max_position_embeddings: int
     ) -> None:
         self._inverse_frequency, self._scale = _frequencies(
-            head_dim, tuple(sorted(parameters.items())), max_position_embeddings
+            head_dim, json.dumps(parameters, sort_keys=True), max_position_embeddings
         )
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
@@ -38,9 +39,9 @@ class Rotary:
 
 @lru_cache
 def _frequencies(
-    head_dim: int, parameters: tuple[tuple[str, Any], ...], max_position_embeddings: int
+    head_dim: int, parameters: str, max_position_embeddings: int
 ) -> tuple[Tensor, float]:
-    rope = dict(parameters)
+    rope = json.loads(parameters)  # as text, because a cache asks for keys that hash
     kind = rope["rope_type"]
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim

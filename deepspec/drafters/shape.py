@@ -104,14 +104,17 @@ def resolve_draft_vocab_size(size: int | None, whole: int) -> int | None:
 def _rope_parameters(text: Any) -> dict[str, Any]:
     """The target's rotary parameters; of a table a kind of layer, those of its main kind.
 
-    A drafter rotates whole heads, whatever part of one its target does: no layout can say another.
+    A drafter rotates whole heads by one position and one table: no layout can say a part of a head
+    (Gemma 4), sections with positions of their own (Qwen3.5's mrope), or a second table for long
+    texts (longrope), for which engines also have different rules. Such a target gives the base.
     """
     parameters = dict(getattr(text, "rope_parameters", None) or {})
     for kind in ("full_attention", "main"):
         if isinstance(parameters.get(kind), dict):
             parameters = dict(parameters[kind])
-    parameters.pop("partial_rotary_factor", None)
     parameters.setdefault("rope_theta", getattr(text, "rope_theta", 10000.0))
-    if parameters.setdefault("rope_type", "default") == "proportional":  # Gemma 4: of a part
-        parameters["rope_type"] = "default"
-    return parameters
+    rope_type = parameters.setdefault("rope_type", "default")
+    if rope_type in ("default", "proportional", "longrope"):
+        return {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
+    ours = parameters.keys() - {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+    return {key: parameters[key] for key in sorted(ours)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from deepspec.data.chat_template import REFUSED, ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
 from deepspec.decoding.decoder import Schedule
 from deepspec.decoding.exactness import first_difference
+from deepspec.decoding.results import back_in_order
 from deepspec.drafters.base import Proposer
 from deepspec.drafters.ngram import NgramConfig, NgramProposer
 from deepspec.errors import DataError, TemplateRefusal
@@ -120,9 +121,10 @@ def load_benchmark(
     name: str, config: RunConfig, target: Target
 ) -> tuple[str, list[Prompt], dict[str, int]]:
     """(short name, tokenised prompts, rows left out by reason) of one benchmark."""
-    data = config.data
+    data, new = config.data, config.decoding.max_new_tokens
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
     short, conversations, skips = load_prompts(name, config.evaluation.limit, data.fields)
+    window = getattr(target.config, "max_position_embeddings", None)
     prompts = []
     for conversation in conversations:
         try:
@@ -132,12 +134,14 @@ def load_benchmark(
             continue
         if len(tokens) > data.max_length:
             skips["prompt longer than data.max_length"] += 1
+        elif window is not None and len(tokens) + new > window:
+            skips[f"prompt and decoding.max_new_tokens exceed the target's context, {window}"] += 1
         else:
             prompts.append(Prompt(f"{short}/{conversation.id}", tokens))
     if not prompts:
         raise DataError(
             f"evaluation.benchmarks: {name} has no usable prompt ({dict(skips)}); raise "
-            "data.max_length, or name another one"
+            "data.max_length, lower decoding.max_new_tokens, or name another one"
         )
     return short, prompts, dict(skips)
 
@@ -262,9 +266,9 @@ class _Run:
     ) -> DecodeResult:
         """A batch at a time, neighbours in length together; completions in order of `prompts`."""
         whole = DecodeResult([], [], 0.0)
-        ordered = sorted(prompts, key=lambda prompt: len(prompt.tokens))
-        for start in range(0, len(ordered), self.batch_size):
-            group = ordered[start : start + self.batch_size]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        for start in range(0, len(order), self.batch_size):
+            group = [prompts[i] for i in order[start : start + self.batch_size]]
             part = decode(group, self.limit)
             whole = DecodeResult(
                 whole.completions + part.completions,
@@ -273,8 +277,7 @@ class _Run:
             )
             if progress is not None:
                 progress.advance(len(group))
-        found = {completion.request: completion for completion in whole.completions}
-        return DecodeResult([found[p.request] for p in prompts], whole.traces, whole.seconds)
+        return replace(whole, completions=back_in_order(order, whole.completions))
 
     def _look_up(self, prompts: Sequence[Prompt], drafted: DecodeResult) -> Lookup | None:
         """What drafting gives that costs no training."""

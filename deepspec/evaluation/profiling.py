@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepspec.decoding import Decoder, Sampling
 from deepspec.drafters.base import Draw, Observation, Proposer
+from deepspec.drafters.compiling import Compilable
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace, Proposal
 from deepspec.scheduling.throughput import Point, Throughput
@@ -31,12 +32,13 @@ PASSES = 4  # over all points, so that a busy moment of the machine does not fal
 @dataclass(frozen=True)
 class Load:
     """`rows` requests of `context` tokens each, sampled at `temperature`; at least `repeats` rounds
-    are timed for each number of tokens."""
+    are timed for each number of tokens. `compiled`: as `Decoder` has it."""
 
     rows: int
     context: int
     repeats: int
     temperature: float
+    compiled: bool = False
 
 
 class Blanks:
@@ -95,6 +97,11 @@ class _Timed:
     def join(self, other: _Timed) -> None:
         """See `Proposer.join`."""
         self._inner.join(other._inner)
+
+    def compile(self) -> None:
+        """See `Compilable.compile`."""
+        if isinstance(self._inner, Compilable):
+            self._inner.compile()
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -171,7 +178,7 @@ def _time_rounds(
         # a round emits at most its longest row's tokens, so some are left behind the warm-up
         emitted = share + (WARM_UP + 1) * max(lengths)
         watched = _Timed(proposer, target.device)
-        decoder = Decoder(target, watched, rows, [], schedule)
+        decoder = Decoder(target, watched, rows, [], schedule, load.compiled)
         result = decoder.generate(prompts, Sampling(load.temperature), emitted, seed=timed)
         for number, whole in _whole_rounds(result.traces, tokens - rows)[WARM_UP:]:
             propose, observe = watched.proposed[number], watched.observed[number + 1]  # 0: prompts

@@ -1,7 +1,7 @@
 """Making a store: the target over all samples, shard by shard.
 
-Which samples make which shard is a function of the samples alone, so any number of processes share
-the work, and one that is started again makes what is missing.
+Which samples make which shard is a function of the samples and `extract.shard_mib` alone, so any
+number of processes share the work, and one that is started again makes what is missing.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ def header_of(
     )
 
 
-def plan_shards(
-    samples: Sequence[Sample], config: ExtractConfig, bytes_a_token: int
-) -> list[Shard]:
-    """All samples, by id, cut into shards of about `shard_mib`."""
-    budget = max(1, int(config.shard_mib * 2**20) // bytes_a_token)
+def missing_shards(samples: Sequence[Sample], store: Store, config: ExtractConfig) -> list[Shard]:
+    """All samples, by id, cut into shards of about `shard_mib`: those that `store` lacks any of.
+
+    Their names tell what is in them: another `shard_mib` cuts otherwise.
+    """
+    budget = max(1, int(config.shard_mib * 2**20) // store.header.bytes_a_token)
     shards: list[list[Sample]] = [[]]
     tokens = 0
     for sample in sorted(samples, key=lambda sample: sample.sample_id):
@@ -77,7 +78,11 @@ def plan_shards(
             tokens = 0
         shards[-1].append(sample)
         tokens += len(sample)
-    return [Shard(f"shard-{index:05d}", own) for index, own in enumerate(shards)]
+    return [
+        Shard(f"shard-{index:05d}-{digest_all(own)[:8]}", own)
+        for index, own in enumerate(shards)
+        if not all(map(store.holds, own))
+    ]
 
 
 def check_room(path: Path, header: StoreHeader, need: int, config: ExtractConfig) -> None:

@@ -6,6 +6,7 @@ be asked for, so that reading and fetching happen behind the step before.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode
-from deepspec.features.store import Store
+from deepspec.features.store import Store, digest
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 
@@ -116,7 +117,8 @@ class Hybrid(FeatureSource):
     """Online for what the store lacks, which is then stored; a later epoch reads it.
 
     A shard is written when `shard_bytes` are together; what was not when the process dies is
-    computed again. `writer` names this process's shards apart from those of others.
+    computed again. Names of this process's shards begin with `writer`. Several processes and jobs
+    may share a store.
     """
 
     def __init__(self, target: Target, store: Store, writer: str, shard_bytes: int) -> None:
@@ -172,12 +174,12 @@ class Hybrid(FeatureSource):
             torch.cat([own.context for _, own in self._fresh.values()]),
             torch.cat([own.final for _, own in self._fresh.values()]),
         )
-        taken = set(self._store.finished())
-        count = next(n for n in range(len(taken) + 1) if f"{self._writer}-{n:05d}" not in taken)
         encoded = encode(packed, header.dtype, len(header.layer_ids))
-        self._store.write(f"{self._writer}-{count:05d}", samples, encoded)
+        # never the name of another shard: other processes and jobs have places in those
+        self._store.write(f"{self._writer}-{secrets.token_hex(8)}", samples, encoded)
         self._fresh.clear()
 
 
 def _key(samples: Sequence[Sample]) -> tuple[str, ...]:
-    return tuple(sample.sample_id for sample in samples)
+    """By their tokens: ids are as the data gives them, and may be there twice."""
+    return tuple(digest(sample) for sample in samples)

@@ -1,14 +1,16 @@
 """A store of samples and their features: safetensors shards, each of them whole or not there.
 
-    store.json               format, identity of the target, layer ids, dtype, which samples
-    NAME-00000.safetensors   samples end to end: input_ids [T] int32, loss_mask [T] bool, context
-                             [T, L*D], final [F, D] and, in float8, their scales
-    NAME-00000.json          written behind it: sample ids, lengths, final states of each (F in
-                             all), digests, the tensors' sha256
+    store.json           format, identity of the target, layer ids, dtype, which samples
+    shard-*.safetensors  samples end to end: input_ids [T] int32, loss_mask [T] bool, context
+                         [T, L*D], final [F, D] and, in float8, their scales
+    shard-*.json         written behind it: sample ids, lengths, final states of each (F in all),
+                         digests, the tensors' sha256
+    hybrid-*             the same two of `features=hybrid`
 
 A killed process leaves finished shards and nothing else that is looked at. Variable lengths, no
 padding. Several processes may write shards of their own names into one folder, where other files
-(the answers that `deepspec extract` makes) may lie too.
+(the answers that `deepspec extract` makes) may lie too. No name is used again for other samples:
+who has read the one file must not find the other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +39,7 @@ from deepspec.records import Sample, TargetFeatures
 
 FORMAT = 1
 HEADER = "store.json"
-SHARDS = "*-[0-9]*.json"
+SHARDS = ("shard-*.json", "hybrid-*.json")  # other files may lie beside them
 TOKEN_BYTES = 4 + 1  # of input_ids and loss_mask
 OPEN_SHARDS = 64
 
@@ -84,6 +87,7 @@ class _Place:
     tokens: slice
     finals: slice
     digest: str
+    conversation_id: str | None
 
 
 class Store:
@@ -94,7 +98,7 @@ class Store:
         self.path, self.header = path, header
         self._verify = verify
         self._places: dict[str, _Place] = {}
-        self._known: set[str] = set()
+        self._known: dict[str, str] = {}  # shards, and the sha256 that their places hold for
         self._checked: set[str] = set()
         self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open)
         self._lock = threading.Lock()  # readers run ahead of the training in threads
@@ -132,11 +136,11 @@ class Store:
 
     def refresh(self) -> None:
         """Look for shards that were finished since."""
-        for file in sorted(self.path.glob(SHARDS)):
+        for file in sorted(file for names in SHARDS for file in self.path.glob(names)):
             if file.stem not in self._known:
-                self._known.add(file.stem)
-                for sample_id, place in _index(file):
-                    self._places[sample_id] = place
+                with suppress(FileNotFoundError):  # another process has just discarded it
+                    self._known[file.stem], places = _index(file)
+                    self._places |= places
 
     def finished(self) -> list[str]:
         """Names of the shards that are whole."""
@@ -171,7 +175,8 @@ class Store:
             opened = self._file(shard)  # of which this reads the tokens, a thousandth
             ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
             for sample_id, place in held[shard]:
-                sample = Sample(ids[place.tokens], mask[place.tokens].bool(), sample_id)
+                own, supervised = ids[place.tokens], mask[place.tokens].bool()
+                sample = Sample(own, supervised, sample_id, place.conversation_id)
                 if digest(sample) != place.digest:
                     self.check(shard)
                     raise DataError(f"{self.path / shard}.json is damaged; delete it and extract")
@@ -186,11 +191,11 @@ class Store:
             )
 
     def check(self, shard: str) -> None:
-        """Reread one shard whole. Raises DataError when it is not what was written."""
+        """Reread one shard whole. Raises DataError when it is not what was written, or not what
+        lay under its name when this process first saw it: places in it would be of other rows."""
         file = self.path / f"{shard}.safetensors"
-        expected = json.loads((self.path / f"{shard}.json").read_text())["sha256"]
         found = sha256(file) if file.is_file() else None
-        if found != expected:
+        if found != self._known[shard]:
             raise DataError(
                 f"{file} is {'corrupt: its sha256 is not the recorded one' if found else 'missing'}"
                 f"; delete {shard}.json and what is left of it, and make it again by the same "
@@ -201,9 +206,9 @@ class Store:
         """Forget a bad shard and delete it."""
         for suffix in (".json", ".safetensors"):
             (self.path / f"{shard}{suffix}").unlink(missing_ok=True)
-        self._known.discard(shard)
+        self._known.pop(shard)
         self._checked.discard(shard)
-        self._opened.cache_clear()  # another shard may get its name
+        self._opened.cache_clear()  # one that is made again gets its name
         self._places = {i: place for i, place in self._places.items() if place.shard != shard}
 
     def _slice(self, place: _Place) -> dict[str, Tensor]:
@@ -249,6 +254,7 @@ class Store:
                 "length": len(sample),
                 "finals": self.header.finals(sample),
                 "digest": digest(sample),
+                "conversation_id": sample.conversation_id,
             }
             for sample in samples
         ]
@@ -310,15 +316,20 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _index(file: Path) -> Iterator[tuple[str, _Place]]:
+def _index(file: Path) -> tuple[str, dict[str, _Place]]:
+    """The sha256 of a shard, and what lies in it by sample id. Raises DataError."""
+    places = {}
     try:
+        content = json.loads(file.read_text(encoding="utf-8"))
         token = final = 0
-        for row in json.loads(file.read_text(encoding="utf-8"))["samples"]:
+        for row in content["samples"]:
             length = row["length"]
             kept = row.get("finals", length)  # older ones: all
             tokens, finals = slice(token, token + length), slice(final, final + kept)
-            yield row["id"], _Place(file.stem, tokens, finals, row["digest"])
+            conversation = row.get("conversation_id")  # older ones do not say
+            places[row["id"]] = _Place(file.stem, tokens, finals, row["digest"], conversation)
             token, final = tokens.stop, finals.stop
+        return content["sha256"], places
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} is damaged ({error}); delete it and run the same deepspec extract again"

@@ -6,8 +6,10 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from deepspec.config.validation import RECOMPUTABLE, value_of
+from deepspec.config.validation import RECOMPUTABLE, validate, value_of
+from deepspec.errors import ConfigError
 from deepspec.planning.shapes import BF16, Job
+from deepspec.targets.parallel import check_split
 
 Change = dict[str, object]
 STAGES = ("zero1", "zero2", "zero3")
@@ -18,15 +20,19 @@ def advise(job: Job, need: Callable[[Job], int], room: int) -> Change | None:
     """The first change under which `need(job)` is at most `room`, by key; None: nothing helps.
 
     Each candidate alone, in order of its cost; then one after the other together, those that help.
+    One that `deepspec train` would refuse is none, unless it refuses `job` already.
     """
+    fine = _trains if _trains(job) else lambda _: True
+    candidates = [change for change in _candidates(job) if fine(changed(job, change))]
     together: Change = {}
-    least, candidates = need(job), list(_candidates(job))
+    least = need(job)
     for change in candidates:
         if need(changed(job, change)) <= room:
             return change
     for change in candidates:
         further = together | change  # a later stage takes an earlier one's place
-        if (wanted := need(changed(job, further))) < least:
+        then = changed(job, further)
+        if fine(then) and (wanted := need(then)) < least:
             together, least = further, wanted
         if least <= room:
             return together
@@ -42,8 +48,21 @@ def changed(job: Job, change: Change) -> Job:
     return replace(job, config=config)
 
 
+def _trains(job: Job) -> bool:
+    try:
+        validate(job.config)
+        check_split(job.config)
+    except ConfigError:
+        return False
+    return True
+
+
 def _candidates(job: Job) -> Iterator[Change]:
     config = job.config
+
+    def off(*keys: str) -> Change:
+        return {key: False for key in keys if value_of(config, key)}
+
     # the same result with less memory, a little slower
     if config.objective.implementation == "eager":
         yield {"objective.implementation": "fused"}
@@ -66,8 +85,9 @@ def _candidates(job: Job) -> Iterator[Change]:
         yield {**started, "engine.offload": "cpu"}
     if config.features.source in ("online", "hybrid"):
         if job.world > 1 and config.target.parallel == "replicated":
-            yield {"target.parallel": "zero3"}
-        yield {"features.source": "stored"}
+            yield {"target.parallel": "zero3", **off("features.overlap", "evaluation.enabled")}
+        path = config.features.path or "DIR"
+        yield {"features.source": "stored", "features.path": path, **off("features.overlap")}
     # another result, or another target
     if job.value > BF16:
         yield {"target.dtype": "bfloat16"}

@@ -76,7 +76,9 @@ def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None)
     if any(local_files(path) is None for path in data.path):
         each = min(assumed or data.max_length, data.max_length)
         source = f"not here: {each} each, as " + ("assumed" if assumed else "data.max_length says")
-        return Workload(data.limit, ((each, each),), False, source)
+        answers_each = config.regenerate.samples_per_prompt if config.regenerate.enabled else 1
+        samples = None if data.limit is None else _training(config, data.limit * answers_each)
+        return Workload(samples, ((each, each),), False, source)
     if not config.regenerate.enabled:
         return _measured(config, data, encoder, "data")
     return _measured(config, data, encoder, "prompts, and answers of regenerate.max_new_tokens")
@@ -100,11 +102,15 @@ def _measured(config: RunConfig, data: Any, encoder: ChatEncoder, source: str) -
         lengths = tuple((len(sample), int(sample.loss_mask.sum())) for sample in samples)
         each = 1
     samples_all = round(count * each * len(lengths) / len(kept))
-    held_out = min(config.training.validation_samples, samples_all // 5)
     complete = count == len(kept)
     if not complete:
         source += f", {TOKENISED} of {count} measured"
-    return Workload(samples_all - held_out, lengths, complete, source)
+    return Workload(_training(config, samples_all), lengths, complete, source)
+
+
+def _training(config: RunConfig, samples: int) -> int:
+    """Of so many samples, those that are not held out."""
+    return samples - min(config.training.validation_samples, samples // 5)
 
 
 def _bounds(

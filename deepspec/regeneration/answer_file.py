@@ -51,7 +51,9 @@ class AnswerFile:
         self._read()
 
     def __enter__(self) -> Self:
-        self.failed_path.unlink(missing_ok=True)
+        self.failed_path.unlink(missing_ok=True)  # what failed is asked again
+        self.failed.clear()
+        self.first_failure = ""
         self._answers = self.path.open("a", encoding="utf-8")
         return self
 

@@ -7,7 +7,7 @@ with its own earlier answers as history.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,9 +73,10 @@ def regenerate(
 ) -> RegenerationCounts:
     """Write conversations with the target's own answers to `out` (.jsonl), in completion order.
 
-    A row has `id`, `domain` where known, `messages`, and `finish_reason`: "stop", or "length" when
-    the last answer hit `max_new_tokens`. Rows that `out` has already are not asked for again, so a
-    killed run is resumed by starting it again; samples that failed before are tried again.
+    A row has `id`, `domain` where known, `conversation_id` where several rows answer one prompt,
+    `messages`, and `finish_reason`: "stop", or "length" when the last answer hit `max_new_tokens`.
+    Rows that `out` has already are not asked for again, so a killed run is resumed by starting it
+    again; samples that failed before are tried again.
 
     An answer is stored as text, without its end of turn, and training tokenizes it again. That
     gives other ids than the target sampled where those are not the tokenizer's own way to write
@@ -90,7 +91,12 @@ def regenerate(
     file = AnswerFile(out, settings_of(config, answerer))
     with file:
         file.collect()
-    counts = answer_missing(conversations, answerer, config, file, show)
+    begun, samples = time.monotonic(), len(conversations) * config.samples_per_prompt
+    resumed = file.resume(make_dialogues(conversations, config.samples_per_prompt))
+    missing = missing_dialogues(conversations, config, file)
+    progress = Progress("regenerate", samples, "samples", done=resumed, show=show)
+    tokens = answer_all(missing, answerer, config, file, progress)
+    counts = counts_of(file, samples, resumed, tokens, time.monotonic() - begun)
     require_some(counts, answerer, file)
     return counts
 
@@ -100,18 +106,23 @@ def settings_of(config: RegenerateConfig, answerer: Answerer) -> dict[str, Any]:
     return {key: getattr(config, key) for key in SAMPLING} | answerer.describe()
 
 
-def answer_missing(
-    conversations: Sequence[Conversation],
+def missing_dialogues(
+    conversations: Iterable[Conversation], config: RegenerateConfig, file: AnswerFile
+) -> Iterator[Dialogue]:
+    """What `file` has no row of; of all conversations, for that is what ids are unique in."""
+    dialogues = make_dialogues(conversations, config.samples_per_prompt)
+    return (dialogue for dialogue in dialogues if not file.holds(dialogue))
+
+
+def answer_all(
+    dialogues: Iterable[Dialogue],
     answerer: Answerer,
     config: RegenerateConfig,
     file: AnswerFile,
-    show: bool,
-) -> RegenerationCounts:
-    """Ask for what `file` has no row of; see `regenerate`."""
-    begun = time.monotonic()
-    samples = len(conversations) * config.samples_per_prompt
-    resumed = file.resume(make_dialogues(conversations, config.samples_per_prompt))
-    tokens = 0
+    progress: Progress,
+) -> int:
+    """Ask for `dialogues`, into `file`; how many tokens were generated."""
+    begun, tokens = time.monotonic(), 0
 
     def done(dialogue: Dialogue) -> None:
         nonlocal tokens
@@ -120,10 +131,9 @@ def answer_missing(
         rate = tokens / (time.monotonic() - begun)
         progress.advance(1, f"{rate:.0f} tokens/s  {file.failed.total()} failed")
 
-    with file, Progress("regenerate", samples, "samples", done=resumed, show=show) as progress:
-        todo = make_dialogues(conversations, config.samples_per_prompt)
-        answerer.answer((d for d in todo if not file.holds(d)), config, done)
-    return counts_of(file, samples, resumed, tokens, time.monotonic() - begun)
+    with file, progress:
+        answerer.answer(dialogues, config, done)
+    return tokens
 
 
 def counts_of(

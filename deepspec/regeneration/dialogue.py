@@ -6,7 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.data.conversations import Conversation, Message, with_distinct_ids
+from deepspec.data.conversations import (
+    NOT_UNICODE,
+    Conversation,
+    Message,
+    is_unicode,
+    with_distinct_ids,
+)
 
 # What a decoder writes for bytes that are no character. At the end of an answer that hit the
 # length limit it is a character cut in two, and is left away.
@@ -32,7 +38,9 @@ class Dialogue:
     (prompts without answers) are answered one by one.
     """
 
-    def __init__(self, sample_id: str, conversation: Conversation) -> None:
+    def __init__(
+        self, sample_id: str, conversation: Conversation, conversation_id: str | None
+    ) -> None:
         self.id = sample_id
         self.prompts = tuple(m["content"] for m in conversation.messages if m["role"] == "user")
         self.messages: list[Message] = []
@@ -40,6 +48,7 @@ class Dialogue:
         self.failure: Failure | None = None
         self.tokens = 0
         self._domain = conversation.domain
+        self._conversation_id = conversation_id
         self._truncated = self._altered = False
         self._answered = 0
         self._turns = _turns(conversation.messages)
@@ -60,6 +69,9 @@ class Dialogue:
         self.tokens += tokens
         if not text.strip():
             self.give_up("empty answer", f"{tokens} tokens, none of them text")
+            return
+        if not is_unicode(text):  # a server's JSON may spell what no tokenizer writes
+            self.give_up(NOT_UNICODE, ascii(text)[:300])
             return
         self.messages.append({"role": "assistant", "content": text})
         self._answered += 1
@@ -88,6 +100,7 @@ class Dialogue:
         return {
             "id": self.id,
             **({"domain": self._domain} if self._domain is not None else {}),
+            **({"conversation_id": whose} if (whose := self._conversation_id) else {}),
             "messages": self.messages,
             "finish_reason": "length" if self._truncated else "stop",
             **({"altered": True} if self._altered else {}),
@@ -101,10 +114,12 @@ def make_dialogues(
 
     Several samples of conversation ID are ID#0, ID#1, ...
     """
+    several = samples_per_prompt > 1
     for conversation in with_distinct_ids(conversations):
+        name = conversation.id
+        whose = conversation.conversation_id or (name if several else None)
         for index in range(samples_per_prompt):
-            sample = f"#{index}" if samples_per_prompt > 1 else ""
-            yield Dialogue(f"{conversation.id}{sample}", conversation)
+            yield Dialogue(f"{name}#{index}" if several else name, conversation, whose)
 
 
 def _turns(messages: Iterable[Message]) -> Iterator[list[Message]]:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from deepspec.config.schema import RegenerateConfig
 from deepspec.data.conversations import Conversation
 from deepspec.processes import rank, world_size
+from deepspec.progress import Progress
 from deepspec.regeneration.answer_file import AnswerFile
 from deepspec.regeneration.answers import (
     Answerer,
     RegenerationCounts,
-    answer_missing,
+    answer_all,
     counts_of,
+    missing_dialogues,
     require_some,
     settings_of,
 )
@@ -42,20 +45,18 @@ def regenerate_together(
             file.collect()
     wait()
     file, each = AnswerFile(out, settings), config.samples_per_prompt
+    samples = len(conversations) * each
     resumed = file.resume(make_dialogues(conversations, each))
-    missing = [
-        conversation
-        for conversation in conversations
-        if not all(file.holds(dialogue) for dialogue in make_dialogues([conversation], each))
-    ]
-    share = missing[rank() :: world_size()]
-    own = answer_missing(share, answerer, config, file.part(rank()), show=main)
+    share = islice(missing_dialogues(conversations, config, file), rank(), None, world_size())
+    size = len(range(rank(), samples - resumed, world_size()))
+    progress = Progress("regenerate", size, "samples", show=main)
+    tokens = answer_all(share, answerer, config, file.part(rank()), progress)
     wait()
     if not main:
         return None
     with file:
         file.collect()
     seconds = time.monotonic() - begun
-    counts = counts_of(file, len(conversations) * each, resumed, own.tokens, seconds)
+    counts = counts_of(file, samples, resumed, tokens, seconds)
     require_some(counts, answerer, file)
     return counts

@@ -215,7 +215,7 @@ class _Planner:
         runs, loads = self.out / "runs", self.wanted.loads
         words = [
             f"run={runs / drafter}",
-            f"against=[{runs / other}]",
+            f"against={listed([str(runs / other)])}",
             f"policies=[{','.join(POLICIES)}]",
             f"concurrency=[{','.join(map(str, loads))}]",
             f"seconds={self.wanted.load_seconds:g}",

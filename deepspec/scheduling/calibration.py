@@ -72,9 +72,12 @@ def calibrated(confidence: Floats, scaling: Scaling | None) -> Floats:
     """
     if scaling is None:
         return confidence
-    positions = slice(confidence.shape[-1])
-    temperatures, shifts = np.asarray(scaling.temperatures), np.asarray(scaling.shifts)
-    return sigmoid(logit(confidence) / temperatures[positions] + shifts[positions])
+    positions = confidence.shape[-1]
+    fitted = min(len(scaling.temperatures), len(scaling.shifts))
+    if fitted < positions:  # one alone would be taken for all
+        raise ValueError(f"a scaling of {fitted} positions for confidences of {positions}")
+    temperatures, shifts = scaling.temperatures[:positions], scaling.shifts[:positions]
+    return sigmoid(logit(confidence) / np.asarray(temperatures) + np.asarray(shifts))
 
 
 def survival(confidence: Floats) -> Floats:

@@ -73,14 +73,18 @@ class Asynchronous:
     """The paper's variant for engines that launch a step before the last one's outcome is known.
 
     How many drafts to verify, all rows together, is what would have been best two rounds ago, by an
-    unconstrained search; which ones, is this round's rank. Until two rounds have been seen,
-    everything is verified.
+    unconstrained search; which ones, is this round's rank. Until two rounds of a batch have been
+    seen, everything is verified.
     """
 
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
         self._theta = _Theta(throughput)
         self._budgets: deque[int] = deque(maxlen=2)
+
+    def start(self) -> None:
+        """A new batch: budgets of the last one were for its rows."""
+        self._budgets.clear()
 
     def __call__(self, survival: Floats, limits: Ints) -> Ints:
         """See `Policy`."""
@@ -102,6 +106,11 @@ class ConfidenceSchedule:
         self._policy = policy
         self._scaling = scaling
         self.pays = pays
+
+    def start(self) -> None:
+        """A new batch of the decoder."""
+        if isinstance(self._policy, Asynchronous):
+            self._policy.start()
 
     def __call__(self, proposal: Proposal, limits: Sequence[int]) -> list[int]:
         """Drafts of each row to verify, of at most `limits` [R].

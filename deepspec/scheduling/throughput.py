@@ -171,4 +171,11 @@ def _checked(file: str, points: Iterable[Point]) -> tuple[Point, ...]:
                 f"decoding.throughput={file} must have at least 1 token and above 0 steps a second "
                 f"in every row; found {point.tokens} and {point.steps_per_second}"
             )
+        for name in DRAFTING:
+            seconds = getattr(point, name)
+            if seconds is not None and not 0 <= seconds < math.inf:
+                raise ConfigError(
+                    f"decoding.throughput={file} must have at least 0 {name} in every row, or "
+                    f"nothing where they are unknown; found {seconds} at {point.tokens} tokens"
+                )
     return ordered

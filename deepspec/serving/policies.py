@@ -18,7 +18,9 @@ DEFAULT = (PLAIN, WHOLE, "threshold", *BY_TABLE)
 
 
 def parse_policies(words: Sequence[str]) -> list[str]:
-    """`words`, each once. Raises ConfigError for one that names no policy."""
+    """`words`, each once. Raises ConfigError for none, and for one that names no policy."""
+    if not words:
+        raise ConfigError(f"policies=[] must be one or several of {', '.join(DEFAULT)}")
     for word in words:
         name, colon, value = word.partition(":")
         fine = word in DEFAULT

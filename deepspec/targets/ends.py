@@ -6,6 +6,7 @@ alone out of its files (house plan, decision 4).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,18 +117,20 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
 def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.device) -> Parts:
     """`parts` with embedding and head read from the files of `config` onto `device`.
 
-    `model` tells their names; its own weights may be on the meta device, sharded or elsewhere.
+    `model` tells their names; its own weights may be on the meta device, sharded or elsewhere. They
+    are one tensor where the files hold one for both: what configs say of it may be two things in a
+    multimodal model, and Transformers does not believe it against the files.
     """
     files = WeightFiles(config)
     wanted = DTYPES[config.dtype]
 
-    def read(module: Any) -> Tensor:
-        tensor = files.read(_name_of(module.weight, model, files, config))
-        return tensor.to(device, parts.embedding.dtype if wanted == "auto" else wanted)
+    @functools.cache
+    def read(name: str) -> Tensor:
+        dtype = parts.embedding.dtype if wanted == "auto" else wanted
+        return files.read(name).to(device, dtype)
 
-    embedding = read(model.get_input_embeddings())
-    tied = getattr(parts.text_config, "tie_word_embeddings", False)
-    head = embedding if tied else read(model.get_output_embeddings())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = (read(_name_of(module, model, files, config)) for module in ends)
     return replace(parts, embedding=embedding, head=head)
 
 
@@ -136,8 +139,9 @@ def _scaled(weight: Tensor, scale: float) -> Tensor:
     return weight if scale == 1 else weight * weight.new_tensor(scale)
 
 
-def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfig) -> str:
-    """The name in the files, which Transformers may translate while it loads them."""
+def _name_of(module: Any, model: Any, files: WeightFiles, config: TargetConfig) -> str:
+    """The name of `module`'s weight in the files, which Transformers may translate while it loads
+    them; that of one it is tied to where they do not hold its own."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -149,7 +153,9 @@ def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfi
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
-    wanted = {name for name, tensor in own.items() if tensor is weight}  # tied: two names
+    wanted = {name for name, tensor in own.items() if tensor is module.weight}  # tied: two names
+    its_own = next(f"{name}.weight" for name, each in model.named_modules() if each is module)
+    found: str | None = None
     for name in sorted(files.names()):
         loaded, _ = rename_source_key(
             name,
@@ -158,8 +164,12 @@ def _name_of(weight: Tensor, model: Any, files: WeightFiles, config: TargetConfi
             base_model_prefix=model.base_model_prefix,
             meta_state_dict=own,
         )
-        if loaded in wanted:
+        if loaded == its_own:
             return name
+        if loaded in wanted:
+            found = name
+    if found is not None:
+        return found
     raise TargetError(
         f"target.path={config.path}: its files do not hold {' or '.join(sorted(wanted))}"
     )

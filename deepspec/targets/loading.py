@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,17 +42,19 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)
+    # the dtype in which DeepSpeed holds it
+    zero3 = shapes.dtype if shapes is not None and config.parallel == "zero3" else None
     with explained(config):
         files = WeightFiles(config)
-        with zero3_loading(config):
+        with zero3_loading(zero3) if zero3 else nullcontext():
             model = _from_pretrained(config)
         if shapes is None:
             model.to(device)
         parts = find_parts(model)
         if shapes is not None:
             parts = read_ends(parts, shapes, config, device)
-        if config.parallel == "zero3":
-            zero3_backbone(parts, config, device)
+        if zero3:
+            zero3_backbone(parts, zero3, device)
     kind = TensorParallelTarget if config.parallel == "tensor" else Target
     return kind(model, tokenizer, layers_of(config), config.path, files, parts, config.rollback)
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspec.config.schema import TargetConfig
-from deepspec.errors import TargetError
+from deepspec.config.schema import RunConfig, TargetConfig
+from deepspec.errors import ConfigError, TargetError
 from deepspec.machine import import_deepspeed
 from deepspec.processes import world_size
 from deepspec.records import Sample, TargetFeatures
@@ -27,6 +27,7 @@ from deepspec.targets.families import Parts
 from deepspec.targets.target import Target
 
 COLLECTIVE = ("tensor", "zero3")
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # DeepSpeed's names; else it takes float32
 
 
 def check_parallel(config: TargetConfig, hf_config: Any) -> None:
@@ -65,6 +66,24 @@ def check_parallel(config: TargetConfig, hf_config: Any) -> None:
                     f"target.parallel=tensor: {count} {name} cannot be split over {world_size()} "
                     "processes; start a number that divides it, or set target.parallel=zero3"
                 )
+
+
+def check_split(config: RunConfig) -> None:
+    """Raises ConfigError where a training wants more of a split target than features."""
+    if config.target.parallel not in COLLECTIVE:
+        return
+    if config.regenerate.enabled and not config.regenerate.server:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} cannot answer the prompts: make the answers "
+            "first (deepspec regenerate target.parallel=device_map) and set data.path=[FILE] "
+            "regenerate.enabled=false, or set regenerate.server"
+        )
+    if config.evaluation.enabled:
+        raise ConfigError(
+            f"target.parallel={config.target.parallel} cannot evaluate: set "
+            "evaluation.enabled=false, and run deepspec evaluate target.parallel=device_map "
+            "afterwards"
+        )
 
 
 def _plan_of(kind: type) -> dict[str, str]:
@@ -113,16 +132,16 @@ class TensorParallelTarget(Target):
 
 
 @contextmanager
-def zero3_loading(config: TargetConfig) -> Iterator[None]:
-    """Inside, Transformers loads a model in shards: no process holds all of it at any time."""
-    if config.parallel != "zero3":
-        yield
-        return
+def zero3_loading(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, Transformers loads a model in shards: no process holds all of it at any time.
+
+    DeepSpeed makes all weights `dtype`, whatever they are in the files.
+    """
     import_deepspeed("target.parallel=zero3", "set target.parallel=tensor or device_map")
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    kept = HfDeepSpeedConfig(_zero3_settings(config))  # held by a weak reference only
+    kept = HfDeepSpeedConfig(_zero3_settings(dtype))  # held by a weak reference only
     try:
         yield
     finally:
@@ -130,7 +149,7 @@ def zero3_loading(config: TargetConfig) -> Iterator[None]:
         del kept
 
 
-def zero3_backbone(parts: Parts, config: TargetConfig, device: torch.device) -> None:
+def zero3_backbone(parts: Parts, dtype: torch.dtype, device: torch.device) -> None:
     """Let DeepSpeed gather a layer at a time in the forward of `parts.backbone`."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
@@ -140,11 +159,11 @@ def zero3_backbone(parts: Parts, config: TargetConfig, device: torch.device) -> 
     parts.backbone.eval().requires_grad_(False)
     set_z3_leaf_modules(parts.backbone, list({type(layer) for layer in parts.layers}))
     # not the whole model: its root hook would never see the backbone called, and nothing prefetch
-    engine, *_ = deepspeed.initialize(model=parts.backbone, config=_zero3_settings(config))
+    engine, *_ = deepspeed.initialize(model=parts.backbone, config=_zero3_settings(dtype))
     parts.backbone.__dict__["zero3_engine"] = engine  # kept alive, and not as a submodule
 
 
-def _zero3_settings(config: TargetConfig) -> dict[str, Any]:
+def _zero3_settings(dtype: torch.dtype) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31,
@@ -155,6 +174,6 @@ def _zero3_settings(config: TargetConfig) -> dict[str, Any]:
             "stage3_max_live_parameters": 0,
         },
     }
-    if config.dtype == "bfloat16":
-        settings["bf16"] = {"enabled": True}
+    if dtype in HALVES:
+        settings[HALVES[dtype]] = {"enabled": True}
     return settings

@@ -28,7 +28,9 @@ from deepspec.atomic import atomic_folder, sha256
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
+from deepspec.progress import say
 from deepspec.targets.identity import differing
+from deepspec.training.decisive import decisive
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
@@ -47,7 +49,8 @@ FIELDS = {  # of checkpoint.json, with the type each has in JSON
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder's description: `metrics` of the validation before it, hashes of files."""
+    """A checkpoint folder's description: `metrics` of the validation at its step, where there was
+    one; hashes of files."""
 
     folder: Path
     step: int
@@ -61,7 +64,8 @@ class Checkpoint:
 
     @property
     def acceptance(self) -> float:
-        """Expected accepted length on the validation samples, by which the best is kept."""
+        """Expected accepted length on the validation samples, by which the best is kept; below all
+        others where its step was not validated."""
         return self.metrics.get("validation_accept_length", float("-inf"))
 
     def check_target(self, identity: dict[str, str]) -> None:
@@ -189,21 +193,36 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(folder: Path) -> Checkpoint:
-    """The one with the largest validation acceptance; the newer of equals."""
-    found = [read_checkpoint(entry) for entry in list_checkpoints(folder)]
+    """The one with the largest validation acceptance; the newer of equals.
+
+    Only of those with the newest's settings: under others, validation may have been of other
+    samples. One that is unreadable is passed over. Raises CheckpointError where none is left.
+    """
+    found, problem = [], f"{folder} holds no checkpoint; train first"
+    for entry in list_checkpoints(folder):
+        try:
+            found.append(read_checkpoint(entry))
+        except CheckpointError as error:
+            problem = str(error)
+            say(f"passed over: {problem}")
     if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint; train first")
+        raise CheckpointError(problem)
+    settings = decisive(found[-1].config)
+    found = [checkpoint for checkpoint in found if decisive(checkpoint.config) == settings]
     return max(found, key=lambda checkpoint: (checkpoint.acceptance, checkpoint.step))
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` and the best, and what a killed process left."""
+def prune(folder: Path, keep_last: int, start: Path | None = None) -> None:
+    """Remove all but the newest `keep_last`, the best and `start`, and what a killed process left.
+
+    `start`: what `training.resume` names, of this folder or of another.
+    """
     for remains in folder.glob(".step-*"):
         shutil.rmtree(remains)
     entries = list_checkpoints(folder)
     if entries:
-        best = best_checkpoint(folder).folder
+        kept = {place.resolve() for place in (best_checkpoint(folder).folder, start) if place}
         for entry in entries[: -max(keep_last, 1)]:
-            if entry != best:
+            if entry.resolve() not in kept:
                 # renamed first: a process killed half way leaves no checkpoint that lacks files
                 shutil.rmtree(entry.rename(entry.with_name(f".{entry.name}.removed")))

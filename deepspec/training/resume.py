@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
-from deepspec.config.schema import RunConfig, as_dict, dotted
+from deepspec.config.schema import RunConfig, TrainingConfig, as_dict, dotted
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.progress import say
 from deepspec.training.checkpoint import (
@@ -13,34 +14,8 @@ from deepspec.training.checkpoint import (
     check_files,
     list_checkpoints,
     read_checkpoint,
-    step_folder,
 )
-
-# What the weights do not depend on, of the groups that they do depend on.
-GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
-NEUTRAL = {
-    "target.attention",
-    "target.parallel",
-    "target.max_memory",
-    "target.offload_folder",
-    "drafter.ngram_max",
-    "drafter.ngram_min",
-    "regenerate.batch_size",
-    "regenerate.concurrency",
-    "regenerate.retries",
-    "regenerate.timeout",
-    "objective.implementation",
-    "objective.chunk_size",
-    "objective.compile",
-    "training.micro_batch_size",
-    "training.compile",
-    "training.activation_checkpointing",
-    "training.evaluate_every",
-    "training.save_every",
-    "training.keep_last",
-    "training.log_every",
-    "training.resume",
-}
+from deepspec.training.decisive import decisive
 
 
 def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
@@ -48,59 +23,78 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
 
     `auto` goes on from the newest whose files are what was written, and only with the settings that
     it was trained with: another learning rate or other data would make a run that nobody asked for.
+    A path begins there, unless that newest one is by the same command, which then goes on.
     Raises ConfigError naming the key that differs, CheckpointError where none is sound.
     """
     resume = config.training.resume
     if resume == "never":
         return None
-    if resume != "auto":
-        folder = Path(resume).expanduser()
-        if not folder.is_dir():
+    newest = next(_sound(checkpoints), None)
+    before = {} if newest is None else decisive(newest.config)
+    changed = {k: v for k, v in decisive(as_dict(config)).items() if before.get(k) != v}
+    if (named := named_start(config.training)) is not None:
+        if newest is not None and not changed and _resumed_by(newest) == resume:
+            return newest
+        if not named.is_dir():
             raise ConfigError(
                 f"training.resume={resume} is neither auto, never, nor the folder of a checkpoint"
             )
-        return read_checkpoint(folder)
-    checkpoint = _newest_sound(checkpoints)
-    if checkpoint is None:
-        return None
-    before, now = dotted(checkpoint.config), dotted(as_dict(config))
-    for key, value in now.items():
-        decisive = key.partition(".")[0] in GROUPS and key not in NEUTRAL
-        if decisive and before.get(key) != value:
-            raise ConfigError(
-                f"{key}={value}, but {checkpoint.folder} was trained with {before.get(key)}; set "
-                "out= to a new folder, training.resume=never to begin anew in this one, or "
-                f"training.resume={checkpoint.folder} to go on with the new settings"
+        return read_checkpoint(named)
+    if newest is None:
+        if list_checkpoints(checkpoints):
+            raise CheckpointError(
+                f"no checkpoint in {checkpoints} is sound, as said above; training.resume=never "
+                "begins anew"
             )
-    return checkpoint
+        return None
+    if changed:
+        key, value = next(iter(changed.items()))
+        raise ConfigError(
+            f"{key}={value}, but {newest.folder} was trained with {before.get(key)}; set "
+            "out= to a new folder, training.resume=never to begin anew in this one, or "
+            f"training.resume={newest.folder} to go on with the new settings"
+        )
+    return newest
 
 
-def _newest_sound(checkpoints: Path) -> Checkpoint | None:
-    """The newest whose files are what was written; what is wrong with newer ones is said.
+def named_start(config: TrainingConfig) -> Path | None:
+    """The folder that `resume` names; None for `auto` and `never`."""
+    return None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
+
+
+def _resumed_by(checkpoint: Checkpoint) -> str | None:
+    return dotted(checkpoint.config).get("training.resume")
+
+
+def _sound(checkpoints: Path) -> Iterator[Checkpoint]:
+    """Those whose files are what was written, newest first; what is wrong with others is said.
 
     A disk may spoil a checkpoint, and a job that restarts by itself has to get past it.
     """
-    problem = ""
     for folder in reversed(list_checkpoints(checkpoints)):
         try:
             checkpoint = read_checkpoint(folder)
             check_files(checkpoint)
-            return checkpoint
         except CheckpointError as error:
-            problem = str(error)
-            say(f"passed over: {problem}")
-    if problem:
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints} is sound; the last problem: {problem}. "
-            "training.resume=never begins anew"
-        )
-    return None
+            say(f"passed over: {error}")
+        else:
+            yield checkpoint
 
 
-def set_aside_newer(checkpoints: Path, start: Checkpoint) -> None:
-    """Rename what `auto` passed over, so that nothing takes it for the newest or the best."""
-    for folder in list_checkpoints(checkpoints):
-        if folder.name > step_folder(checkpoints, start.step).name:
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+def set_aside(checkpoints: Path, start: Checkpoint) -> None:
+    """Move away what does not lead to `start`, so that nothing takes it for the newest or the best.
+
+    Those are the newer ones, which are damaged or which a path went back behind, or all where
+    `start` lies elsewhere.
+    """
+    others = list_checkpoints(checkpoints)
+    places = [folder.resolve() for folder in others]
+    if start.folder.resolve() in places:
+        del others[: places.index(start.folder.resolve()) + 1]
+    if not others:
+        return
+    aside = next(p for n in count(1) if not (p := checkpoints / f"aside-{n}").exists())
+    aside.mkdir()
+    for folder in others:
+        folder.rename(aside / folder.name)
+    say(f"set aside, in {aside}: {', '.join(folder.name for folder in others)}")

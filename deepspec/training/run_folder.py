@@ -34,7 +34,6 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        path = path.expanduser()
         self.path = path
         self.config = path / "config.yaml"
         self.answers = path / "answers.jsonl"

@@ -44,6 +44,7 @@ from deepspec.training.checkpoint import (
 from deepspec.training.distillation import Distillation
 from deepspec.training.engine import Engine
 from deepspec.training.metrics import MetricsLog, Ratios
+from deepspec.training.resume import named_start
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.speed import Speed
 from deepspec.training.tracking import start_trackers
@@ -89,7 +90,7 @@ class Trainer:
         self._coming = self._order()
         self._expected = 0  # micro-batches that the source has heard of and not been asked for
         self._signal: int | None = None
-        self._last_validation: dict[str, float] = {}
+        self._validation: dict[str, float] = {}  # of the weights as they are
 
     # ------------------------------------------------------------------------------- one step
 
@@ -113,6 +114,7 @@ class Trainer:
         ids = [sample_id for _, batch in micro_batches for sample_id in batch.sample_ids]
         self._require_finite("gradient norm", norm, ids)
         self.step += 1
+        self._validation = {}
         (loss,) = self.engine.sum(loss)
         ratios.add("feature_wait", self._waited, time.perf_counter() - begun)
         return {
@@ -179,8 +181,10 @@ class Trainer:
         batch = batch.to(self.engine.device)
         begun = time.perf_counter()
         features = self.source.features(samples)
-        self._waited += time.perf_counter() - begun
         features = features.to(self.engine.device, non_blocking=True)
+        if self.engine.device.type == "cuda":  # a target's kernels are queued, not done
+            torch.cuda.current_stream(self.engine.device).synchronize()
+        self._waited += time.perf_counter() - begun
         fields = self.distillation(features.context, features.final, batch, denominator)
         return LossOutput(*fields), batch
 
@@ -217,7 +221,9 @@ class Trainer:
                         saved = self.save()
                     if self.step % self.steps_an_epoch == 0:
                         self.source.settle(self.engine.wait)
-                    if stop and not last:
+                    if last:  # no later step hears of what came since
+                        stop = self._signal_to_any()
+                    if stop:
                         raise Interrupted(stop, str(saved))
         finally:
             for number, handler in handlers.items():
@@ -245,13 +251,13 @@ class Trainer:
                 samples, batch = self.blocks_of(share, VALIDATION_EPOCH)
                 ratios.add_loss(*self.loss_of(samples, batch, 1.0))
         self.distillation.train()
-        self._last_validation = {
+        self._validation = {
             f"validation_{name}": value for name, value in ratios.divided(self.engine.sum).items()
         }
-        return {"step": self.step, **self._last_validation}
+        return {"step": self.step, **self._validation}
 
     def save(self) -> Path:
-        """A checkpoint of the current step; old ones beyond `keep_last` and the best go.
+        """A checkpoint of the current step; old ones go, see `prune`.
 
         Written by the main process while the others wait: when they go on, it is there.
         """
@@ -264,11 +270,12 @@ class Trainer:
             "identity": self.target.identity,
             "target": self.target.name,
             "config": as_dict(self.config),
-            "metrics": self._last_validation,
+            "metrics": self._validation,
         }
         if self.engine.is_main:
             save_checkpoint(self.folder.checkpoints, weights, moments, description)
-            prune(self.folder.checkpoints, self.config.training.keep_last)
+            training = self.config.training
+            prune(self.folder.checkpoints, training.keep_last, named_start(training))
         self.engine.wait()
         return step_folder(self.folder.checkpoints, self.step)
 
@@ -291,7 +298,7 @@ class Trainer:
             )
         self.engine.restore(weights, read_tensors(checkpoint, OPTIMIZER), checkpoint.step)
         self.step = checkpoint.step
-        self._last_validation = checkpoint.metrics
+        self._validation = checkpoint.metrics
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number  # acted on after the step, when weights and step agree

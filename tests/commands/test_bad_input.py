@@ -180,6 +180,31 @@ def test_a_target_that_cannot_be_rolled_back_is_not_trained_for_in_vain(
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["target.attention=flex_attention"], "set target.attention=sdpa, or eager"),
+        (["target.rollback=snapshot", "decoding.compile=true"], "set decoding.compile=false"),
+        (
+            ["decoding.scheduler=algorithm1", "decoding.throughput=missing.csv"],
+            "decoding.throughput=missing.csv does not exist",
+        ),
+        (
+            ["decoding.scheduler=threshold", "drafter.confidence_head=false"],
+            "decoding.scheduler=threshold needs a drafter with a confidence head",
+        ),
+        (["decoding.scheduler=threshold", "drafter.kind=dflash"], "a confidence head"),
+    ],
+)
+def test_decoding_that_cannot_be_is_refused_before_a_training(
+    changes: list[str], expected: str, refused: Refused, trained: Path, tmp_path: Path
+) -> None:
+    """Answers made before: nothing decodes until the evaluation."""
+    answers = [f"data.path={trained / 'answers.jsonl'}", "regenerate.enabled=false"]
+    assert expected in refused("train", *answers, *changes)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ("target.layer_ids=[3,1]", "target.layer_ids=[3, 1] must be distinct and ascending"),
@@ -317,6 +342,18 @@ def test_an_export_for_a_local_target_asks_where_it_is(refused: Refused, trained
     message = refused("evaluate", f"checkpoint={trained / 'export'}")
     assert "was made for a local target" in message
     assert "target.path=DIR or by recipe=R" in message
+
+
+def test_the_recipe_that_it_asks_for_is_taken(
+    trained: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    target = f"target: {{path: {target_folder}, num_layer_ids: 2}}"
+    recipe.write_text(f"defaults: [tiny, _self_]\n{target}\nengine: {{device: cpu}}\n")
+    export = trained / "export"
+    main(["export", f"checkpoint={export}", f"recipe={recipe}", f"out={tmp_path / 'again'}"])
+    main(["check", f"run={tmp_path / 'again'}", f"recipe={recipe}"])
+    main(["check", f"export={export}", f"recipe={recipe}"])
 
 
 def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> None:
@@ -469,6 +506,18 @@ def test_nan_loss(refused: Refused, trained: Path, tmp_path: Path) -> None:
     assert "the last checkpoint is step-00000001" in message
     tensors = read_tensors(read_checkpoint(kept[0]), WEIGHTS)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_an_evaluation_that_fails_costs_no_export(
+    refused: Refused, trained: Path, tmp_path: Path
+) -> None:
+    """Its prompt is too long, which is known when it is encoded."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({"turns": ["word " * 20]}))
+    answers = [f"data.path={trained / 'answers.jsonl'}", "regenerate.enabled=false"]
+    message = refused("train", *answers, "evaluation.benchmarks=long.jsonl")
+    assert "long.jsonl has no usable prompt" in message
+    exported, expected = (folder / "export" for folder in (tmp_path / "out", trained))
+    assert {path.name for path in exported.iterdir()} == {path.name for path in expected.iterdir()}
 
 
 def test_run_folder_in_use(refused: Refused, run: Path) -> None:

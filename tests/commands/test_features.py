@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 
 from deepspec.cli import main
+from deepspec.commands.stages import TrainingData, extract_features
+from deepspec.config.loading import config_from
 from deepspec.data.conversations import read_jsonl
+from deepspec.errors import DataError
+from deepspec.targets import Target
 from tests.jobs import LAST, assert_same_weights, kill_all, open_process, train_command
+from tests.trainers import SETTINGS, make_samples
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHARDS = "extract.shard_mib=0.08"
@@ -88,6 +93,17 @@ def test_extract_makes_answers_beside_the_shards(
     assert "14 samples" in capsys.readouterr().out
 
 
+def test_a_store_that_lacks_samples_in_the_end_is_no_success(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two processes makes its share, the other none."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = config_from(SETTINGS, ["extract.shard_mib=0.02"])
+    data = TrainingData(make_samples(13), [], {})
+    with pytest.raises(DataError, match=r"has \d+ of 13 samples; finish it by the same"):
+        extract_features(config, target, data, tmp_path, lambda: None)
+
+
 def test_a_store_without_all_final_states_is_refused_where_the_drafter_reads_them(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +149,8 @@ def test_hybrid_under_two_processes(recipe: Path, quiet: Path, tmp_path: Path) -
         ("features.source=remote", r"needs features.servers=\[http"),
         ("features=hybrid features.overlap=true", "is for features=online, not hybrid"),
         ("features.overlap=true target.parallel=zero3", "in one order, which a thread beside"),
+        ("features=hybrid target.parallel=zero3", "asks the target only for what a process"),
+        ("features=hybrid target.parallel=tensor", "asks the target only for what a process"),
         ("features=remote features.servers=[http://a:1]", "no target here to answer the prompts"),
         (
             "features=remote features.servers=[http://a:1] engine=zero2 engine.timeout=30",

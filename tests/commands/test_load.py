@@ -55,6 +55,12 @@ def test_measured_and_simulated(trained: Path, held_out: Path, tmp_path: Path) -
     assert "synthetic_gpu" in about["throughput"]["dspark"]
 
 
+def test_a_load_is_not_compiled(trained: Path, refused: Refused) -> None:
+    """Compilations would be counted; a run that was trained to decode so says what to set."""
+    message = refused("load", f"run={trained}", "decoding.compile=true")
+    assert "set decoding.compile=false" in message
+
+
 @pytest.mark.slow
 def test_simulated_throughput_is_that_of_the_real_loop(
     target_folder: Path, held_out: Path, tmp_path: Path
@@ -76,9 +82,18 @@ def test_simulated_throughput_is_that_of_the_real_loop(
     [
         (("load",), "give one of run=DIR and checkpoint=DIR"),
         (("load", "run=a", "policies=[best]"), "best must be one of plain, fixed, threshold"),
+        (("load", "run=a", "policies=[]"), "policies=[] must be one or several of plain"),
         (("load", "run=a", "policies=[threshold:2]"), "threshold:2 must be one of"),
         (("load", "run=a", "concurrency=[0]"), "concurrency=0 must be a whole number"),
         (("load", "run=a", "rates=[1]"), "need one concurrency=N"),
+        (("load", "run=a", "rates=[0]"), "rates=0 must be a number above 0"),
+        (("load", "run=a", "concurrency=[]"), "concurrency=[] must be one or several whole"),
+        (("load", "run=a", "concurrency=[[1]]"), "lists are written [a, b]"),
+        (("load", "run=a", "seconds=0"), "seconds=0 must be a number above 0"),
+        (("load", "run={run}", "evaluation.benchmarks=[]"), "nothing to decode"),
+        (("calibrate", "run={run}", "prompts=[]"), "nothing to decode"),
+        (("load", "run={run}", 'against=["moved,run"]'), "moved,run does not exist"),
+        (("load", "run={run}", "against=moved,run"), "moved,run does not exist"),
         (("load", "run=a"), "a does not exist"),
         (("simulate",), "give one of load=DIR and traces=FILE"),
         (("simulate", "load=a"), "a/load.json holds no load"),
@@ -86,5 +101,5 @@ def test_simulated_throughput_is_that_of_the_real_loop(
         (("simulate", "load=a", "batch=2"), "batch is no key of deepspec simulate"),
     ],
 )
-def test_mistakes(refused: Refused, words: tuple[str, ...], expected: str) -> None:
-    assert expected in refused(*words)
+def test_mistakes(refused: Refused, trained: Path, words: tuple[str, ...], expected: str) -> None:
+    assert expected in refused(*(word.format(run=trained) for word in words))

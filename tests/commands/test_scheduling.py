@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from deepspec.cli import main
+from deepspec.decoding import kv_cache
 from deepspec.scheduling.calibration import Scaling, calibrated, survival
 from deepspec.scheduling.calibration_file import (
     NAME,
@@ -305,6 +306,24 @@ def test_target_alone_is_profiled(target_folder: Path, tmp_path: Path) -> None:
     table = read_throughput(str(file))
     assert [point.tokens for point in table.points] == [1, 2, 3, 4, 6]
     assert table.about["drafter"] is None
+
+
+def test_a_profile_compiles_what_decoding_would(
+    target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions run as they are: only that they would be compiled is asked here."""
+    called = set()
+
+    def plainly(function):
+        called.add(function.__name__)
+        return function
+
+    monkeypatch.setattr(kv_cache, "compiled", plainly)
+    place = [f"target.path={target_folder}", "target.num_layer_ids=2", "engine.device=cpu"]
+    drafts = ["drafter.block_size=1", "rows=2", "context=8", "repeats=1", "decoding.compile=true"]
+    main(["profile", "recipe=tiny", *place, *drafts, f"out={tmp_path / 'sps.json'}"])
+    assert called == {"_forward"}
+    assert read_throughput(str(tmp_path / "sps.json")).about["compiled"] is True
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,20 @@ def test_own_recipe_anywhere(parent: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert (config.regenerate, config.decoding) == (rest.regenerate, rest.decoding)
 
 
+def test_dollars_in_an_own_recipe(tmp_path: Path) -> None:
+    """They lead to other keys, whatever words set these to; escaped ones stay, saved too."""
+    path = tmp_path / "a${b}.yaml"
+    path.write_text(
+        "defaults: [tiny, _self_]\nout: out/${recipe}/${seed}\n"
+        r"data: {system_prompt: 'costs \${5}'}"
+    )
+    config = load_config(str(path), ["seed=7"])
+    assert (config.recipe, config.out) == ("a${b}", "out/a${b}/7")
+    assert config.data.system_prompt == "costs ${5}"
+    assert config_from(as_dict(config)) == config
+    assert config.target.path == load_config("tiny").target.path
+
+
 def test_recipes_build_on_each_other_and_bring_group_files(tmp_path: Path) -> None:
     (tmp_path / "first.yaml").write_text(OWN.format(parent="base"))
     (tmp_path / "second.yaml").write_text("defaults: [first, _self_]\nseed: 7\n")
@@ -127,6 +141,8 @@ def test_resources_may_lie_in_a_folder_of_any_name(
         ("defaults: [own, _self_]\n", "another file name"),
         ("- a\n", "own.yaml"),
         ("", "data.path is not set"),
+        ("defaults: [tiny, _self_]\nout: ${target.pth}\n", "target.pth"),
+        ("defaults: [tiny, _self_]\nseed: ${recipe}\n", "seed=own must be a whole number"),
     ],
 )
 def test_mistakes_in_an_own_recipe(text: str, expected: str, tmp_path: Path) -> None:
@@ -155,10 +171,12 @@ def test_choosing_a_group_needs_the_groups(tmp_path: Path) -> None:
 
 
 def plain_texts() -> SearchStrategy[str]:
-    """Any text but those with a meaning: null, YAML in brackets or quotes, and ${...}."""
+    """Any text but those with a meaning: null, ???, and YAML in brackets or quotes."""
     special = ("[", "{", "'", '"')
-    return st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
-        lambda text: text != "null" and not text.startswith(special) and "${" not in text
+    anything = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
+    dollars = st.text("\\${}: 5", min_size=1)  # what OmegaConf would look into
+    return (anything | dollars).filter(
+        lambda text: text not in ("null", "???") and not text.startswith(special)
     )
 
 
@@ -209,7 +227,12 @@ def test_values_arrive_and_survive_yaml(
         ("data.system_prompt='null'", "data.system_prompt", "null"),
         ('data.system_prompt="two\\nlines"', "data.system_prompt", "two\nlines"),
         ("drafter={kind: dflash}", "drafter.kind", "dflash"),
-        ("out=${target.path}/x", "out", "t/x"),
+        ("out=~/runs/a", "out", str(Path.home() / "runs" / "a")),
+        ("out=${target.path}/x", "out", "${target.path}/x"),
+        ("data.system_prompt='${5}: ${'", "data.system_prompt", "${5}: ${"),
+        ("data.path=[0123, 2024-13-45, yes]", "data.path", ["0123", "2024-13-45", "yes"]),
+        ("data.path=['null', '${x}']", "data.path", ["null", "${x}"]),
+        ("drafter={head_dim: null}", "drafter.head_dim", None),
         ("evaluation.seeds=3", "evaluation.seeds", [3]),
     ],
 )
@@ -244,12 +267,16 @@ def test_a_later_word_wins_and_a_saved_config_is_changed_by_key() -> None:
         ("target.layer_ids=1,2", "lists are written [a, b]"),
         ("target.layer_ids=[1,2", "target.layer_ids=[1,2 is not readable"),
         ("data.path={a: b}", "data.path={'a': 'b'} must be a list of texts"),
-        ("seed=[1]", "seed=[1] must be a whole number"),
+        ("seed=[1]", "seed=['1'] must be a whole number"),
         ("out=[a]", "out=['a'] must be text"),
         ("data.path=[[a]]", "data.path[0]=['a'] must be text"),
         ("data.fields=x", "data.fields.messages=..."),
-        ("out=${target.pth}", "target.pth"),
-        ("seed=${recipe}", "seed=test must be a whole number"),
+        ("seed=${recipe}", "seed=${recipe} must be a whole number"),
+        ("evaluation.seeds=['${x}']", "evaluation.seeds[0]=${x} must be a whole number"),
+        ("data.path=['\x01']", "is not readable: unacceptable character #x0001"),
+        ("out=???", "out=??? sets nothing"),
+        ("data.path=[a, '???']", "data.path=??? sets nothing"),
+        ("drafter={head_dim: '???'}", "drafter.head_dim=??? sets nothing"),
         ("=3", "'=3' is not key=value"),
         ("epochs", "'epochs' is not key=value"),
     ],

@@ -94,9 +94,9 @@ def test_the_lowest_value_is_fine(key: str, lowest: Any) -> None:
         ("training.betas", [0.9]),
         ("training.betas", [0.9, 1.0]),
         ("evaluation.temperatures", []),
-        ("evaluation.temperatures", [0.0, 1.0, 0.0]),
+        ("evaluation.temperatures", [0.0, 1.0, 0.0]),  # would be counted twice
         ("evaluation.seeds", []),
-        ("evaluation.seeds", [1, 1]),
+        ("evaluation.seeds", [3, 3]),
         ("evaluation.benchmarks", ["a/test.jsonl", "b/test.jsonl"]),
         ("seed", 2**63),
         ("out", ""),

@@ -132,6 +132,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_sample_an_answer() -> 
     tokenizer = make_tokenizer(REWRITING)
     first, second = ChatEncoder(tokenizer, 4096).encode(conversation_of([("a?", "b"), ("c?", "d")]))
     assert (first.sample_id, second.sample_id) == ("s#1", "s#2")
+    assert (first.conversation_id, second.conversation_id) == ("s", "s")
     for sample, answer in ((first, "b"), (second, "d")):
         assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == f"{answer}<|im_end|>"
     assert tokenizer.decode(second.input_ids).count("<think>") == 1

@@ -47,8 +47,12 @@ def test_every_skipped_row_is_counted_by_reason(tmp_path: Path) -> None:
         {"messages": [{"role": "wizard", "content": "?"}]},
         {"messages": [{"role": "system", "content": "s"}]},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
+        {"turns": ["half an emoji \ud83d"]},
+        {"turns": ["fine"], "id": "\ud83d"},
+        {"turns": ["fine"], "domain": "\ud83d"},
     ]
     conversations, skips = load(write(tmp_path / "a.jsonl", rows))
+    assert [conversation.id for conversation in conversations] == ["a-1"]
     assert len(conversations) + skips.total() == len(rows)
     assert set(skips) == {
         "no messages field",
@@ -56,6 +60,7 @@ def test_every_skipped_row_is_counted_by_reason(tmp_path: Path) -> None:
         "unreadable turn",
         "no user turn",
         "empty answer",
+        "half a surrogate pair",
     }
 
 

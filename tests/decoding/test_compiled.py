@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from deepspec.checks.proposers import Rehearsed
-from deepspec.decoding import Decoder, Sampling, kv_cache, plain_decode
+from deepspec.decoding import ContinuousBatch, Decoder, Sampling, kv_cache, plain_decode
 from deepspec.drafters.compiling import compiled
 from deepspec.drafters.dspark import DSparkProposer
 from deepspec.drafters.dspark import proposer as dspark
 from deepspec.errors import TargetError
+from deepspec.evaluation.profiling import Load, profile
 from deepspec.targets import Target
 from tests.decoding.test_lossless import prompts_of
 from tests.export.conftest import make_drafter
+from tests.targets.tiny import make_target
 
 GREEDY = Sampling()
 
@@ -65,6 +67,19 @@ def test_fixed_buffers_change_nothing(target: Target, uncompiled: set[str]) -> N
     assert uncompiled == {"_forward", "_greedy"}
 
 
+def test_layers_that_share_the_keys_of_others_have_no_buffers(uncompiled: set[str]) -> None:
+    target = make_target("gemma4_text")
+    assert target.config.num_kv_shared_layers
+
+    def plain(fixed: bool) -> list[tuple[int, ...]]:
+        options = {"batch_size": 2, "stop_token_ids": [], "compiled": fixed}
+        found = plain_decode(target, prompts_of(2), GREEDY, 5, **options)
+        return [completion.tokens for completion in found.completions]
+
+    assert plain(fixed=True) == plain(fixed=False)
+    assert uncompiled == {"_forward"}
+
+
 def test_the_same_drafts_with_fixed_buffers(target: Target, uncompiled: set[str]) -> None:
     """One row, and several; sampled, where the sequential head is not compiled."""
     drafter = make_drafter(target, "vanilla")
@@ -79,6 +94,34 @@ def test_the_same_drafts_with_fixed_buffers(target: Target, uncompiled: set[str]
     for batch in (1, 2):
         assert accepted(batch, fixed=True) == accepted(batch, fixed=False)
     assert uncompiled == {"_forward", "_block"}
+
+
+def test_rows_that_join_are_compiled_too(target: Target, uncompiled: set[str]) -> None:
+    prompts = prompts_of(4)
+    expected = plain_decode(target, prompts, GREEDY, 12, stop_token_ids=[])
+    drafter = make_drafter(target, "vanilla")
+    proposer = DSparkProposer(drafter, target.embedding, target.head)
+    batch = ContinuousBatch(Decoder(target, proposer, 1, [], compiled=True), GREEDY, 12)
+    ended = []
+    for names in ("01", "23"):
+        ended += batch.join(list(names), [prompts[int(name)] for name in names])
+        ended += batch.round()[1]
+    while len(batch):
+        ended += batch.round()[1]
+    found = {completion.request: completion.tokens for completion in ended}
+    assert [found[name] for name in "0123"] == [each.tokens for each in expected.completions]
+    assert uncompiled == {"_forward", "_greedy"}
+
+
+def test_steps_are_profiled_as_they_are_decoded(target: Target, uncompiled: set[str]) -> None:
+    drafter = make_drafter(target, "vanilla")
+    for load, called in (
+        (Load(2, 8, 2, 0.0), set()),
+        (Load(2, 8, 2, 0.0, compiled=True), {"_forward", "_greedy"}),
+    ):
+        proposer = DSparkProposer(drafter, target.embedding, target.head)
+        profile(target, proposer, load, [2, 4], {}, show=False)
+        assert uncompiled == called
 
 
 def test_fewer_drafts_than_the_block(target: Target) -> None:

@@ -16,7 +16,7 @@ import torch
 from deepspec.checks.proposers import Rehearsed
 from deepspec.decoding import Decoder, Sampling, plain_decode, verification
 from deepspec.decoding.exactness import first_difference
-from deepspec.decoding.sampling import draw
+from deepspec.decoding.sampling import LEAST_TEMPERATURE, draw
 from deepspec.drafters.dspark import DSparkProposer
 from deepspec.targets import Target
 from tests.decoding import proposers
@@ -113,6 +113,19 @@ def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None
     for batch in (1, 4):
         result = plain_decode(target, prompts, GREEDY, 24, batch_size=batch, stop_token_ids=stop)
         expected = [generate(target, prompt, 24, stop) for prompt in prompts]
+        assert [completion.tokens for completion in result.completions] == expected
+
+
+def test_requests_of_one_name_have_an_answer_each(
+    target: Target, known: dict, stop: list[int]
+) -> None:
+    """Which ends last plays no part; at temperature 0, for a name seeds the random stream."""
+    prompts = prompts_of(9)
+    expected = [generate(target, prompt, 24, stop) for prompt in prompts]
+    decoder = Decoder(target, Rehearsed(known, target.vocab_size, good=2), 4, stop)
+    options = {"requests": ["same"] * 9}
+    plain = plain_decode(target, prompts, GREEDY, 24, batch_size=4, stop_token_ids=stop, **options)
+    for result in (decoder.generate(prompts, GREEDY, 24, **options), plain):
         assert [completion.tokens for completion in result.completions] == expected
 
 
@@ -220,6 +233,17 @@ def test_broken_residual_is_rejected(small: Target, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(verification, "residual", lambda target, draft: target)
     exact = exact_joint(small, [1, 4, 2, 5], Sampling(1.0))
     assert p_value(decode_counts(small, Sampling(1.0)), exact) < 1e-6
+
+
+def test_temperatures_near_zero_are_greedy(small: Target) -> None:
+    """A division by any other one stays finite."""
+    prompts = [[1, 4, 2, 5]]
+    expected = plain_decode(small, prompts, GREEDY, 4, stop_token_ids=[]).completions
+    for temperature in (1e-46, 1e-38, 1e-20):
+        found = plain_decode(small, prompts, Sampling(temperature), 4, stop_token_ids=[])
+        assert found.completions == expected
+    coldest = Sampling(LEAST_TEMPERATURE).probabilities(torch.tensor([-3e4, 3e4, 0.0]))
+    assert coldest.tolist() == [0, 1, 0]
 
 
 def test_draw_is_the_inverse_cdf() -> None:

@@ -88,6 +88,21 @@ def test_greedy_equals_generate(target: Target, known: Continuations, policy: Po
     assert all(len(trace.confidences) == 4 for trace in result.traces)
 
 
+def test_a_batch_does_not_inherit_the_budget_of_another(
+    target: Target, known: Continuations
+) -> None:
+    """What a small batch left for `async` to verify would be little for the next one."""
+    proposer = WithConfidence(known, target.vocab_size, good=2)
+    used, new = (
+        Decoder(target, proposer, 4, [], ConfidenceSchedule(Asynchronous(STEEP))) for _ in range(2)
+    )
+    used.generate(list(known)[:1], Sampling(), 16)
+    again, fresh = (each.generate(list(known)[:4], Sampling(), 16) for each in (used, new))
+    lengths = [[trace.scheduled for trace in result.traces] for result in (again, fresh)]
+    assert lengths[0] == lengths[1]
+    assert lengths[0][:8] == [4] * 8  # two rounds of four rows
+
+
 def test_a_schedule_is_told_what_each_row_can_use(target: Target, known: Continuations) -> None:
     seen: list[list[int]] = []
 

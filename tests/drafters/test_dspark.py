@@ -8,6 +8,7 @@ changing row lengths, giving the hidden states of one packed training forward.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from deepspec.drafters.base import Observation
 from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkProposer
 from deepspec.drafters.dspark.heads import GatedMarkovHead, RnnMarkovHead
 from deepspec.drafters.rotary import Rotary, rotate
+from deepspec.drafters.shape import _rope_parameters
 from deepspec.errors import CheckpointError
 from deepspec.records import BlockBatch, TargetFeatures
 
@@ -121,6 +123,20 @@ def test_attention_equals_loops_over_visible_keys(implementation: str) -> None:
     bk, bv = draw(blocks, 4, 2, 16), draw(blocks, 4, 2, 16)
     got = block_attention(q, ck, cv, bk, bv, build_visibility(batch, implementation))
     torch.testing.assert_close(got, naive_attention(q, ck, cv, bk, bv, batch))
+
+
+def test_flex_attends_in_the_dtype_of_values() -> None:
+    """Behind norms and rotation autocast leaves queries and keys in fp32, and values in bf16."""
+    batch = batch_of(LENGTHS, ANCHORS, CONFIG)
+    torch.manual_seed(0)
+    total, blocks = sum(LENGTHS), batch.anchors.shape[0]
+    q, bk, bv = torch.randn(blocks, 4, 4, 16), *torch.randn(2, blocks, 4, 2, 16)
+    ck, cv = torch.randn(2, total, 2, 16)
+    seen = build_visibility(batch, "flex")
+    low = [states.bfloat16() for states in (q, ck, cv, bk, bv)]
+    got = block_attention(q, ck, low[2], bk, low[4], seen)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, block_attention(*low, seen))
 
 
 def test_a_block_sees_nothing_at_or_behind_its_anchor() -> None:
@@ -242,6 +258,13 @@ def test_rotary_equals_transformers() -> None:
             "factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+            "long_factor": [2.0] * 8,
+        },
     ):
         config = Qwen3Config(head_dim=16, rope_parameters=parameters, max_position_embeddings=256)
         states = torch.randn(1, 2, 7, 16)  # [B, H, T, E]
@@ -251,6 +274,13 @@ def test_rotary_equals_transformers() -> None:
         rotation = Rotary(16, parameters, 256)(positions, torch.float32)
         got = rotate(states.transpose(1, 2), rotation).transpose(1, 2)
         torch.testing.assert_close(got, expected)
+
+
+def test_a_drafter_takes_no_sections_of_its_targets_rotation() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    sections = {"partial_rotary_factor": 0.25, "mrope_interleaved": True, "mrope_section": [1, 1]}
+    for own in (yarn, {"rope_type": "default", "rope_theta": 1e7}):
+        assert _rope_parameters(SimpleNamespace(rope_parameters=own | sections)) == own
 
 
 def test_a_block_starts_with_its_anchor_and_masks_follow() -> None:

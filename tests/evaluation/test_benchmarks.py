@@ -17,10 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.config.loading import config_from
 from deepspec.config.schema import FieldsConfig
 from deepspec.data.conversations import read_jsonl
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.benchmarks import BENCHMARKS, load_prompts
+from deepspec.evaluation.evaluate import Prompt, load_benchmark
+from deepspec.targets import Target
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -175,6 +178,25 @@ def test_limit_takes_the_first_usable_rows(tmp_path: Path) -> None:
     assert len(load(path)[1]) == 9
 
 
+def test_prompts_that_leave_no_room_for_an_answer(target: Target, tmp_path: Path) -> None:
+    """Behind its 512 positions the target was never trained; as for answers, nothing is cut."""
+    path = write(tmp_path / "p.jsonl", [{"turns": ["Hi."]}, {"turns": ["Hi there."]}])
+    raw = {"recipe": "r", "target": {"path": "p"}, "data": {"path": [path]}}
+
+    def usable(new: int) -> tuple[list[Prompt], dict[str, int]]:
+        config = config_from(raw, [f"decoding.max_new_tokens={new}"])
+        return load_benchmark(path, config, target)[1:]
+
+    prompts, skips = usable(1)
+    assert (len(prompts), skips) == (2, {})
+    short, long = (len(prompt.tokens) for prompt in prompts)
+    assert usable(512 - long) == (prompts, {})
+    reason = "prompt and decoding.max_new_tokens exceed the target's context, 512"
+    assert usable(512 - short) == (prompts[:1], {reason: 1})
+    with pytest.raises(DataError, match=r"lower decoding\.max_new_tokens"):
+        usable(513 - short)
+
+
 def test_a_file_without_prompts_says_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 x no messages field.*messages, conversations, turns"):
         load(write(tmp_path / "p.jsonl", [{"a": 1}, {"b": 2}]))
@@ -212,6 +234,7 @@ def test_rows_come_from_datasets_in_order(tmp_path: Path, monkeypatch: pytest.Mo
 OFFLINE = """
 import sys, time
 import datasets
+from deepspec.config.loading import config_from
 from deepspec.config.schema import FieldsConfig
 from deepspec.errors import DataError
 from deepspec.evaluation.benchmarks import BENCHMARKS, load_prompts

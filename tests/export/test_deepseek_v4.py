@@ -41,6 +41,7 @@ from deepspec.export.deepseek_v4 import (
     deepseek_v4_shape,
     deepseek_v4_tensors,
     load_deepseek_v4,
+    published_names,
 )
 from deepspec.export.files import headers_of
 from deepspec.records import Sample, TargetFeatures
@@ -155,6 +156,13 @@ def test_names_shapes_and_dtypes(exported: Path, tmp_path: Path) -> None:
         "model.safetensors",
     ]
     assert (exported / "README.md").read_text() == "a card\n"
+
+
+def test_what_is_served_in_fp32_is_what_is_exported_in_it(target: Target) -> None:
+    served = make_native(target).to_serve(target.device, torch.bfloat16)
+    for name, tensor in served.state_dict().items():
+        published = published_names(name, served.config)[0]
+        assert tensor.dtype == (torch.float32 if is_fp32(published) else torch.bfloat16)
 
 
 def test_config_is_the_targets_with_the_published_keys(exported: Path, target: Target) -> None:

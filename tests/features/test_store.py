@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from deepspec.config.schema import ExtractConfig, TargetConfig
 from deepspec.errors import DataError, TargetError
 from deepspec.features.encoding import decode, encode, token_bytes
-from deepspec.features.extract import check_room, extract, header_of, plan_shards
+from deepspec.features.extract import check_room, extract, header_of, missing_shards
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
 from deepspec.records import Sample, TargetFeatures
@@ -27,7 +27,8 @@ from deepspec.training.trainer import Trainer
 from tests.trainers import MakeTrainer, build_trainer, make_samples
 
 SMALL = ExtractConfig(shard_mib=0.05, batch_tokens=64)
-SAMPLES = [*make_samples(13), *make_samples(4, seed=1)]
+OTHERS = [replace(sample, conversation_id="others") for sample in make_samples(4, seed=1)]
+SAMPLES = [*make_samples(13), *OTHERS]
 
 
 def build(
@@ -35,9 +36,7 @@ def build(
 ) -> Store:
     header = header_of(target, SAMPLES, config.dtype, all_finals)
     store = Store.create(path, header)
-    shards = plan_shards(SAMPLES, config, header.bytes_a_token)
-    missing = [shard for shard in shards if shard.name not in store.finished()]
-    extract(target, missing, store, config)
+    extract(target, missing_shards(SAMPLES, store, config), store, config)
     return store
 
 
@@ -87,6 +86,7 @@ def test_it_gives_back_samples_and_features(target: Target, tmp_path: Path) -> N
     for sample in SAMPLES:
         assert torch.equal(back[sample.sample_id].input_ids, sample.input_ids)
         assert torch.equal(back[sample.sample_id].loss_mask, sample.loss_mask)
+        assert back[sample.sample_id].conversation_id == sample.conversation_id
     chosen = [SAMPLES[i] for i in (3, 16, 0, 7)]
     read, expected = store.read(chosen), target.features(chosen)
     torch.testing.assert_close(read.context, expected.context, rtol=1e-5, atol=1e-5)
@@ -150,6 +150,22 @@ def test_it_goes_on_without_redoing(target: Target, tmp_path: Path) -> None:
     after = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     assert [file.stem for file in before if before[file] != after[file]] == [names[1]]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("mib", [0.02, 0.2])
+def test_it_goes_on_with_shards_of_another_size(target: Target, tmp_path: Path, mib: float) -> None:
+    """Finished ones are kept as they are, and every sample is there in the end."""
+    store = build(target, tmp_path)
+    for name in store.finished()[1::2]:
+        (tmp_path / f"{name}.json").unlink()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    build(target, tmp_path, replace(SMALL, shard_mib=mib))
+    assert all(file.stat().st_mtime_ns == moment for file, moment in before.items())
+    found = Store.open(tmp_path)
+    found.require_complete()
+    read, expected = found.read(SAMPLES), target.features(SAMPLES)
+    torch.testing.assert_close(read.context, expected.context, rtol=1e-5, atol=1e-5)
+    assert not missing_shards(SAMPLES, found, SMALL)
 
 
 def test_a_shard_that_is_made_again_is_read_anew(target: Target, tmp_path: Path) -> None:
@@ -232,6 +248,14 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: str, message: str) -
     (tmp_path / "store.json").write_text(content)
     with pytest.raises(DataError, match=message):
         Store.open(tmp_path)
+
+
+def test_other_files_beside_the_shards_are_none(target: Target, tmp_path: Path) -> None:
+    """Such as what a killed job of several processes leaves of the answers made there."""
+    store = build(target, tmp_path)
+    (tmp_path / "answers.part-0001.json").write_text('{"format": 1}')
+    (tmp_path / "qwen-3.json").write_text("{")
+    assert Store.open(tmp_path).finished() == store.finished()
 
 
 def test_room_is_asked_for_before_the_work(target: Target, tmp_path: Path) -> None:
@@ -341,6 +365,17 @@ def test_a_target_that_computes_ahead_gives_the_same_numbers(
     source.close()
 
 
+def test_what_is_read_ahead_is_not_taken_for_a_namesake(target: Target) -> None:
+    """Ids of training and validation samples are the data's, and as long they may be."""
+    sample = SAMPLES[0]
+    namesake = replace(sample, input_ids=sample.input_ids.flip(0))
+    source = Overlapped(target)
+    source.expect([sample])
+    for one in (namesake, sample):
+        assert torch.equal(source.features([one]).context, target.features([one]).context)
+    source.close()
+
+
 def test_a_target_is_left_alone_before_others_have_it(target: Target) -> None:
     """Its hooks are shared: they would get layers of both forwards."""
     began, ended = threading.Event(), threading.Event()
@@ -443,9 +478,74 @@ def test_hybrid_asks_the_target_once_a_sample(
     assert asked[0] == 17
     assert len(Store.open(tmp_path / "s")) == header.samples
 
-    bad = sorted((tmp_path / "s").glob("*.safetensors"))[0]
+    written = {file: file.read_text() for file in (tmp_path / "s").glob("hybrid-*.json")}
+    index = next(file for file, text in written.items() if SAMPLES[0].sample_id in text)
+    bad = index.with_suffix(".safetensors")  # of samples that are trained on
     bad.write_bytes(bad.read_bytes()[:-8])
-    held = len(json.loads(bad.with_suffix(".json").read_text())["samples"])
+    held = len(json.loads(written[index])["samples"])
     again = make_trainer("again", source=source())
     assert [again.train_step()["loss"] for _ in range(4)] == pytest.approx(online[:4], rel=1e-5)
     assert 17 < asked[0] <= 17 + 4 * held
+
+
+def shared(target: Target, path: Path, count: int) -> list[Hybrid]:
+    """`count` processes on one store, which write when they settle."""
+    header = header_of(target, SAMPLES, "auto")
+    return [
+        Hybrid(target, Store.create(path, header), f"hybrid-{rank}", 2**30) for rank in range(count)
+    ]
+
+
+def assert_right(target: Target, source: Hybrid, samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        found, expected = source.features([sample]), target.features([sample])
+        torch.testing.assert_close(found.context, expected.context, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.final, expected.final, rtol=1e-5, atol=1e-5)
+
+
+def test_two_jobs_share_a_hybrid_store(target: Target, tmp_path: Path) -> None:
+    """Both of one process, and in orders of their own."""
+    jobs = [*shared(target, tmp_path, 1), *shared(target, tmp_path, 1)]
+    for job, samples in zip(jobs, (SAMPLES[:9], SAMPLES[::-1]), strict=True):
+        for sample in samples:
+            job.features([sample])
+    for job in jobs * 2:  # the first knows of the other's then
+        job.settle(lambda: None)
+    files = set(tmp_path.iterdir())
+    assert len(files) == 1 + 2 * 2  # the header, and a shard of each
+    for job in jobs:
+        assert_right(target, job, SAMPLES)
+        job.settle(lambda: None)
+    assert set(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_shard_that_another_process_discarded_is_never_read(
+    target: Target, tmp_path: Path, replaced: bool
+) -> None:
+    """Whether or not that has stored its samples again, in another order."""
+    first, second = processes = shared(target, tmp_path, 2)
+    for sample in SAMPLES[:5]:
+        first.features([sample])
+    for process in processes:
+        process.settle(lambda: None)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    for sample in SAMPLES[4::-1]:
+        first.features([sample])
+    if replaced:
+        first.settle(lambda: None)
+    assert_right(target, second, SAMPLES[:5])
+
+
+def test_a_shard_is_not_taken_for_another_of_its_name(target: Target, tmp_path: Path) -> None:
+    """Places in it are of what lay there when they were read."""
+    store = build(target, tmp_path)
+    name = store.finished()[0]
+    reader = Store.open(tmp_path)
+    store.discard(name)
+    store.write(name, SAMPLES[:2], encode(target.features(SAMPLES[:2]), "float32", 3))
+    with pytest.raises(DataError, match=f"{name}.safetensors is corrupt"):
+        reader.read(SAMPLES)

@@ -16,16 +16,18 @@ from transformers import DeepseekV3Config
 
 from deepspec.cli import main
 from deepspec.config.loading import load_config
+from deepspec.config.validation import validate, value_of
 from deepspec.drafters.registry import drafter_kind
 from deepspec.drafters.rotary import Rotary
 from deepspec.features.sources import Online
-from deepspec.planning.advice import advise
+from deepspec.planning.advice import advise, changed
 from deepspec.planning.memory import memory_of, target_weights
 from deepspec.planning.plan import make_plan, token_bytes
 from deepspec.planning.shapes import Job, MicroBatch, shapes_of
 from deepspec.planning.workload import Workload, read_workload
 from deepspec.records import Sample
 from deepspec.targets import load_target
+from deepspec.targets.parallel import check_split
 from deepspec.training.engine import open_engine
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
@@ -190,14 +192,19 @@ def test_lengths_of_data_and_of_prompts(tmp_path: Path) -> None:
 
 
 def test_data_that_are_not_here_are_as_long_as_may_be() -> None:
-    config = load_config("tiny", ["data.path=someone/chats", "data.limit=1000"])
+    words = ["data.path=someone/chats", "data.limit=1000", "training.validation_samples=64"]
+    config = load_config("tiny", words)
     found = read_workload(config, make_tokenizer())
-    assert found.samples == 1000
+    assert found.samples == 1000 - 64
     assert found.mean_tokens(config) == 512
     assert "512 each, as data.max_length says" in found.source
     shorter = read_workload(config, make_tokenizer(), 200)
     assert shorter.mean_tokens(config) == 200
     assert shorter.largest(config).contexts == (512,) * 4
+    several = [*words, "regenerate.samples_per_prompt=3"]
+    assert read_workload(load_config("tiny", several), make_tokenizer()).samples == 3000 - 64
+    own = [*several, "regenerate.enabled=false"]
+    assert read_workload(load_config("tiny", own), make_tokenizer()).samples == 1000 - 64
 
 
 # ---------------------------------------------------------------------------------------- advice
@@ -219,6 +226,53 @@ def test_advice_is_the_cheapest_that_fits(make_job: MakeJob) -> None:
     assert advice(0.01) is None
     eager = make_job("objective.implementation=eager")
     assert advice(0.9, eager) == {"objective.implementation": "fused"}
+
+
+ANSWERED = "regenerate.enabled=false"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value", "words", "expected"),
+    [
+        ("engine.kind", "zero3", [], {}),
+        ("engine.kind", "zero3", ["training.compile=true"], None),  # refused together
+        ("target.parallel", "zero3", [ANSWERED, "evaluation.enabled=false"], {}),
+        ("target.parallel", "zero3", [ANSWERED], {"evaluation.enabled": False}),
+        (
+            "target.parallel",
+            "zero3",
+            [ANSWERED, "features.overlap=true"],
+            {"features.overlap": False, "evaluation.enabled": False},
+        ),
+        ("target.parallel", "zero3", [], None),  # a split target answers no prompts
+        ("features.source", "stored", [], {"features.path": "DIR"}),
+        (
+            "features.source",
+            "stored",
+            ["features.overlap=true"],
+            {"features.path": "DIR", "features.overlap": False},
+        ),
+    ],
+)
+def test_advice_is_what_train_accepts(
+    wanted: str,
+    value: str,
+    words: list[str],
+    expected: dict[str, object] | None,
+    make_job: MakeJob,
+) -> None:
+    """With what has to go with it, as if nothing but that one setting helped."""
+
+    def need(job: Job) -> int:
+        return int(value_of(job.config, wanted) != value)
+
+    job = make_job("engine=zero0", *words, world=2)
+    advice = advise(job, need, 0)
+    assert advice == (None if expected is None else {wanted: value, **expected})
+    if advice is not None:
+        accepted = changed(job, advice).config
+        validate(accepted)
+        check_split(accepted)
 
 
 def test_warns_of_memory_and_disk(
@@ -255,7 +309,9 @@ def test_a_target_of_671_billion(
     assert re.search(r"target +671,026,\d{3},\d{3}", shown), shown
     assert re.search(r"target weights +1\.3 TB", shown)
     assert "does not fit" in shown
-    assert "features.source=stored would" in shown  # 80 GB hold no eighth of it either
+    assert (
+        "features.source=stored features.path=DIR would" in shown
+    )  # 80 GB hold no eighth of it either
 
 
 @pytest.mark.parametrize(

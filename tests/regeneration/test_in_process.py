@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.cli import main
 from deepspec.config.schema import DataConfig, RegenerateConfig, TargetConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.data.conversations import Conversation, SkipCounts, load_conversations
@@ -112,6 +113,7 @@ def test_samples_of_a_prompt_differ_and_ids_never_repeat(writer: Target, tmp_pat
     assert len(rows) + sum(counts.failed.values()) == 12
     assert set(rows) <= {f"{name}#{i}" for name in ("a", "b", "a~2") for i in range(4)}
     assert all(any(row.startswith(f"{name}#") for row in rows) for name in ("a", "b", "a~2"))
+    assert all(row.conversation_id == name.partition("#")[0] for name, row in rows.items())
     assert len({row.messages[-1]["content"] for row in rows.values()}) > len(rows) // 2
 
 
@@ -180,3 +182,12 @@ def test_failures_are_written_counted_and_tried_again(writer_folder: Path, tmp_p
 def test_nothing_answered_is_an_error(writer: Target, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prompt too long \(.* data\.max_length=400\)"):
         run(writer, [talk("a", "x" * 500)], tmp_path / "a.jsonl", greedy())
+
+
+def test_a_tilde_is_the_home_folder(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    main(["regenerate", f"recipe={recipe}", "data.limit=4", "out=~/a.jsonl"])
+    assert len(load(tmp_path / "home" / "a.jsonl")) == 4

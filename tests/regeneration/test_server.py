@@ -203,6 +203,7 @@ def test_lasting_failures_are_written_and_tried_again_at_the_next_start(tmp_path
         ),
         "tool": (completion("x", "tool_calls"), "finish reason tool_calls", 1),
         "silent": (completion(" "), "empty answer", 1),
+        "half": (completion("half an emoji \ud83d"), "half a surrogate pair", 1),
     }
     healthy = False
 

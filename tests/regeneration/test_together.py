@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from deepspec.cli import main
+from deepspec.config.schema import RegenerateConfig
+from deepspec.regeneration import RegenerationCounts, ServerAnswerer, together
 from tests.jobs import open_process
+from tests.regeneration.conftest import questions, talk
+from tests.regeneration.test_server import DATA, Reply, Scripted, echo, rows_of
+from tests.regeneration.test_server import run as ask
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 SETTINGS = ("regenerate.samples_per_prompt=4", "regenerate.batch_size=2")
@@ -71,3 +79,42 @@ def test_settings_of_parts_are_looked_at(
         main(["regenerate", f"recipe={recipe}", f"out={out}"])
     assert end.value.code == 2
     assert "answers.part-0001.jsonl holds answers of other settings" in capsys.readouterr().err
+
+
+def test_failures_of_a_killed_job_are_not_those_of_the_next(tmp_path: Path) -> None:
+    """Its process 1 left an answer and three failures, which are asked again."""
+    healthy = False
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        fine = healthy or request["messages"][0] == questions(1)[0].messages[0]
+        return echo(request, asked) if fine else (422, {})
+
+    with Scripted(reply) as server:
+        counts, _, failed = ask(server.url, tmp_path / "a.part-0001.jsonl", questions(4))
+        assert (counts.rows, counts.failed, len(failed)) == (1, {"HTTP 422": 3}, 3)
+        healthy = True
+        counts, _, failed = ask(server.url, tmp_path / "a.jsonl", questions(4))
+    assert (counts.resumed, counts.rows, counts.failed, failed) == (1, 4, {}, {})
+
+
+def test_processes_name_doubles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that the data repeats, once in each share: both are answered, and stay so."""
+    conversations = [talk("x", "0"), talk("a", "1"), talk("a", "2"), talk("y", "3")]
+    own, wait = threading.local(), threading.Barrier(2, timeout=30).wait
+    monkeypatch.setattr(together, "rank", lambda: own.rank)
+    monkeypatch.setattr(together, "world_size", lambda: 2)
+    out, config = tmp_path / "both.jsonl", RegenerateConfig()
+
+    def process(rank: int) -> RegenerationCounts | None:
+        own.rank = rank
+        return together.regenerate_together(conversations, answerer, config, out, wait)
+
+    with Scripted(echo) as server, ThreadPoolExecutor(2) as processes:
+        alone = ask(server.url, tmp_path / "alone.jsonl", conversations)[1]
+        assert set(alone) == {"x", "a", "a~2", "y"}
+        answerer = ServerAnswerer(server.url, "tiny", DATA)
+        for resumed in (0, 4):
+            counts, _ = processes.map(process, range(2))
+            assert counts is not None
+            assert (counts.resumed, counts.rows) == (resumed, 4)
+            assert rows_of(out) == alone

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.commands import calibrate, evaluate, load, regenerate
+from deepspec.commands.settings import listed, take
 from deepspec.config.loading import load_config
 from deepspec.config.schema import FIGURES
 from deepspec.errors import ConfigError
@@ -85,6 +86,10 @@ def test_words_are_understood() -> None:
             assert config.training.max_steps == made.config.reproduce.steps
             assert not config.regenerate.enabled
             assert config.out == str(made.folder(job.name))
+        if command == "load":
+            values, _ = take(job.words[1:], "against")
+            other = made.folder("mtp-layers1-block1-seed0")
+            assert listed("against", values["against"]) == [str(other)]
 
 
 def test_a_folder_is_the_same_however_it_is_written() -> None:

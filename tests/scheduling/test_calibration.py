@@ -175,6 +175,14 @@ def test_calibrated_survival_never_rises(
     assert calibrated(confidence, None) is confidence
 
 
+def test_a_scaling_of_fewer_positions_is_refused() -> None:
+    confidence = np.full((2, 3), 0.5)
+    for fitted in (1, 2):
+        with pytest.raises(ValueError, match=f"of {fitted} positions for confidences of 3"):
+            calibrated(confidence, plain([2.0] * fitted))
+    assert calibrated(confidence, plain([2.0] * 4)).shape == (2, 3)
+
+
 def test_reliability_in_numbers() -> None:
     """Two positions of four rounds, by hand."""
     traces = [trace_of([0.8, 0.5], 2, count) for count in (2, 1, 1, 0)]

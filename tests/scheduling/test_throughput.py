@@ -43,6 +43,13 @@ def test_csv_of_another_engine(tmp_path: Path) -> None:
     assert table.about == {"source": "engine.csv"}
 
 
+def drafting(name: str, seconds: str) -> str:
+    """A table of deepspec profile that says `seconds` of drafting."""
+    first = f'{{"tokens": 1, "steps_per_second": 2, "{name}": {seconds}}}'
+    points = f'[{first}, {{"tokens": 2, "steps_per_second": 1}}]'
+    return f'{{"format": 1, "about": {{}}, "points": {points}}}'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -55,6 +62,14 @@ def test_csv_of_another_engine(tmp_path: Path) -> None:
         ("t.csv", "tokens,steps_per_second\n1,2\n2,0\n", "above 0 steps a second.* 2 and 0.0"),
         ("t.csv", "tokens,steps_per_second\n0,2\n2,1\n", "at least 1 token.* 0 and 2.0"),
         ("t.csv", "tokens,steps_per_second\n1,nan\n2,1\n", "above 0 steps a second"),
+        ("t.csv", "tokens,steps_per_second,propose_seconds\n1,2,nan\n2,1,\n", "nan at 1 tokens"),
+        (
+            "t.csv",
+            "tokens,steps_per_second,observe_seconds\n1,2,0\n2,1,-1\n",
+            "observe.* -1.0 at 2",
+        ),
+        ("t.json", drafting("propose_seconds", "NaN"), "0 propose_seconds.* nan at 1"),
+        ("t.json", drafting("observe_seconds", "Infinity"), "0 observe_seconds.* inf at 1"),
         ("t.json", "tokens,steps_per_second\n1,2\n", "no table of deepspec profile.*csv"),
         ("t.json", '{"format": 9}', "another version"),
         ("t.json", "[]", "no table of deepspec profile"),

@@ -164,6 +164,20 @@ def test_a_dense_family_needs_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not failing(make_target(name))
 
 
+def test_longrope_with_a_part_of_each_head() -> None:
+    """As Phi-4 mini has it: two lists of factors, of fewer frequencies than a whole head's."""
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    }
+    dense = {key: value for key, value in DENSE.items() if key != "head_dim"}
+    config = hf.Phi3Config(**dense, rope_parameters=longrope, original_max_position_embeddings=256)
+    assert not failing(build(config))
+
+
 def test_snapshots_hold_for_other_families_too() -> None:
     findings = check(make_target("gpt_oss", rollback="snapshot"), 5)
     assert not [finding for finding in findings.values() if not finding.holds]
@@ -236,6 +250,29 @@ def test_the_text_part_of_a_multimodal_checkpoint(name: str, tmp_path: Path) -> 
     assert torch.equal(ends.embedding, target.embedding)
     assert torch.equal(ends.head.weight, target.head.weight)
     assert ends.head.soft_cap == target.head.soft_cap
+
+
+@pytest.mark.parametrize("says", ["tied outside", "tied inside", "untied"])
+def test_a_head_of_its_own_is_read_whatever_the_config_says(says: str, tmp_path: Path) -> None:
+    """Of a multimodal config's two answers the outer one decides, and against it the files."""
+    config = hf.Gemma3Config(
+        text_config=DENSE | WINDOWED | {"tie_word_embeddings": says != "untied"},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = hf.Gemma3ForConditionalGeneration(config)
+    model.config.tie_word_embeddings = says == "tied outside"
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    options = {"path": str(tmp_path), "dtype": "float32", "layer_ids": [0]}
+    whole = load_target(TargetConfig(**options), "cpu")
+    split = load_target(TargetConfig(**options, parallel="device_map"), "cpu")
+    assert not torch.equal(whole.head.weight, whole.model.get_input_embeddings().weight)
+    for ends in (split, load_ends(TargetConfig(**options), "cpu")):
+        assert torch.equal(ends.head.weight, whole.head.weight)
+        assert torch.equal(ends.embedding, whole.embedding)
 
 
 @pytest.mark.parametrize("name", ["gemma4_text", "granite"])

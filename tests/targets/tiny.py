@@ -57,6 +57,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.5,
+    "mrope_interleaved": True,
+    "mrope_section": [2, 1, 1],
+}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**DENSE, rope_parameters=LLAMA3),
@@ -118,7 +125,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: hf.Qwen3NextConfig(
         **DENSE, **EXPERTS, **LINEAR, shared_expert_intermediate_size=32, mlp_only_layers=[0]
     ),
-    "qwen3_5_text": lambda: hf.Qwen3_5TextConfig(**DENSE, **LINEAR),
+    "qwen3_5_text": lambda: hf.Qwen3_5TextConfig(**DENSE, **LINEAR, rope_parameters=MROPE),
     "qwen3_5_moe_text": lambda: hf.Qwen3_5MoeTextConfig(
         **{key: value for key, value in DENSE.items() if key != "intermediate_size"},
         **EXPERTS,

@@ -1,17 +1,22 @@
-"""The share of the peak by hand, and where it is said."""
+"""The share of the peak by hand, where it is said, and what a wait for features is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from deepspec.commands.stages import speed_of
+from deepspec.config.schema import TargetConfig
+from deepspec.features.sources import Online
 from deepspec.machine import peak_flops
-from deepspec.records import Sample
+from deepspec.records import Sample, TargetFeatures
+from deepspec.targets import load_target
 from deepspec.training.speed import Speed
-from tests.trainers import MakeTrainer
+from tests.trainers import MakeTrainer, build_trainer
 
 
 def sample(tokens: int, answer: int) -> Sample:
@@ -50,3 +55,21 @@ def test_a_processor_is_measured_once() -> None:
     assert peak is not None
     assert 1e8 < peak / torch.get_num_threads() < 1e12
     assert peak_flops(torch.device("cpu"), "bf16") == peak
+
+
+class Queued(Online):
+    """A target whose kernels take long on the device, and no time here."""
+
+    def features(self, samples: Sequence[Sample]) -> TargetFeatures:
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+        return super().features(samples)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_wait_for_features_is_the_devices(target_folder: Path, tmp_path: Path) -> None:
+    config = TargetConfig(path=str(target_folder), dtype="float32", num_layer_ids=3)
+    target = load_target(config, "cuda")
+    words = ("engine.device=cuda", "objective.compile=never")
+    trainer = build_trainer(target, tmp_path, *words, source=Queued(target))
+    waits = [trainer.train_step()["feature_wait"] for _ in range(trainer.total_steps)]
+    assert min(waits[1:]) > 0.5  # the first step loads kernels

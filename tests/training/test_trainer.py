@@ -5,25 +5,38 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from deepspec.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
+from deepspec.commands.stages import TrainingData, train_drafter
+from deepspec.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    MissingDependencyError,
+    TrainingError,
+)
 from deepspec.targets import Target
 from deepspec.training.checkpoint import (
     DESCRIPTION,
     OPTIMIZER,
     WEIGHTS,
+    Checkpoint,
+    best_checkpoint,
     list_checkpoints,
     prune,
     read_checkpoint,
 )
 from deepspec.training.metrics import expected_accept_length, read_metrics
-from deepspec.training.resume import set_aside_newer, starting_point
+from deepspec.training.resume import set_aside, starting_point
 from deepspec.training.trainer import Trainer, learning_rate
 from tests.trainers import MakeTrainer
 
@@ -78,6 +91,26 @@ def test_resumed_is_bitwise_the_uninterrupted_run(make_trainer: MakeTrainer) -> 
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("moment", ["train_step", "validate", "save"])
+def test_a_signal_in_the_last_step_ends_the_run_too(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It is saved, but what follows a training is not begun."""
+    trainer = make_trainer("run", "training.max_steps=3")
+    whole = getattr(trainer, moment)
+
+    def signalled() -> Any:
+        if trainer.step >= 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole()
+
+    monkeypatch.setattr(trainer, moment, signalled)
+    with pytest.raises(Interrupted) as caught:
+        trainer.train()
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert read_checkpoint(Path(caught.value.saved)).step == 3
+
+
 def test_every_sample_once_an_epoch(make_trainer: MakeTrainer) -> None:
     """13 samples in batches of 4: the last step is short, none is dropped or doubled."""
     trainer = make_trainer("run")
@@ -103,6 +136,23 @@ def test_checkpoints_kept_are_the_newest_and_the_best(make_trainer: MakeTrainer)
     assert max(checkpoint.acceptance for checkpoint in kept) == best
 
 
+def test_a_checkpoint_has_the_validation_of_its_own_step(make_trainer: MakeTrainer) -> None:
+    """Validated at 4, 8, 12 and saved at every second step: what lies between is never the best."""
+    trainer = make_trainer("run", "training.save_every=2", "training.keep_last=9")
+    trainer.train()
+    rows = {
+        row["step"]: row
+        for row in read_metrics(trainer.folder.metrics)
+        if "validation_accept_length" in row
+    }
+    kept = [read_checkpoint(folder) for folder in list_checkpoints(trainer.folder.checkpoints)]
+    assert [checkpoint.step for checkpoint in kept] == [2, 4, 6, 8, 10, 12]
+    for checkpoint in kept:
+        row = rows.get(checkpoint.step, {})
+        assert checkpoint.acceptance == row.get("validation_accept_length", float("-inf"))
+    assert best_checkpoint(trainer.folder.checkpoints).step in rows
+
+
 def test_removal_that_is_cut_leaves_whole_checkpoints(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +174,20 @@ def test_removal_that_is_cut_leaves_whole_checkpoints(
     prune(folder, 2)
     assert len(list_checkpoints(folder)) in (2, 3)
     assert not list(folder.glob(".*"))
+
+
+def test_an_old_checkpoint_that_is_unreadable_stops_nothing(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer("run", "training.max_steps=2", "training.save_every=1")
+    trainer.train()
+    checkpoints = trainer.folder.checkpoints
+    damaged = list_checkpoints(checkpoints)[0] / DESCRIPTION
+    damaged.write_text("{")
+    assert best_checkpoint(checkpoints).step == 2
+    assert f"passed over: {damaged} is unreadable" in capsys.readouterr().err
+    prune(checkpoints, 1)
+    assert [place.name for place in list_checkpoints(checkpoints)] == ["step-00000002"]
 
 
 def test_nan_loss_names_step_samples_and_ways_out(make_trainer: MakeTrainer) -> None:
@@ -157,9 +221,9 @@ def test_auto_resume_passes_over_a_damaged_checkpoint(
     assert start is not None
     assert start.folder == older
     assert str(damaged) in capsys.readouterr().err
-    set_aside_newer(checkpoints, start)
+    set_aside(checkpoints, start)
     assert list_checkpoints(checkpoints) == [older]
-    assert (checkpoints / f"damaged-{newest.name}").is_dir()
+    assert (checkpoints / "aside-1" / newest.name).is_dir()
     (older / file).unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is sound"):
         starting_point(trainer.config, checkpoints)
@@ -179,6 +243,78 @@ def test_auto_resume_refuses_other_settings(make_trainer: MakeTrainer) -> None:
     assert starting_point(trainer.config, checkpoints) is not None
     trainer.config.training.resume = "never"
     assert starting_point(trainer.config, checkpoints) is None
+
+
+@pytest.fixture
+def train_on(make_trainer: MakeTrainer) -> Callable[..., Checkpoint]:
+    """`train_on(name, *overrides)`: as `deepspec train` trains in the run folder `name`."""
+
+    def train(name: str, *overrides: str) -> Checkpoint:
+        trainer = make_trainer(
+            name, "training.evaluate_every=2", "training.save_every=2", *overrides
+        )
+        data = TrainingData(list(trainer.samples), list(trainer.validation), {})
+        parts = (trainer.target, trainer.source, data, trainer.folder, trainer.engine)
+        try:
+            start = starting_point(trainer.config, trainer.folder.checkpoints)
+            return train_drafter(trainer.config, *parts, start)
+        finally:
+            trainer.folder.__exit__(None, None, None)
+
+    return train
+
+
+def names(folder: Path) -> list[str]:
+    return [place.name for place in list_checkpoints(folder)]
+
+
+def test_a_path_begins_there_and_the_same_command_goes_on(
+    train_on: Callable[..., Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Newer checkpoints of other settings are nobody's newest or best, and none is lost."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    train_on("run", "training.max_steps=8", "training.keep_last=4")
+    assert names(checkpoints) == [f"step-0000000{step}" for step in (2, 4, 6, 8)]
+
+    place = checkpoints / "step-00000004"
+    file = place / DESCRIPTION
+    description = json.loads(file.read_text())
+    description["metrics"]["validation_accept_length"] = 9.0
+    file.write_text(json.dumps(description))
+    back = (f"training.resume={place}", "training.learning_rate=1e-3", "training.keep_last=1")
+    best = train_on("run", *back, "training.max_steps=6")
+    assert f"going on from {place}" in capsys.readouterr().err
+    assert names(checkpoints / "aside-1") == ["step-00000006", "step-00000008"]
+    assert names(checkpoints) == ["step-00000004", "step-00000006"]
+    assert best.step == 6  # not 4, whatever it had reached: on other samples, maybe
+
+    train_on("run", *back, "training.max_steps=6")
+    assert f"going on from {checkpoints / 'step-00000006'}" in capsys.readouterr().err
+    assert not (checkpoints / "aside-2").exists()
+
+    train_on("run", *back, "training.max_steps=10")  # other settings once more
+    assert f"going on from {place}" in capsys.readouterr().err
+    assert names(checkpoints / "aside-2") == ["step-00000006"]
+    assert names(checkpoints)[0] == place.name
+
+
+def test_a_path_to_elsewhere(
+    train_on: Callable[..., Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = train_on("first", "training.max_steps=4").folder
+    train_on("second", "training.max_steps=2")
+    with pytest.raises(
+        ConfigError, match=r"is at step 4, and step 4 is the last: raise training\."
+    ):
+        train_on("second", "training.max_steps=4", f"training.resume={place}")
+    assert names(tmp_path / "second" / "checkpoints") == ["step-00000002"]
+    words = ("training.max_steps=6", f"training.resume={place}")
+    train_on("second", *words)
+    shutil.rmtree(place)
+    train_on("second", *words)  # it is not asked for again
+    checkpoints = tmp_path / "second" / "checkpoints"
+    assert f"going on from {checkpoints / 'step-00000006'}" in capsys.readouterr().err
+    assert names(checkpoints / "aside-1") == ["step-00000002"]
 
 
 def test_resume_refuses_another_shape_and_another_target(

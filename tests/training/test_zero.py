@@ -19,10 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deepspec.config.schema import TargetConfig
 from deepspec.errors import ConfigError, LostContactError, MissingDependencyError
-from deepspec.targets import Target
+from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import OPTIMIZER, WEIGHTS, read_checkpoint, step_folder
 from deepspec.training.engine import contact, open_engine
+from tests.conftest import make_model, make_tokenizer
 from tests.trainers import MakeTrainer, build_trainer
 
 STEPS, HALF = 6, 3
@@ -38,7 +40,8 @@ def run_jobs(
     words: list[str] = []
     for folder, (steps, start, overrides) in jobs.items():
         words += ["then"] if words else []
-        words += [str(target), str(folder), str(steps), start, *overrides]
+        words += [str(folder), str(steps), start, f"target.path={target}", "target.dtype=float32"]
+        words += overrides
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--standalone", "-m", "tests.training.zero_job", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -139,13 +142,22 @@ def test_sharding_and_resharding_change_nothing(
 def test_a_target_that_is_split_changes_nothing(
     engine: str, alone: Path, target_folder: Path, tmp_path: Path
 ) -> None:
-    """Tensor parallel and ZeRO-3, beside replicas of a drafter and beside a sharded one."""
+    """Tensor parallel and ZeRO-3, beside replicas of a drafter and beside a sharded one; also in
+    the checkpoint's own dtype."""
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    half = (f"target.path={tmp_path / 'target'}", "target.dtype=auto")
     jobs = {
         "tensor": ("target.parallel=tensor", f"engine.kind={engine}"),
         "zero3": ("target.parallel=zero3", f"engine.kind={engine}"),
+        "half": ("target.parallel=zero3", f"engine.kind={engine}", *half),
     }
     run_jobs(2, target_folder, {tmp_path / name: (STEPS, "new", w) for name, w in jobs.items()})
-    for name in jobs:
+    whole = load_target(TargetConfig(str(tmp_path / "target"), num_layer_ids=3), "cpu")
+    assert whole.dtype == torch.bfloat16
+    first = build_trainer(whole, tmp_path / "whole").train_step()["loss"]
+    assert result(tmp_path / "half")["losses"][0][0] == pytest.approx(first, rel=1e-5)
+    for name in ("tensor", "zero3"):
         assert_same_course(tmp_path / name, alone)
     # not so tensor: its sums round differently, and Adam divides by what may be nearly nothing
     assert_same(tmp_path / "zero3", alone)

@@ -1,6 +1,6 @@
 """A training job for tests, started by torchrun: train some steps, maybe from a checkpoint.
 
-    torchrun --nproc-per-node 2 -m tests.training.zero_job TARGET FOLDER STEPS RESUME key=value ...
+    torchrun --nproc-per-node 2 -m tests.training.zero_job FOLDER STEPS RESUME key=value ...
 
 Several jobs may follow each other in one process (separated by the word `then`), because starting
 Python and DeepSpeed takes longer than the training.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import torch
 from accelerate.state import AcceleratorState
 
 from deepspec.config.loading import config_from
-from deepspec.config.schema import TargetConfig
 from deepspec.processes import rank
 from deepspec.targets import load_target
 from deepspec.training.checkpoint import read_checkpoint
@@ -33,10 +33,9 @@ def main() -> None:
             jobs.append([])
         else:
             jobs[-1].append(word)
-    for path, folder, steps, resume, *overrides in jobs:
+    for folder, steps, resume, *overrides in jobs:
         AcceleratorState._reset_state()
-        parallel = config_from(SETTINGS, overrides).target.parallel
-        wanted = TargetConfig(path=path, dtype="float32", num_layer_ids=3, parallel=parallel)
+        wanted = replace(config_from(SETTINGS, overrides).target, num_layer_ids=3)
         trainer = build_trainer(partial(load_target, wanted, "cpu"), Path(folder), *overrides)
         if resume != "new":
             trainer.resume(read_checkpoint(Path(resume)))

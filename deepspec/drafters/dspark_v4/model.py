@@ -56,6 +56,7 @@ class DSparkV4Drafter(Drafter):
     """Stages, hyper-connection head, Markov head and confidence head."""
 
     config: DSparkV4Config
+    in_fp32 = ("attn_sink", "gate.bias", "hc_")  # as in the published checkpoints
 
     def __init__(self, config: DSparkV4Config) -> None:
         super().__init__()

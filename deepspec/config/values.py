@@ -1,0 +1,36 @@
+"""The value of a `key=value` word, as it is written on a command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from deepspec.errors import ConfigError
+
+NULL = "tag:yaml.org,2002:null"
+
+
+class _Texts(yaml.BaseLoader):
+    """YAML whose scalars are texts, but for a bare null; keys have types of their own."""
+
+
+_Texts.add_implicit_resolver(NULL, re.compile("null$"), ["n"])
+_Texts.add_constructor(NULL, lambda loader, node: None)
+
+
+def read_value(word: str) -> Any:
+    """What stands behind the `=` of `word`: as it stands, so that a path or a prompt may hold any
+    sign; what begins like a list, a mapping or a quoted text is YAML, and null is None.
+
+    Raises ConfigError for YAML that cannot be read.
+    """
+    text = word.partition("=")[2]
+    if not text.startswith(("[", "{", "'", '"')):
+        return None if text == "null" else text
+    try:
+        return yaml.load(text, _Texts)
+    except yaml.YAMLError as error:
+        problem = str(getattr(error, "problem", error)).splitlines()[0]
+        raise ConfigError(f"{word} is not readable: {problem}") from None

@@ -1,0 +1,42 @@
+"""The settings that a drafter's weights depend on: checkpoints of one run have the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspec.config.schema import dotted
+
+GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
+NEUTRAL = {  # of these groups, what the weights do not depend on
+    "target.attention",
+    "target.parallel",
+    "target.max_memory",
+    "target.offload_folder",
+    "drafter.ngram_max",
+    "drafter.ngram_min",
+    "regenerate.batch_size",
+    "regenerate.concurrency",
+    "regenerate.retries",
+    "regenerate.timeout",
+    "objective.implementation",
+    "objective.chunk_size",
+    "objective.compile",
+    "training.micro_batch_size",
+    "training.compile",
+    "training.activation_checkpointing",
+    "training.evaluate_every",
+    "training.save_every",
+    "training.keep_last",
+    "training.log_every",
+    "training.resume",
+}
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `config`, by dotted key."""
+    return {
+        key: value
+        for key, value in dotted(config).items()
+        if key.partition(".")[0] in GROUPS and key not in NEUTRAL
+    }
