@@ -100,7 +100,7 @@ def _with_ties(folder: Path, headers: Headers, traits: Traits, target: TargetEnd
         eagle3 = replace(traits.eagle3, num_target_layers=target.num_layers)
         traits = replace(traits, eagle3=eagle3)
     if target is not None:
-        return replace(traits, tied=torch.equal(target.embedding, target.head.weight))
+        return replace(traits, tied=target.tied, scaled=target.embedding_scale != 1)
     inside = EMBEDDING in headers and HEAD in headers
     if not inside or headers[EMBEDDING].shape != headers[HEAD].shape:
         return traits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def calibrate_drafter(
     source: Source, target: Target, drafter: Drafter, method: str, out: Path
 ) -> tuple[Calibration, Path]:
     """Fit by `method` (sts or platt), save beside the drafter and report in the folder `out`: the
-    calibration and its file.
+    calibration and its file, which keeps the drafter's fits for other ways of decoding.
 
     Raises ConfigError without a confidence head, DataError for prompts of the training.
     """
@@ -42,15 +43,13 @@ def calibrate_drafter(
         say(f"{source.place} has no training data at hand: that the prompts are new is not checked")
     proposer = open_proposer(source.kind, drafter, target)
     evaluation = decode_everything(config, target, proposer)
-    calibration = Calibration(
-        fits=fit_all(config, evaluation, method),
-        method=method,
-        weights=weights_digest(source.place),
-        benchmarks=tuple(Path(name).name for name in config.evaluation.benchmarks),
-        prompts=prompts,
-        checked=checked,
+    benchmarks = tuple(Path(name).name for name in config.evaluation.benchmarks)
+    fits = tuple(
+        replace(fit, method=method, benchmarks=benchmarks, prompts=prompts, checked=checked)
+        for fit in fit_all(config, evaluation, method)
     )
-    half = calibration.fits[0].halves
+    calibration = Calibration(fits, weights_digest(source.place))
+    half = fits[0].halves
     about = {
         "title": config.recipe,
         "target": target.name,
@@ -59,7 +58,7 @@ def calibrate_drafter(
         "facts": {
             "method": {"sts": "Sequential Temperature Scaling", "platt": "Platt scaling"}[method],
             "drafter": str(source.place),
-            "benchmarks": calibration.benchmarks,
+            "benchmarks": benchmarks,
             "prompts": {f"{name} half": each.prompts for name, each in half.items()},
             "held against the training data": checked,
             "top_p": config.decoding.top_p,
@@ -67,7 +66,7 @@ def calibrate_drafter(
         },
     }
     write_calibration_report(calibration, about, evaluation, out)
-    return calibration, calibration.save(source.place)
+    return calibration, calibration.beside(source.place).save(source.place)
 
 
 def calibration_of(source: Source, drafter: Drafter) -> Calibration | None:

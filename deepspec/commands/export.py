@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepspec.commands.sources import Source
+    from deepspec.evaluation.results import Report
 
 SETTINGS = (
     "checkpoint=DIR (a checkpoint, a run for its best one, or an export, which may take its config "
@@ -37,17 +42,29 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         print_config(source.config)
         return
     from deepspec.commands import stages
-    from deepspec.evaluation.results import read_report
     from deepspec.export.engines import loads_in
 
     out = Path(values["out"]).expanduser()
     target = stages.open_target(source.config)
-    report = source.run and source.run.path / "report.json"
-    measured = read_report(report) if report and report.is_file() else None
-    if measured is not None and measured.drafter["step"] != source.step:
-        measured = None  # it speaks of another checkpoint
-    traits = stages.export_drafter(source, target, source.load(target), out, measured)
+    report = _measured(source)
+    traits = stages.export_drafter(source, target, source.load(target), out, report)
     print(f"export: {out}")
     for support in loads_in(traits):
         answer = "loads" if support.loads else "does not load"
         print(f"  {support.engine}: {answer}{f' ({support.why})' if support.why else ''}")
+
+
+def _measured(source: Source) -> Report | None:
+    """The report of the run around `source`, where it speaks of this very checkpoint."""
+    from deepspec.errors import CheckpointError
+    from deepspec.evaluation.results import read_report
+    from deepspec.progress import say
+
+    if source.run is None or not (path := source.run.path / "report.json").is_file():
+        return None
+    try:
+        report = read_report(path)
+    except CheckpointError as error:
+        say(f"the model card has no measured acceptance: {error}")
+        return None
+    return report if report.drafter["step"] == source.step else None

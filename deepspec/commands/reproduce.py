@@ -54,13 +54,14 @@ def _reproduce(config: RunConfig, words: Sequence[str], out: Path) -> None:
     import sys
 
     from deepspec.reproduction.page import PAGE, findings, write_page
-    from deepspec.reproduction.plan import make_plan
+    from deepspec.reproduction.plan import check_jobs, make_plan
     from deepspec.reproduction.run import Runner, hold
 
     with hold(out):
-        _check_settings(config, out)
         plan = make_plan(config, words, out)
         runner = Runner(plan)
+        check_jobs(runner.missing)
+        _check_settings(config, out)
         if runner.missing:
             _run(plan, runner)
         found = findings(plan, runner.done)

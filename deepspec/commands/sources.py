@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
-from deepspec.export import is_export, open_export
+from deepspec.export import is_export, num_anchors, open_export
 from deepspec.targets import TargetEnds
 from deepspec.training.checkpoint import (
     DESCRIPTION,
@@ -92,6 +92,9 @@ def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> S
         asked = {"path": target, "layer_ids": list(export.shape.target_layer_ids)}
         raw = {"recipe": place.name, "target": asked, "data": {"path": []}}
         config = config_from(raw, overrides)
+    if (anchors := num_anchors(export.config)) is not None:  # a fact, whatever the recipe says
+        training = replace(config.training, anchors_per_sample=anchors)
+        config = replace(config, training=training)
     return Source(
         place=place, config=config, kind=export.kind, step=None, load=export.load, run=None
     )
@@ -135,7 +138,7 @@ def from_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> So
             f"the config saved in {checkpoint.folder / DESCRIPTION} does not fit this version of "
             f"DeepSpec: {error}"
         ) from None
-    run = checkpoint.folder.resolve().parents[1]
+    run = checkpoint.folder.resolve().parent.parent  # of a folder below / that is / itself
     return Source(
         place=checkpoint.folder,
         config=config_from(checkpoint.config, overrides),

@@ -378,8 +378,8 @@ def export_drafter(
     table = markdown_table(report) if report is not None and report.results else None
 
     def card(config: dict[str, Any], traits: Traits) -> str:
-        run, step = as_dict(source.config), source.step or 0
-        return model_card(out.name, drafter.config, config, traits, run, step, table)
+        run = as_dict(source.config)
+        return model_card(out.name, drafter.config, config, traits, run, source.step, table)
 
     return write_export(
         export.format, source.kind, drafter, target, out, export.profile, anchors, card, own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from deepspec.config.keys import KEYS
@@ -159,6 +160,10 @@ def validate(config: RunConfig) -> None:
     fine = _once(seeds) and all(seed in SEEDS for seed in seeds)
     expected = "a list of different numbers from 0 to 2**63 - 1"
     _require(fine, config, "evaluation.seeds", expected)
+    key = "evaluation.benchmarks"
+    short = [Path(name).stem for name in value_of(config, key)]  # what results call them
+    fine = len(short) == len(set(short))
+    _require(fine, config, key, "a list of names that differ without folder and ending")
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
     _require(all(config.data.path), config, "data.path", "one or several paths")

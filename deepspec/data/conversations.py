@@ -12,7 +12,7 @@ import glob
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,18 @@ def parse_row(
         truncated=row.get("finish_reason") == "length",
         conversation_id=None if whose is None else str(whose),
     )
+
+
+def with_distinct_ids(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+    """The same ones, with ids that no two share: where the data repeats ID, the second is ID~2."""
+    counts: dict[str, int] = {}  # id -> the number that was put behind it last
+    for conversation in conversations:
+        name = conversation.id
+        while name in counts:
+            counts[conversation.id] += 1
+            name = f"{conversation.id}~{counts[conversation.id]}"
+        counts[name] = 1
+        yield replace(conversation, id=name)
 
 
 def is_unicode(text: str) -> bool:

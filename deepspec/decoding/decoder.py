@@ -74,6 +74,7 @@ class Decoder:
         `requests` name the prompts in traces and seed their random streams.
         """
         names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
+        assert len(set(names)) == len(names), "two requests of one name would share an output"
         begun = time.perf_counter()
         completions: list[Completion] = []  # in `order`
         traces: list[DecodeTrace] = []

@@ -28,6 +28,7 @@ def plain_decode(
 ) -> DecodeResult:
     """Continue each prompt without a drafter; arguments as `Decoder.generate`. No traces."""
     names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
+    assert len(set(names)) == len(names), "two requests of one name would share an output"
     stop = target.stop_token_ids if stop_token_ids is None else stop_token_ids
     begun = time.perf_counter()
     completions: list[Completion] = []  # in `order`

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.config.schema import FieldsConfig
-from deepspec.data.conversations import Conversation, SkipCounts, parse_row, read_jsonl
+from deepspec.data.conversations import (
+    Conversation,
+    SkipCounts,
+    parse_row,
+    read_jsonl,
+    with_distinct_ids,
+)
 from deepspec.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -130,16 +136,16 @@ def load_prompts(
     `name_or_path` is a key of `BENCHMARKS`, read from the hub, or a file whose rows hold messages,
     conversations or turns (see `deepspec.data.conversations`; `fields` says where) and whose short
     name is its stem. Every prompt ends with its first user turn; what follows it is dropped.
-    `limit` takes the first so many usable rows, null all, so the choice never varies. Raises
-    ConfigError for a name that is neither, DataError when the hub cannot be read or the file has no
-    usable prompt.
+    `limit` takes the first so many usable rows, null all, so the choice never varies. No two
+    prompts share an id. Raises ConfigError for a name that is neither, DataError when the hub
+    cannot be read or the file has no usable prompt.
     """
     skips = SkipCounts()
     if name_or_path in BENCHMARKS:
         return name_or_path, _hub_prompts(name_or_path, limit), skips
     check_benchmarks([name_or_path])
     path = Path(name_or_path).expanduser()
-    prompts = list(islice(_file_prompts(path, fields, skips), limit))
+    prompts = list(islice(with_distinct_ids(_file_prompts(path, fields, skips)), limit))
     if not prompts:
         found = ", ".join(f"{count} x {reason}" for reason, count in skips.items())
         raise DataError(

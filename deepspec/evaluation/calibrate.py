@@ -67,7 +67,7 @@ def fit_all(config: RunConfig, evaluation: Evaluation, method: str) -> tuple[Fit
                 for half in (FIT, HELD_OUT)
             },
         )
-        for temperature in dict.fromkeys(config.evaluation.temperatures)
+        for temperature in config.evaluation.temperatures
     )
 
 

@@ -89,7 +89,7 @@ def exactness(report: Report) -> Exactness:
     )
     total = identical + explained + unexplained
     # an output that ends where plain decoding goes on has no pair of logits to compare
-    gaps = [base.largest_gap for base in checked if base.largest_gap]
+    gaps = [base.largest_gap for base in checked if base.largest_gap is not None]
     largest = f"largest gap {max(gaps):.3g} logits" if gaps else "of unlike length"
     same = f"Identical to plain decoding, token by token: {identical} of {total} greedy outputs."
     near = (
@@ -122,11 +122,11 @@ def acceptance(report: Report) -> Table:
                 row.benchmark,
                 f"{row.temperature:g}",
                 f"{row.prompts:,}",
-                _number(row.accepted_length),
+                number_cell(row.accepted_length),
                 _percent(row.acceptance_rate),
                 _percent(row.verify_rate),
-                _number(row.tokens_per_second, 1),
-                _number(base.tokens_per_second, 1) if base else NONE,
+                number_cell(row.tokens_per_second, 1),
+                number_cell(base.tokens_per_second, 1) if base else NONE,
                 _times(base.speedup) if base else NONE,
                 _identical(base) if base else NONE,
             ]
@@ -143,8 +143,8 @@ def averages(report: Report) -> Table:
     rows = [
         [
             f"{average.temperature:g}",
-            _number(average.accepted_length),
-            _number(average.tokens_per_second, 1),
+            number_cell(average.accepted_length),
+            number_cell(average.tokens_per_second, 1),
             _times(average.speedup),
         ]
         for average in report.averages
@@ -351,14 +351,15 @@ def _fact(value: Any) -> str:
             return str(value)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number_cell(value: float | None, digits: int = 2) -> str:
+    """As a cell; a dash where there is none."""
     return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _lookup_cells(numbers: Iterable[float]) -> list[str]:
     """Of the columns LOOKUP."""
     digits = (2, 2, 1, 1, 1)
-    return [_number(number, count) for number, count in zip(numbers, digits, strict=True)]
+    return [number_cell(number, count) for number, count in zip(numbers, digits, strict=True)]
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -371,7 +372,7 @@ def _percent(value: float | None) -> str:
 
 
 def _times(value: float | None) -> str:
-    return NONE if value is None else f"{_number(value)}×"
+    return NONE if value is None else f"{number_cell(value)}×"
 
 
 def _compared(base: Baseline) -> int:

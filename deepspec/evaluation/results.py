@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from deepspec.atomic import atomic_file
 from deepspec.errors import CheckpointError
 
 REPORT_FORMAT = 1
@@ -114,9 +115,10 @@ class Report:
     training: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write as JSON, whole or not at all. Raises OSError."""
         text = json.dumps({"format": REPORT_FORMAT, **asdict(self)}, indent=2)
-        path.write_text(text + "\n", encoding="utf-8")
+        with atomic_file(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_report(path: Path) -> Report:

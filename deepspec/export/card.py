@@ -16,15 +16,16 @@ def model_card(
     config: dict[str, Any],
     traits: Traits,
     run: dict[str, Any],
-    step: int,
+    step: int | None,
     acceptance: str | None,
 ) -> str:
     """A Hugging Face model card as text.
 
     `name` of the export (its folder, or where it will be on the hub), `shape` of the drafter,
     `config` its config.json and `traits` what engines go by, `run` the resolved RunConfig of the
-    training as plain containers, `step` the optimizer step exported, `acceptance` the measured
-    table as Markdown, None before an evaluation. The licence is left to the user: a drafter follows
+    training as plain containers, `step` the optimizer step exported, None where the training is not
+    known (the export of an export), `acceptance` the measured table as Markdown, None before an
+    evaluation. The licence is left to the user: a drafter follows
     its target's and its data's.
     """
     environment = Environment(

@@ -101,7 +101,6 @@ def flat_eagle3_config(
             **whole["deepspec"],
             "block_size": shape.block_size,
             "target_type": target.config.model_type,
-            "scaled_embedding": target.embedding_scale != 1,
         },
     }
 

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 SERVING = ("vLLM", "SGLang", "llama.cpp")
 UNTIED = {
+    True: None,
     False: "the target's LM head is untied: use serving",
     None: "nothing tells whether the target's LM head is tied: use serving, or give target.path",
 }
+SCALED = "the target scales its embedding, which is then not its LM head; no layout avoids that"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Eagle3Traits:
 class Traits:
     """What the answer depends on. `reduced`: a draft vocabulary smaller than the target's.
     `embedding`, `lm_head`: whether these are inside. `tied`: whether the target's LM head is its
-    embedding, None where nothing tells. `eagle3`: None of the other drafters."""
+    embedding, None where nothing tells; `scaled`: whether the target scales the latter. `eagle3`:
+    None of the other drafters."""
 
     layout: str
     markov_head: str
@@ -49,6 +52,7 @@ class Traits:
     embedding: bool
     lm_head: bool
     tied: bool | None
+    scaled: bool = False
     eagle3: Eagle3Traits | None = None
 
 
@@ -87,8 +91,9 @@ def _serving(engine: str, traits: Traits) -> tuple[bool, str]:
         return False, f"reads vanilla Markov heads only, not {head} ones"
     if traits.reduced and traits.layout != "speculators":
         return False, "reads a reduced draft vocabulary in the speculators layout only"
-    if engine == "llama.cpp" and traits.embedding and not traits.tied:
-        return False, f"goes wrong with embed_tokens inside where {UNTIED[traits.tied]}"
+    apart = SCALED if traits.scaled else UNTIED[traits.tied]
+    if engine == "llama.cpp" and traits.embedding and apart:
+        return False, f"goes wrong with embed_tokens inside where {apart}"
     return True, _inside(traits)
 
 

@@ -110,7 +110,8 @@ def own_part(shape: Any, target: TargetEnds, profile: str) -> dict[str, Any]:
         "version": __version__,
         "profile": profile,
         "target": public_name(target.name),
-        "target_tied": target.embedding.data_ptr() == target.head.weight.data_ptr(),
+        "target_tied": target.tied,
+        "scaled_embedding": target.embedding_scale != 1,
         "identity": target.identity,
         **({} if coverage is None else {"draft_vocab_coverage": coverage}),
     }

@@ -55,7 +55,7 @@ def tensor_faults(form: Form, headers: Headers, shape: Any) -> Iterator[str]:
 def traits_of(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
     """What engines' answers depend on; a key that is missing is a fault anyway."""
     size, whole, rank = (flat.get(k) for k in ("draft_vocab_size", "vocab_size", "markov_rank"))
-    tied = deepspec_of(flat).get("target_tied")
+    tied, scaled = (deepspec_of(flat).get(key) for key in ("target_tied", "scaled_embedding"))
     return Traits(
         layout=layout,
         markov_head=str(flat.get("markov_head_type", "vanilla")),
@@ -64,6 +64,7 @@ def traits_of(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
         embedding=EMBEDDING in headers,
         lm_head=HEAD in headers,
         tied=tied if isinstance(tied, bool) else None,
+        scaled=scaled is True,
     )
 
 

@@ -326,6 +326,12 @@ class Export:
         return self.layout.load(self.folder, self.config, target)
 
 
+def num_anchors(config: Config) -> int | None:
+    """What the drafter was trained with, where its config.json says it."""
+    found = config.get("num_anchors", deepspec_of(config).get("num_anchors"))
+    return found if type(found) is int else None
+
+
 def weights_to_fetch(folder: Path) -> list[str]:
     """Patterns of the files that hold a drafter, of which `folder` has all but the weights yet."""
     files = None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.data.conversations import NOT_UNICODE, Conversation, Message, is_unicode
+from deepspec.data.conversations import (
+    NOT_UNICODE,
+    Conversation,
+    Message,
+    is_unicode,
+    with_distinct_ids,
+)
 
 # What a decoder writes for bytes that are no character. At the end of an answer that hit the
 # length limit it is a character cut in two, and is left away.
@@ -107,14 +112,11 @@ def make_dialogues(
 ) -> Iterator[Dialogue]:
     """`samples_per_prompt` dialogues a conversation, with ids that no two share.
 
-    Several samples of conversation ID are ID#0, ID#1, ...; when the data repeats an id, the second
-    one is ID~2.
+    Several samples of conversation ID are ID#0, ID#1, ...
     """
-    seen, several = Counter[str](), samples_per_prompt > 1
-    for conversation in conversations:
-        seen[conversation.id] += 1
-        again = f"~{seen[conversation.id]}" if seen[conversation.id] > 1 else ""
-        name = f"{conversation.id}{again}"
+    several = samples_per_prompt > 1
+    for conversation in with_distinct_ids(conversations):
+        name = conversation.id
         whose = conversation.conversation_id or (name if several else None)
         for index in range(samples_per_prompt):
             yield Dialogue(f"{name}#{index}" if several else name, conversation, whose)

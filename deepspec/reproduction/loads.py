@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from deepspec.evaluation.report import Table
+from deepspec.evaluation.report import Table, number_cell
 from deepspec.reproduction import paper
 from deepspec.reproduction.drawing import Scales, Series, lines
 from deepspec.reproduction.finding import Claim, Finding, signed
@@ -29,7 +30,8 @@ OURS, BASELINE, WHOLE = NAMES["algorithm1"], LABELS["mtp"], NAMES["fixed"]
 @dataclass(frozen=True)
 class Curve:
     """One policy over rising load: requests at once, tokens a second of all, of the median user,
-    and tokens verified a request and round."""
+    and tokens verified a request and round. NaN where nothing was there to measure, so that all
+    curves have the same loads."""
 
     users: list[float]
     throughput: list[float]
@@ -83,9 +85,10 @@ def budget(plan: Plan) -> Finding:
     drawing = lines("budget", "Verification budget by load", scales, series)
     claims = []
     for name in (OURS, NAMES["async"]):
-        own = curves[name].budget
-        text = f"{name} goes from {own[0]:.1f} to {own[-1]:.1f}, paper: falls with load"
-        claims.append(Claim(own[-1] < own[0], text))
+        own = [verified for verified in curves[name].budget if not math.isnan(verified)]
+        if own:
+            text = f"{name} goes from {own[0]:.1f} to {own[-1]:.1f}, paper: falls with load"
+            claims.append(Claim(own[-1] < own[0], text))
     return Finding(
         "budget",
         "Figure 8: verification budget by load",
@@ -107,13 +110,11 @@ def _read(plan: Plan) -> tuple[dict[str, Curve], list[dict[str, Any]]]:
     columns = {"concurrency": "users", "throughput": "", "user_p50": "speed", "budget": ""}
     curves: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        if not row["user_p50"]:
-            continue  # nobody was there for two rounds
         other = row["drafter"] not in ("", "dspark")
         name = LABELS[row["drafter"]] if other else NAMES[row["policy"]]
         curve = curves.setdefault(name, {})
         for column, field in columns.items():
-            curve.setdefault(field or column, []).append(float(row[column]))
+            curve.setdefault(field or column, []).append(float(row[column] or "nan"))
     return {name: Curve(**own) for name, own in curves.items()}, list(rows)
 
 
@@ -122,12 +123,14 @@ def _gains(
 ) -> list[float]:
     """Of our curve over theirs at each of their `places` that ours (`at`) covers, by straight lines
     between our points."""
-    order = np.argsort(at)
-    x, y = np.asarray(at)[order], np.asarray(ours)[order]
+    points = sorted(point for point in zip(at, ours, strict=True) if not np.isnan(point).any())
+    if not points:
+        return []
+    x, y = zip(*points, strict=True)
     return [
         float(np.interp(place, x, y) / value - 1)
         for place, value in zip(places, theirs, strict=True)
-        if x[0] <= place <= x[-1]
+        if x[0] <= place <= x[-1] and not math.isnan(value)
     ]
 
 
@@ -142,10 +145,12 @@ def _matched(what: str, gains: list[float], theirs: str) -> tuple[Claim, ...]:
 
 def _margins(curves: dict[str, Curve]) -> str:
     """Algorithm 1 beside the best of the simple policies at each load, in words."""
-    simple = [own.throughput for name, own in curves.items() if name in ("plain", BASELINE, WHOLE)]
-    best = np.max(simple, axis=0)
-    margins = np.asarray(curves[OURS].throughput) / best - 1
-    last = curves[OURS].throughput[-1] / curves[WHOLE].throughput[-1] - 1
+    every = np.array([curves[name].throughput for name in ("plain", BASELINE, WHOLE, OURS)])
+    every = every[:, (every > 0).all(axis=0)]  # loads at which each had time for some rounds
+    if not every.size:
+        return ""
+    margins = every[-1] / every[:-1].max(axis=0) - 1
+    last = every[-1, -1] / every[-2, -1] - 1
     return (
         f"Against the best of plain, {BASELINE} and {WHOLE} at each load, the throughput of {OURS} "
         f"is {signed(float(margins.min()))} to {signed(float(margins.max()))}; against {WHOLE} at "
@@ -164,7 +169,7 @@ def _levels(plan: Plan) -> str:
 def _table(curves: dict[str, Curve], columns: list[tuple[str, str, int]]) -> Table:
     users = next(iter(curves.values())).users
     cells = [
-        [f"{name}, {label}", *(f"{value:,.{digits}f}" for value in getattr(own, field))]
+        [f"{name}, {label}", *(number_cell(value, digits) for value in getattr(own, field))]
         for name, own in curves.items()
         for label, field, digits in columns
     ]

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepspec.config.loading import load_config
 from deepspec.config.schema import FIGURES, RunConfig
+from deepspec.errors import ConfigError
 from deepspec.reproduction import estimate
 from deepspec.reproduction.jobs import Job, Training, listed
 
@@ -68,11 +70,26 @@ def threshold_name(threshold: float) -> str:
 
 def make_plan(config: RunConfig, words: Sequence[str], out: Path) -> Plan:
     """The jobs for `config.reproduce.figures`. `words`: the recipe= and the overrides that made
-    `config`, which the trainings take over."""
+    `config`, which the trainings take over. However `out` is written, the jobs are the same."""
+    out = out.resolve()
     planner = _Planner(config, words, out)
     needed = {figure: getattr(planner, f"_{figure}")() for figure in FIGURES}
     figures = {name: needed[name] for name in FIGURES if name in config.reproduce.figures}
     return Plan(out, config, tuple(_closure(planner.jobs, figures.values())), figures)
+
+
+def check_jobs(jobs: Iterable[Job]) -> None:
+    """Raises ConfigError where a job would refuse its settings, which may suit some kinds of
+    drafter only. Those that go by a run have that of its training."""
+    for job in jobs:
+        recipe, *words = job.words[1:]
+        key, _, name = recipe.partition("=")
+        if key != "recipe":
+            continue
+        try:
+            load_config(name, words)
+        except ConfigError as error:
+            raise ConfigError(f"{job.name}, which has to run too: {error}") from None
 
 
 def _closure(jobs: dict[str, Job], wanted: Iterable[Sequence[str]]) -> list[Job]:

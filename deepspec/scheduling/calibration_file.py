@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from deepspec.errors import CheckpointError, ConfigError
 from deepspec.scheduling.calibration import Scaling
 
 NAME = "calibration.json"
-FORMAT = 1
+FORMAT = 2  # 1 said once, for all fits, how they were made
+MADE = ("method", "benchmarks", "prompts", "checked")  # of a fit: how
+CARRIED = ("temperature", "top_p", "top_k", "scaling", "method")  # of a fit, into exports
 FIT, HELD_OUT = "fit", "held_out"  # the two halves of the prompts
 
 
@@ -63,39 +65,40 @@ class Half:
 @dataclass(frozen=True)
 class Fit:
     """The `scaling` of confidences for one way of decoding: its sampling `temperature`, `top_p` and
-    `top_k`. `halves`: "fit", whose rounds chose it, and "held_out"."""
+    `top_k`. `halves`: "fit", whose rounds chose it, and "held_out".
+
+    `method`: "sts" (`calibration.fit_sts`) or "platt" (`platt.fit_platt`). `prompts`: digest of the
+    prompts' texts, from `benchmarks`; `checked`: whether these were held against the drafter's
+    training data.
+    """
 
     temperature: float
     top_p: float
     top_k: int
     scaling: Scaling
     halves: Mapping[str, Half] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Fits, one a way of decoding, and where they come from.
-
-    `method`: "sts" (`calibration.fit_sts`) or "platt" (`platt.fit_platt`). `weights`: digest of the
-    drafter's (`weights_digest`). `prompts`: digest of the prompts' texts. `checked`: whether these
-    were held against the drafter's training data.
-    """
-
-    fits: tuple[Fit, ...]
     method: str = "sts"
-    weights: str = ""
     benchmarks: tuple[str, ...] = ()
     prompts: str = ""
     checked: bool = False
 
-    def scaling(self, temperature: float, top_p: float, top_k: int) -> Scaling:
-        """That of the fit for this way of decoding; greedy decoding has no top_p and top_k.
+    @property
+    def way(self) -> tuple[float, ...]:
+        """Of decoding; greedy decoding has no top_p and top_k."""
+        return _way(self.temperature, self.top_p, self.top_k)
 
-        Raises ConfigError where there is none.
-        """
-        wanted = (temperature, top_p, top_k)[: 3 if temperature else 1]
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fits, one a way of decoding, of a drafter's `weights` (`weights_digest`)."""
+
+    fits: tuple[Fit, ...]
+    weights: str = ""
+
+    def scaling(self, temperature: float, top_p: float, top_k: int) -> Scaling:
+        """That of the fit for this way of decoding. Raises ConfigError where there is none."""
         for fit in self.fits:
-            if (fit.temperature, fit.top_p, fit.top_k)[: len(wanted)] == wanted:
+            if fit.way == _way(temperature, top_p, top_k):
                 return fit.scaling
         shown = [f"{fit.temperature:g} ({fit.top_p:g}, {fit.top_k})" for fit in self.fits]
         raise ConfigError(
@@ -105,13 +108,23 @@ class Calibration:
             "decoding.calibration=none"
         )
 
+    def beside(self, folder: Path) -> Calibration:
+        """These fits, behind those that the drafter in `folder` has for other ways of decoding."""
+        try:
+            earlier = read_calibration(folder)
+        except CheckpointError:  # damaged, or of other weights: of no use
+            earlier = None
+        ways = {fit.way for fit in self.fits}
+        kept = [fit for fit in earlier.fits if fit.way not in ways] if earlier else []
+        return replace(self, fits=(*kept, *self.fits))
+
     def embedded(self) -> dict[str, Any]:
         """What an export's config.json carries, under deepspec.calibration."""
         fits = [
-            {key: value for key, value in asdict(fit).items() if key != "halves"}
+            {key: value for key, value in asdict(fit).items() if key in CARRIED}
             for fit in self.fits
         ]
-        return {"format": FORMAT, "method": self.method, "fits": fits}
+        return {"format": FORMAT, "fits": fits}
 
     def save(self, folder: Path) -> Path:
         """Write into `folder`, whole or not at all; gives the file. Raises OSError."""
@@ -158,6 +171,10 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _way(temperature: float, top_p: float, top_k: int) -> tuple[float, ...]:
+    return (temperature, top_p, top_k) if temperature else (temperature,)
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -167,13 +184,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _parsed(path: Path, raw: dict[str, Any]) -> Calibration:
     try:
-        if raw.pop("format") != FORMAT:
+        if raw.pop("format") not in (1, FORMAT):
             raise CheckpointError(
                 f"the calibration in {path} was written by another version; run deepspec calibrate "
                 "again"
             )
-        fits = tuple(_fit(fit) for fit in raw.pop("fits"))
-        return Calibration(fits, **{**raw, "benchmarks": tuple(raw.get("benchmarks", ()))})
+        made = {key: raw.pop(key) for key in MADE if key in raw}
+        fits = tuple(_fit({**made, **fit}) for fit in raw.pop("fits"))
+        return Calibration(fits, **raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the calibration in {path} is damaged ({type(error).__name__}: {error}); run deepspec "
@@ -187,7 +205,8 @@ def _fit(raw: dict[str, Any]) -> Fit:
         name: tuple(float(value) for value in raw["scaling"][name])
         for name in ("temperatures", "shifts")
     }
-    return Fit(**{**raw, "scaling": Scaling(**scaling), "halves": halves})
+    own = {"scaling": Scaling(**scaling), "halves": halves}
+    return Fit(**{**raw, **own, "benchmarks": tuple(raw.get("benchmarks", ()))})
 
 
 def _half(raw: dict[str, Any]) -> Half:

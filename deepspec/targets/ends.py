@@ -73,6 +73,11 @@ class TargetEnds:
             self._identity = self._fingerprint()
         return self._identity
 
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and LM head are the same in the files, where nothing is scaled."""
+        return torch.equal(*self._in_files)
+
     def _fingerprint(self) -> Identity:
         return identity_of_ends(self.config, self.tokenizer, *self._in_files)
 

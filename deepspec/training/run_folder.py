@@ -21,6 +21,7 @@ from typing import Self
 import yaml
 from filelock import FileLock, Timeout
 
+from deepspec.atomic import atomic_file
 from deepspec.config.schema import RunConfig, as_dict
 from deepspec.errors import TrainingError
 from deepspec.processes import rank
@@ -73,8 +74,9 @@ class RunFolder:
         self.config.write_text(text, encoding="utf-8")
 
     def save_skipped(self, skipped: dict[str, dict[str, int]]) -> None:
-        """Write the rows left out, by stage and reason."""
-        self.skipped.write_text(json.dumps(skipped, indent=2) + "\n", encoding="utf-8")
+        """Write the rows left out, by stage and reason; whole or not at all."""
+        with atomic_file(self.skipped) as partial:
+            partial.write_text(json.dumps(skipped, indent=2) + "\n", encoding="utf-8")
 
     def read_skipped(self) -> dict[str, dict[str, int]]:
         """What `save_skipped` wrote; nothing where it never did."""

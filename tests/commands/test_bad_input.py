@@ -12,12 +12,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepspec.cli import main
+from deepspec.commands.sources import from_checkpoint
+from deepspec.evaluation.results import read_report
 from deepspec.targets.families import FAMILIES
 from deepspec.training.checkpoint import (
     OPTIMIZER,
@@ -27,6 +30,7 @@ from deepspec.training.checkpoint import (
     read_checkpoint,
     read_tensors,
 )
+from deepspec.training.run_folder import RunFolder
 from tests.conftest import make_model, make_tokenizer
 from tests.recipes.small import STEPS, small, words, write_prompts
 from tests.targets.tiny import CONFIGS, make_causal_lm
@@ -357,9 +361,62 @@ def test_checkpoint_that_reads_other_layers(refused: Refused, trained: Path) -> 
     assert "target.layer_ids" in message
 
 
+def test_a_checkpoint_directly_below_the_root(trained: Path) -> None:
+    """Where a container mounts it; there is no run around it."""
+    checkpoint = read_checkpoint(trained / "checkpoints" / "step-00000002")
+    source = from_checkpoint(replace(checkpoint, folder=Path("/checkpoint")))
+    assert (source.step, source.run) == (2, None)
+
+
 def test_broken_skipped_rows(refused: Refused, run: Path) -> None:
     (run / "skipped.json").write_text('{"prom')
     assert "skipped.json is damaged" in refused("evaluate", f"run={run}", "out=report")
+
+
+def test_an_export_does_without_a_broken_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(run / "report.json")
+    out = run.parent / "drafter"
+    main(["export", f"checkpoint={run}", f"out={out}"])
+    said = capsys.readouterr().err
+    assert f"no measured acceptance: {run / 'report.json'} is not a report" in said
+    assert "Not measured yet." in (out / "README.md").read_text()
+
+
+def test_an_export_of_an_export_tells_no_tales_of_its_training(
+    trained: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Which it does not know, but for the anchors that its config names."""
+    own = [f"target.path={settings['target.path']}", "format=speculators"]
+    main(["export", f"checkpoint={trained / 'export'}", f"out={tmp_path / 'second'}", *own])
+    cards = [
+        (place / "README.md").read_text() for place in (trained / "export", tmp_path / "second")
+    ]
+    assert ["## Training" in card for card in cards] == [True, False]
+    assert "optimizer steps" not in cards[1]
+    assert "\n\n\n" not in cards[1]
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["num_anchors"] == 4
+
+
+def test_a_full_disk_leaves_reports_as_they_were(run: Path) -> None:
+    """What was written last is there, whole; a half one would be in the way of other commands."""
+    folder, report = RunFolder(run), read_report(run / "report.json")
+    folder.save_skipped({"prompts": {"no user turn": 2}})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        for save in (
+            lambda: report.save(run / "report.json"),
+            lambda: folder.save_skipped({"prompts": {"no user turn": 3}}),
+        ):
+            with pytest.raises(OSError, match="File too large"):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_report(run / "report.json") == report
+    assert folder.read_skipped() == {"prompts": {"no user turn": 2}}
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])

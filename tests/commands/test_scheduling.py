@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_fitted_saved_and_used(
     calibration = read_calibration(best)
     assert calibration is not None
     assert calibration == read_calibration_of(tmp_path / "report", best)
-    assert (calibration.method, calibration.checked) == (method, True)
+    assert {(fit.method, fit.checked) for fit in calibration.fits} == {(method, True)}
     assert [fit.temperature for fit in calibration.fits] == [0.0, 1.0]
     for fit in calibration.fits:
         assert len(fit.scaling.temperatures) == 5
@@ -198,7 +199,7 @@ def test_prompts_of_a_store_are_refused(run: Path, held_out: Path, refused: Refu
     calibrate(f"run={run}", held_out, run / "report", *stored)
     found = read_calibration(best_checkpoint(run / "checkpoints").folder)
     assert found is not None
-    assert found.checked
+    assert all(fit.checked for fit in found.fits)
 
 
 def test_an_export_is_calibrated_unchecked(
@@ -211,7 +212,7 @@ def test_an_export_is_calibrated_unchecked(
     assert "that the prompts are new is not checked" in capsys.readouterr().err
     found = read_calibration(run / "export")
     assert found is not None
-    assert not found.checked
+    assert not any(fit.checked for fit in found.fits)
     assert found.weights == weights_digest(run / "export")
     threshold = ["decoding.scheduler=threshold", "evaluation.temperatures=[0]"]
     evaluate(place, held_out, run / "ev", *changes, *threshold)
@@ -224,11 +225,11 @@ def test_an_export_is_calibrated_unchecked(
 def test_an_export_carries_the_scaling(run: Path, layout: str, refused: Refused) -> None:
     """In its config.json, where decoding finds it; that of other weights is refused."""
     best = best_checkpoint(run / "checkpoints").folder
-    fit = Fit(1.0, 1.0, 0, Scaling((1.5, 0.5), (0.1, 0.0)), {})
-    Calibration((fit,), "platt", weights_digest(best), ("mine",)).save(best)
+    fit = Fit(1.0, 1.0, 0, Scaling((1.5, 0.5), (0.1, 0.0)), {}, "platt")
+    Calibration((replace(fit, benchmarks=("mine",)),), weights_digest(best)).save(best)
     main(["export", f"checkpoint={run}", f"out={run / 'new'}", f"export.format={layout}"])
     found = read_calibration(run / "new")
-    assert found == Calibration((fit,), "platt")
+    assert found == Calibration((fit,))
     Calibration((fit,), weights="others").save(best)
     command = ["export", f"checkpoint={run}", f"out={run / 'new'}", f"export.format={layout}"]
     assert "fitted to other weights" in refused(*command)
@@ -245,7 +246,12 @@ def test_calibration_that_does_not_fit(run: Path, held_out: Path, refused: Refus
     message = refused(*threshold, "evaluation.temperatures=[1]")
     assert "no fit for decoding at temperature 1 (top_p 1, top_k 0), only for 0 (1, 0)" in message
     assert "decoding.calibration=none" in message
-    path = best_checkpoint(run / "checkpoints").folder / NAME
+    best = best_checkpoint(run / "checkpoints").folder
+    calibrate(f"run={run}", held_out, run / "report", "evaluation.temperatures=[1]")
+    found = read_calibration(best)
+    assert found is not None
+    assert [fit.temperature for fit in found.fits] == [0.0, 1.0]  # what there was is kept
+    path = best / NAME
     path.write_text(path.read_text().replace('"weights": "', '"weights": "0'))
     assert "fitted to other weights" in refused(*threshold, *one)
 

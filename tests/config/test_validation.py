@@ -56,7 +56,7 @@ def test_every_number_is_checked(key: str) -> None:
     many = KEYS[key] in (list[int], list[float])
     real = KEYS[key] in (float, list[float])
     for value in (-1, math.nan, math.inf) if real else (-1,):
-        message = refusal(key, [value, value] if many else value)
+        message = refusal(key, [value, 0] if many else value)
         assert message.startswith(f"{key}=")
         assert " must be " in message
 
@@ -97,6 +97,7 @@ def test_the_lowest_value_is_fine(key: str, lowest: Any) -> None:
         ("evaluation.temperatures", [0.0, 1.0, 0.0]),  # would be counted twice
         ("evaluation.seeds", []),
         ("evaluation.seeds", [3, 3]),
+        ("evaluation.benchmarks", ["a/test.jsonl", "b/test.jsonl"]),
         ("seed", 2**63),
         ("out", ""),
         ("target.path", ""),

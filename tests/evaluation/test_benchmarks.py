@@ -159,6 +159,15 @@ def test_a_prompt_ends_with_its_first_user_turn(tmp_path: Path) -> None:
     assert skips == {"answer before the first question": 1, "no messages field": 1}
 
 
+def test_no_two_prompts_have_the_same_id(tmp_path: Path) -> None:
+    """Else they would be one request, with one output for both."""
+    ids = ["1", "1", "2", "1~2", "1"]
+    rows = [{"turns": [str(place)], "id": name} for place, name in enumerate(ids)]
+    _, prompts, _ = load(write(tmp_path / "p.jsonl", rows))
+    assert [prompt.id for prompt in prompts] == ["1", "1~2", "2", "1~2~2", "1~3"]
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["0", "1", "2", "3", "4"]
+
+
 def test_limit_takes_the_first_usable_rows(tmp_path: Path) -> None:
     rows = [{"turns": ["0"]}, {"bad": 1}, *({"turns": [str(i)]} for i in range(1, 9))]
     path = write(tmp_path / "p.jsonl", rows)

@@ -244,6 +244,9 @@ def test_verdicts(report: Report) -> None:
     ]
     assert [verdict.verdict for verdict in verdicts] == ["unchecked", "exact", "broken"]
     assert "unlike length" in verdicts[2].text
+    tied = replace(code.baseline, identical=7, explained=1, largest_gap=0.0)
+    verdict = exactness(replace(report, results=[replace(code, baseline=tied)]))
+    assert "(largest gap 0 logits)" in verdict.text
 
 
 # ------------------------------------------------------------------------------------------ safety

@@ -547,5 +547,11 @@ def test_a_scaled_embedding_is_inside(tmp_path: Path) -> None:
     plain = gemma.model.get_input_embeddings().weight
     torch.testing.assert_close(found.float(), 8 * plain, rtol=2**-7, atol=0)
     load_flat(folder, gemma)
-    support = {entry.engine: entry.loads for entry in check_export(folder).support}
-    assert (support["vLLM"], support["SGLang"], support["llama.cpp"]) == (True, True, False)
+    own = json.loads((folder / "config.json").read_text())["deepspec"]
+    assert (own["target_tied"], own["scaled_embedding"]) == (True, True)
+    for of in (None, gemma):  # the head is tied, and the profile serving: neither is the reason
+        support = {entry.engine: entry for entry in check_export(folder, of).support}
+        assert support["vLLM"].loads
+        assert support["SGLang"].loads
+        assert not support["llama.cpp"].loads
+        assert "the target scales its embedding" in support["llama.cpp"].why

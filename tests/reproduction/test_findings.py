@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_positions_tell_a_fall_from_a_rise(plan: Plan) -> None:
     assert "from 0 to 33 points" in found.sentence
 
 
-def test_loads_compare_at_matched_throughput_and_speed(plan: Plan) -> None:
+def load_records() -> list[LoadRecord]:
     """Algorithm 1 gives each user half again as much as MTP-1 at the same number of users, and both
     lose a quarter of a user's speed for each doubling."""
     levels = (1, 2, 4, 8)
@@ -133,7 +134,11 @@ def test_loads_compare_at_matched_throughput_and_speed(plan: Plan) -> None:
         "async", "dspark", 15, [5, 4, 3, 5]
     )
     one += records("algorithm1", "dspark", 15, [5, 4, 3, 2]) + records("fixed", "mtp", 10, [2] * 4)
-    write_records(one, {}, plan.folder("load"), "load")
+    return one
+
+
+def test_loads_compare_at_matched_throughput_and_speed(plan: Plan) -> None:
+    write_records(load_records(), {}, plan.folder("load"), "load")
     found = loads.throughput(plan)
     assert found.verdict == "agrees"
     assert "against whole blocks at the highest load, +36 %" in found.note
@@ -143,6 +148,29 @@ def test_loads_compare_at_matched_throughput_and_speed(plan: Plan) -> None:
     budget = loads.budget(plan)
     assert [claim.holds for claim in budget.claims] == [True, False]
     assert "Algorithm 1 goes from 5.0 to 2.0" in budget.sentence
+
+
+def test_a_load_without_a_median_user_keeps_its_place(plan: Plan) -> None:
+    """Nobody had two rounds with whole blocks at 4 users, nor with the threshold at any; with
+    Algorithm 1 at 8 there was not one round."""
+    records = []
+    for one in load_records():
+        if one.policy == "threshold" or (one.policy, one.concurrency) == ("fixed", 4):
+            one = replace(one, user_p50=None)
+        elif (one.policy, one.concurrency) == ("algorithm1", 8):
+            one = replace(one, user_p50=None, budget=None, throughput=0.0)
+        records.append(one)
+    write_records(records, {}, plan.folder("load"), "load")
+    found, budget = loads.throughput(plan), loads.budget(plan)
+    cells = {row[0]: row[1:] for row in found.table.rows}
+    assert cells["whole blocks, a user"] == ["11.0", "8.2", "–", "4.6"]
+    assert cells["threshold, a user"] == ["–"] * 4
+    assert found.verdict == "agrees"
+    assert "is +36 % to +36 %" in found.note
+    cells = {row[0]: row[1:] for row in budget.table.rows}
+    assert cells["Algorithm 1, verified"] == ["5.00", "4.00", "3.00", "–"]
+    assert cells["threshold, verified"] == ["4.00"] * 4
+    assert "Algorithm 1 goes from 5.0 to 3.0" in budget.sentence
 
 
 def test_verdicts() -> None:

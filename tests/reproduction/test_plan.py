@@ -15,7 +15,7 @@ from deepspec.config.schema import FIGURES
 from deepspec.errors import ConfigError
 from deepspec.reproduction.estimate import makespan
 from deepspec.reproduction.jobs import Job
-from deepspec.reproduction.plan import Plan, make_plan
+from deepspec.reproduction.plan import Plan, check_jobs, make_plan
 
 SETTINGS = {
     "regenerate": regenerate.SETTINGS,
@@ -81,7 +81,7 @@ def test_words_are_understood() -> None:
         config = load_config("tiny", changes)
         if command == "train":
             assert job.name == "dspark-rnn-layers2-block16-seed0"
-            assert config.data.path == [str(OUT / "answers.jsonl")]
+            assert config.data.path == [str(OUT.resolve() / "answers.jsonl")]
             assert (config.drafter.markov_head, config.drafter.block_size) == ("rnn", 16)
             assert config.training.max_steps == made.config.reproduce.steps
             assert not config.regenerate.enabled
@@ -90,6 +90,17 @@ def test_words_are_understood() -> None:
             values, _ = take(job.words[1:], "against")
             other = made.folder("mtp-layers1-block1-seed0")
             assert listed("against", values["against"]) == [str(other)]
+
+
+def test_a_folder_is_the_same_however_it_is_written() -> None:
+    assert plan() == make_plan(load_config("tiny"), ["recipe=tiny"], OUT.resolve())
+
+
+def test_what_one_kind_of_drafter_refuses_is_known_before_anything_starts() -> None:
+    word = "drafter.draft_vocab_size=1000"
+    made = make_plan(load_config("tiny", [word]), ["recipe=tiny", word], OUT)
+    with pytest.raises(ConfigError, match=f"^mtp-layers1-block1-seed0, .*: {word} is for"):
+        check_jobs(made.jobs)
 
 
 def test_answers_that_are_there_are_not_made() -> None:

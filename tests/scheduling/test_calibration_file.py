@@ -22,6 +22,8 @@ from deepspec.scheduling.calibration_file import (
 from deepspec.scheduling.reliability import measure
 from tests.scheduling.rounds import draw_traces
 
+MADE = ("platt", ("chat.jsonl",), "abc", True)
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -36,10 +38,10 @@ def calibration_for(folder: Path) -> Calibration:
     half = Half(10, len(rounds), measure(rounds), measure(rounds, Scaling((2.0, 0.5), (0.0, 0.1))))
     halves = {"fit": half, "held_out": half}
     fits = (
-        Fit(0.0, 0.9, 4, Scaling((1.5, 2.0), (0.0, 0.1)), halves),
-        Fit(0.7, 0.9, 4, Scaling((0.5, 1.0), (0.0, 0.0)), halves),
+        Fit(0.0, 0.9, 4, Scaling((1.5, 2.0), (0.0, 0.1)), halves, *MADE),
+        Fit(0.7, 0.9, 4, Scaling((0.5, 1.0), (0.0, 0.0)), halves, *MADE),
     )
-    return Calibration(fits, "platt", weights_digest(folder), ("chat.jsonl",), "abc", True)
+    return Calibration(fits, weights_digest(folder))
 
 
 def test_saved_is_read_back(folder: Path) -> None:
@@ -70,8 +72,33 @@ def test_an_export_carries_the_scaling(folder: Path) -> None:
     found = read_calibration(folder)
     assert found is not None
     assert found.scaling(0.7, 0.9, 4) == calibration.scaling(0.7, 0.9, 4)
-    assert found.method == "platt"
+    assert found.fits[0].method == "platt"
     assert not found.fits[0].halves
+
+
+def test_fits_for_other_ways_of_decoding_are_kept(folder: Path) -> None:
+    """While the weights are theirs; greedy decoding is one way, whatever top_p says."""
+    earlier = calibration_for(folder)
+    greedy = Fit(0.0, 1.0, 0, Scaling((3.0, 3.0), (0.0, 0.0)))
+    new = Calibration((greedy,), weights_digest(folder))
+    assert new.beside(folder) == new
+    earlier.save(folder)
+    assert new.beside(folder).fits == (earlier.fits[1], greedy)
+    (folder / "drafter.safetensors").write_bytes(b"retrained")
+    assert new.beside(folder) == new
+    (folder / NAME).write_text("[1")
+    assert new.beside(folder) == new
+
+
+def test_the_first_format_is_read(folder: Path) -> None:
+    """It said how fits were made once, for all of them."""
+    calibration = calibration_for(folder)
+    path = calibration.save(folder)
+    raw = json.loads(path.read_text())
+    for fit in raw["fits"]:
+        made = {key: fit.pop(key) for key in ("method", "benchmarks", "prompts", "checked")}
+    path.write_text(json.dumps({**raw, **made, "format": 1}))
+    assert read_calibration(folder) == calibration
 
 
 def test_other_weights_are_refused(folder: Path) -> None:
