@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.packing import packed
-from deepspec.decoding.results import Completion, DecodeResult, back_in_order
+from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
 from deepspec.decoding.skipping import SkippingProposer
@@ -76,7 +76,7 @@ class Decoder:
         names = list(requests) if requests is not None else [str(i) for i in range(len(prompts))]
         assert len(set(names)) == len(names), "two requests of one name would share an output"
         begun = time.perf_counter()
-        completions: list[Completion] = []  # in `order`
+        completions: dict[str, Completion] = {}
         traces: list[DecodeTrace] = []
         # neighbours in length share a batch: less padding in the prefill
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -92,9 +92,9 @@ class Decoder:
             )
             random = RandomRows(seed, rows.requests, self.target.device)
             self._run(rows, random, sampling, traces)
-            completions += rows.finished
+            completions.update((completion.request, completion) for completion in rows.finished)
         seconds = time.perf_counter() - begun
-        return DecodeResult(back_in_order(order, completions), traces, seconds)
+        return DecodeResult([completions[name] for name in names], traces, seconds)
 
     def _run(
         self, rows: Rows, random: RandomRows, sampling: Sampling, traces: list[DecodeTrace]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deepspec.decoding.results import Completion, DecodeResult, back_in_order
+from deepspec.decoding.results import Completion, DecodeResult
 from deepspec.decoding.rows import Rows
 from deepspec.decoding.sampling import RandomRows, Sampling, draw
 from deepspec.decoding.transfers import upload
@@ -31,7 +31,7 @@ def plain_decode(
     assert len(set(names)) == len(names), "two requests of one name would share an output"
     stop = target.stop_token_ids if stop_token_ids is None else stop_token_ids
     begun = time.perf_counter()
-    completions: list[Completion] = []  # in `order`
+    completions: dict[str, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), batch_size):
         group = order[first : first + batch_size]
@@ -67,6 +67,6 @@ def plain_decode(
                 with_context=False,
             )
             logits = target.head(output.final[:, 0])
-        completions += rows.finished
+        completions.update((completion.request, completion) for completion in rows.finished)
     seconds = time.perf_counter() - begun
-    return DecodeResult(back_in_order(order, completions), [], seconds)
+    return DecodeResult([completions[name] for name in names], [], seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepspec.records import DecodeTrace
@@ -32,8 +31,3 @@ class DecodeResult:
     def tokens(self) -> int:
         """New tokens, all requests together."""
         return sum(len(completion.tokens) for completion in self.completions)
-
-
-def back_in_order(order: Sequence[int], completions: Sequence[Completion]) -> list[Completion]:
-    """`completions` of the prompts `order`, in the prompts' own order; names play no part."""
-    return [completion for _, completion in sorted(zip(order, completions, strict=True))]

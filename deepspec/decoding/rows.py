@@ -38,9 +38,7 @@ class Rows:
         self._limit = max_new_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         self._state = open_state(target, len(prompts), fixed)
-        self._places = list(range(len(prompts)))  # of the running rows among all prompts
-        self._count = len(prompts)
-        self._finished: dict[int, Completion] = {}  # by place
+        self._finished: list[Completion] = []
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -103,8 +101,7 @@ class Rows:
             stopped = tokens[-1] in self._stop
             if stopped or len(tokens) >= self._limit:
                 reason = "stop" if stopped else "length"
-                completion = Completion(self.requests[row], tuple(tokens), reason)
-                self._finished[self._places[row]] = completion
+                self._finished.append(Completion(self.requests[row], tuple(tokens), reason))
             else:
                 stay.append(row)
         if len(stay) == len(self):
@@ -115,7 +112,6 @@ class Rows:
         self.requests = [self.requests[row] for row in stay]
         self.prompt_lengths = [self.prompt_lengths[row] for row in stay]
         self.emitted = [self.emitted[row] for row in stay]
-        self._places = [self._places[row] for row in stay]
         if stay:
             self._state.select(stay)
         return stay
@@ -125,16 +121,14 @@ class Rows:
         self.requests += other.requests
         self.prompt_lengths += other.prompt_lengths
         self.emitted += other.emitted
-        self._places += [self._count + place for place in other._places]
-        self._count += other._count
         self._state.join(other._state)
 
     def take_finished(self) -> list[Completion]:
         """Completions since the last time that this was asked."""
-        taken, self._finished = self._finished, {}
-        return list(taken.values())
+        taken, self._finished = self._finished, []
+        return taken
 
     @property
     def finished(self) -> list[Completion]:
-        """Completions so far, in the order of the prompts."""
-        return [self._finished[place] for place in sorted(self._finished)]
+        """Completions so far, in the order they ended."""
+        return self._finished

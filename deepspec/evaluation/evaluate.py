@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,6 @@ from deepspec.data.chat_template import REFUSED, ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
 from deepspec.decoding.decoder import Schedule
 from deepspec.decoding.exactness import first_difference
-from deepspec.decoding.results import back_in_order
 from deepspec.drafters.base import Proposer
 from deepspec.drafters.ngram import NgramConfig, NgramProposer
 from deepspec.errors import DataError, TemplateRefusal
@@ -266,9 +265,9 @@ class _Run:
     ) -> DecodeResult:
         """A batch at a time, neighbours in length together; completions in order of `prompts`."""
         whole = DecodeResult([], [], 0.0)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-        for start in range(0, len(order), self.batch_size):
-            group = [prompts[i] for i in order[start : start + self.batch_size]]
+        ordered = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+        for start in range(0, len(ordered), self.batch_size):
+            group = ordered[start : start + self.batch_size]
             part = decode(group, self.limit)
             whole = DecodeResult(
                 whole.completions + part.completions,
@@ -277,7 +276,8 @@ class _Run:
             )
             if progress is not None:
                 progress.advance(len(group))
-        return replace(whole, completions=back_in_order(order, whole.completions))
+        found = {completion.request: completion for completion in whole.completions}
+        return DecodeResult([found[p.request] for p in prompts], whole.traces, whole.seconds)
 
     def _look_up(self, prompts: Sequence[Prompt], drafted: DecodeResult) -> Lookup | None:
         """What drafting gives that costs no training."""

@@ -116,19 +116,6 @@ def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None
         assert [completion.tokens for completion in result.completions] == expected
 
 
-def test_requests_of_one_name_have_an_answer_each(
-    target: Target, known: dict, stop: list[int]
-) -> None:
-    """Which ends last plays no part; at temperature 0, for a name seeds the random stream."""
-    prompts = prompts_of(9)
-    expected = [generate(target, prompt, 24, stop) for prompt in prompts]
-    decoder = Decoder(target, Rehearsed(known, target.vocab_size, good=2), 4, stop)
-    options = {"requests": ["same"] * 9}
-    plain = plain_decode(target, prompts, GREEDY, 24, batch_size=4, stop_token_ids=stop, **options)
-    for result in (decoder.generate(prompts, GREEDY, 24, **options), plain):
-        assert [completion.tokens for completion in result.completions] == expected
-
-
 def test_variable_schedules_change_nothing(target: Target, known: dict, stop: list[int]) -> None:
     lengths = itertools.cycle([0, 3, 1, 4, 2])
 
