@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from deepspec.training.trainer import Trainer
 from tests.jobs import LAST, kill_jobs, open_process, train_command, write_recipe
 from tests.trainers import MakeTrainer, build_trainer
 
+# Tests share the cores, and threads that wait for one another there take four times as long; those
+# of the processes that tests start too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 MARKED = """\
