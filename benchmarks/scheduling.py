@@ -29,7 +29,7 @@ from deepspec.config.resources import resource
 from deepspec.config.schema import DrafterConfig, TargetConfig
 from deepspec.decoding import Decoder, Sampling
 from deepspec.decoding.rows import Rows
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import drafter_kind, open_proposer
 from deepspec.machine import describe_machine
 from deepspec.records import Proposal
 from deepspec.scheduling.calibration import Floats, Scaling
@@ -113,7 +113,7 @@ def a_round(
 
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(target.vocab_size, (requests, CONTEXT), generator=generator).tolist()
-    decoder = Decoder(target, kind.proposer(drafter, target), requests, [], timed)
+    decoder = Decoder(target, open_proposer("dspark", drafter, target), requests, [], timed)
     decoder.generate(prompts, Sampling(), 12)
     return median(np.diff(moments).tolist()), median(verified)
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import __version__
-from deepspec.commands.seen import held_out_prompts, require_prompts
+from deepspec.commands.seen import held_out_prompts
 from deepspec.commands.sources import Source
 from deepspec.config.schema import DecodingConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import open_proposer
 from deepspec.errors import ConfigError
+from deepspec.evaluation.benchmarks import check_benchmarks
 from deepspec.evaluation.calibrate import decode_everything, fit_all, write_calibration_report
 from deepspec.progress import say
 from deepspec.scheduling.calibration_file import (
@@ -35,7 +36,7 @@ def calibrate_drafter(
     """
     assert source.place is not None, "what needs no training has no confidences either"
     config, data = source.config, source.config.data
-    require_prompts(config)
+    check_benchmarks(config.evaluation.benchmarks)
     require_confidences(drafter.config, "deepspec calibrate")
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
     prompts, checked = held_out_prompts(source, encoder)

@@ -8,22 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepspec.commands.sources import Source
-from deepspec.config.schema import FieldsConfig, RunConfig
+from deepspec.config.schema import FieldsConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.data.conversations import Conversation, SkipCounts, load_conversations
-from deepspec.errors import ConfigError, DataError, TemplateRefusal
+from deepspec.errors import DataError, TemplateRefusal
 from deepspec.evaluation.benchmarks import load_prompts
 from deepspec.features.store import Store
 
 SHOWN = 5
-
-
-def require_prompts(config: RunConfig) -> None:
-    """Raises ConfigError where `evaluation.benchmarks` is empty."""
-    if not config.evaluation.benchmarks:
-        raise ConfigError(
-            "evaluation.benchmarks=[]: nothing to decode; name files of prompts, or benchmarks"
-        )
 
 
 def held_out_prompts(source: Source, encoder: ChatEncoder) -> tuple[str, bool]:

@@ -41,7 +41,7 @@ def take(settings: Sequence[str], *own: str) -> tuple[dict[str, str], list[str]]
 def whole_number(name: str, word: str) -> int:
     """The value of the command's own key `name`. Raises ConfigError for less than 1."""
     if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"{name}={word} must be a whole number of at least 1")
+        raise ConfigError(f"{name}={word} must be a whole number of at least 1{_lists(word)}")
     return int(word)
 
 
@@ -52,7 +52,7 @@ def non_negative(name: str, word: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise ConfigError(f"{name}={word} must be a number of at least 0")
+        raise ConfigError(f"{name}={word} must be a number of at least 0{_lists(word)}")
     return number
 
 
@@ -62,6 +62,10 @@ def positive(name: str, word: str) -> float:
     if not number:
         raise ConfigError(f"{name}={word} must be a number above 0")
     return number
+
+
+def _lists(word: str) -> str:
+    return "; lists are written [a, b]" if "," in word else ""
 
 
 def listed(name: str, word: str) -> list[str]:

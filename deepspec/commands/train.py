@@ -110,14 +110,19 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     drafted = from_checkpoint(best)
     exported = bool(layouts_for(drafted.kind, config.drafter))
     report = None
-    try:
-        if config.evaluation.enabled:
-            whole = target if isinstance(target, Target) else stages.open_target(config)
-            report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
-    finally:  # an evaluation that fails costs no export
+
+    def export() -> None:
         if exported:
             stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
+    if config.evaluation.enabled:
+        try:
+            whole = target if isinstance(target, Target) else stages.open_target(config)
+            report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
+        except Exception:  # it costs no export
+            export()
+            raise
+    export()
     if report is not None:
         Console().print(results_table(report))
         print(f"report:     {folder.path / 'report.html'}")

@@ -77,8 +77,10 @@ AT_LEAST_ONE = (
     "reproduce.calibration_prompts",
     "reproduce.calibration_seeds",
 )
+# Below it a draw decides at most between logits that their rounding does not tell apart, and far
+# below it a division by it overflows.
+LEAST_TEMPERATURE = 1e-6
 NOT_NEGATIVE = (
-    "regenerate.temperature",
     "regenerate.top_k",
     "regenerate.retries",
     "drafter.markov_rank",
@@ -151,9 +153,10 @@ def validate(config: RunConfig) -> None:
     fine = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _require(fine, config, "training.betas", "two numbers from 0 to below 1")
     temperatures = config.evaluation.temperatures
-    fine = _once(temperatures) and all(0 <= value < math.inf for value in temperatures)
-    expected = "a list of different numbers of at least 0"
-    _require(fine, config, "evaluation.temperatures", expected)
+    fine = _once(temperatures) and all(map(is_temperature, temperatures))
+    each = f"0 or at least {LEAST_TEMPERATURE:g}"
+    _require(fine, config, "evaluation.temperatures", f"a list of different numbers, each {each}")
+    _require(is_temperature(config.regenerate.temperature), config, "regenerate.temperature", each)
     for key in ("seed", "regenerate.seed"):
         _require(value_of(config, key) in SEEDS, config, key, "from 0 to 2**63 - 1")
     seeds = config.evaluation.seeds
@@ -187,6 +190,11 @@ def _reproduction(config: RunConfig) -> None:
     key, steps = "reproduce.thresholds", wanted.thresholds
     fine = bool(steps) and steps == sorted(set(steps)) and steps[0] >= 0 and steps[-1] <= 1
     _require(fine, config, key, "a list of ascending numbers from 0 to 1")
+
+
+def is_temperature(value: float) -> bool:
+    """Whether logits can be sampled at `value`; 0 is greedy."""
+    return value == 0 or LEAST_TEMPERATURE <= value < math.inf
 
 
 def _once(values: Sequence[object]) -> bool:

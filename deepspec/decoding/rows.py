@@ -5,6 +5,7 @@ Legend: B running rows, Q new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ from deepspec.targets import Target, TargetOutput
 class Rows:
     """Prompts being continued: tokens and lengths on the host, the target's state on the device.
 
-    `fixed`: see `open_state`.
+    Each by at most `max_new_tokens`, and not beyond the target's context; `fixed`: see
+    `open_state`.
     """
 
     def __init__(
@@ -35,7 +37,8 @@ class Rows:
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.emitted: list[list[int]] = [[] for _ in prompts]
         self._stop = set(stop_token_ids)
-        self._limit = max_new_tokens
+        room = target.context_length or sys.maxsize
+        self._limits = [max(1, min(max_new_tokens, room - n)) for n in self.prompt_lengths]
         self._prompts = [list(prompt) for prompt in prompts]
         self._state = open_state(target, len(prompts), fixed)
         self._finished: list[Completion] = []
@@ -81,13 +84,15 @@ class Rows:
 
     def remaining(self) -> list[int]:
         """Tokens each row may still emit."""
-        return [self._limit - len(tokens) for tokens in self.emitted]
+        return [
+            limit - len(tokens) for limit, tokens in zip(self._limits, self.emitted, strict=True)
+        ]
 
     def emit(self, row: int, tokens: Sequence[int]) -> int:
         """Append until a stop token; how many were taken."""
         for count, token in enumerate(tokens, start=1):
             self.emitted[row].append(token)
-            if token in self._stop or len(self.emitted[row]) >= self._limit:
+            if token in self._stop or len(self.emitted[row]) >= self._limits[row]:
                 return count
         return len(tokens)
 
@@ -99,7 +104,7 @@ class Rows:
         stay = []
         for row, tokens in enumerate(self.emitted):
             stopped = tokens[-1] in self._stop
-            if stopped or len(tokens) >= self._limit:
+            if stopped or len(tokens) >= self._limits[row]:
                 reason = "stop" if stopped else "length"
                 self._finished.append(Completion(self.requests[row], tuple(tokens), reason))
             else:
@@ -112,6 +117,7 @@ class Rows:
         self.requests = [self.requests[row] for row in stay]
         self.prompt_lengths = [self.prompt_lengths[row] for row in stay]
         self.emitted = [self.emitted[row] for row in stay]
+        self._limits = [self._limits[row] for row in stay]
         if stay:
             self._state.select(stay)
         return stay
@@ -121,6 +127,7 @@ class Rows:
         self.requests += other.requests
         self.prompt_lengths += other.prompt_lengths
         self.emitted += other.emitted
+        self._limits += other._limits
         self._state.join(other._state)
 
     def take_finished(self) -> list[Completion]:

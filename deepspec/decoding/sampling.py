@@ -13,33 +13,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspec.config.validation import LEAST_TEMPERATURE, is_temperature
 from deepspec.decoding.transfers import upload
 from deepspec.errors import ConfigError
-
-# Below it a draw decides at most between logits that their rounding does not tell apart, and far
-# below it a division by it overflows.
-LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0, or below LEAST_TEMPERATURE, is greedy; `top_k` 0 and `top_p` 1 keep
-    everything."""
+    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep everything."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not is_temperature(self.temperature) or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
-                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0; found {self}"
+                f"sampling needs a temperature of 0 or at least {LEAST_TEMPERATURE}, "
+                f"0 < top_p <= 1 and top_k >= 0; found {self}"
             )
 
     @property
     def greedy(self) -> bool:
         """Whether the choice is an argmax."""
-        return self.temperature < LEAST_TEMPERATURE
+        return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[.., V] logits -> the distribution that is sampled, fp32."""

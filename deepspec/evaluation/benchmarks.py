@@ -9,7 +9,7 @@ to a conversation's first user turn; later turns (MT-Bench has two) would need a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -117,8 +117,13 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def check_benchmarks(names: Iterable[str]) -> None:
-    """Raises ConfigError for a name that is neither a benchmark nor a file, naming the nearest."""
+def check_benchmarks(names: Sequence[str]) -> None:
+    """Raises ConfigError for none, and for a name that is neither a benchmark nor a file, with the
+    nearest."""
+    if not names:
+        raise ConfigError(
+            "evaluation.benchmarks=[]: nothing to decode; name files of prompts, or benchmarks"
+        )
     for name in names:
         path = Path(name).expanduser()
         if name not in BENCHMARKS and not path.is_file():

@@ -23,7 +23,7 @@ from deepspec.drafters.base import Proposer
 from deepspec.drafters.ngram import NgramConfig, NgramProposer
 from deepspec.errors import DataError, TemplateRefusal
 from deepspec.evaluation import metrics
-from deepspec.evaluation.benchmarks import load_prompts
+from deepspec.evaluation.benchmarks import check_benchmarks, load_prompts
 from deepspec.evaluation.results import (
     Average,
     Baseline,
@@ -75,10 +75,11 @@ def evaluate(
     """Every benchmark of `config.evaluation` at every temperature and seed.
 
     The scheduler of `config.decoding` sees confidences as `calibration` makes them; None leaves
-    them as the drafter gives them. Raises ConfigError for an unknown benchmark, a throughput table
-    that cannot be used, and a temperature that `calibration` has no fit for; DataError for a
-    benchmark without a usable prompt.
+    them as the drafter gives them. Raises ConfigError for no benchmark or an unknown one, a
+    throughput table that cannot be used, and a temperature that `calibration` has no fit for;
+    DataError for a benchmark without a usable prompt.
     """
+    check_benchmarks(config.evaluation.benchmarks)
     decoding = config.decoding
     schedules = {
         temperature: open_schedule(
@@ -120,10 +121,9 @@ def load_benchmark(
     name: str, config: RunConfig, target: Target
 ) -> tuple[str, list[Prompt], dict[str, int]]:
     """(short name, tokenised prompts, rows left out by reason) of one benchmark."""
-    data, new = config.data, config.decoding.max_new_tokens
+    data, context = config.data, target.context_length
     encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
     short, conversations, skips = load_prompts(name, config.evaluation.limit, data.fields)
-    window = getattr(target.config, "max_position_embeddings", None)
     prompts = []
     for conversation in conversations:
         try:
@@ -133,14 +133,14 @@ def load_benchmark(
             continue
         if len(tokens) > data.max_length:
             skips["prompt longer than data.max_length"] += 1
-        elif window is not None and len(tokens) + new > window:
-            skips[f"prompt and decoding.max_new_tokens exceed the target's context, {window}"] += 1
+        elif context is not None and len(tokens) >= context:
+            skips[f"prompt leaves no room for an answer in the target's context, {context}"] += 1
         else:
             prompts.append(Prompt(f"{short}/{conversation.id}", tokens))
     if not prompts:
         raise DataError(
             f"evaluation.benchmarks: {name} has no usable prompt ({dict(skips)}); raise "
-            "data.max_length, lower decoding.max_new_tokens, or name another one"
+            "data.max_length, or name another one"
         )
     return short, prompts, dict(skips)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from deepspec.decoding import Decoder, Sampling
 from deepspec.drafters.base import Draw, Observation, Proposer
 from deepspec.drafters.compiling import Compilable
+from deepspec.errors import ConfigError
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace, Proposal
 from deepspec.scheduling.throughput import Point, Throughput
@@ -133,7 +134,10 @@ def profile(
     *,
     show: bool = True,
 ) -> Throughput:
-    """A point for each of `tokens` (ascending, at most R * (K + 1)): medians of timed rounds."""
+    """A point for each of `tokens` (ascending, at most R * (K + 1)): medians of timed rounds.
+
+    Raises ConfigError where those do not fit into the target's context.
+    """
     seconds = {count: _Seconds() for count in tokens}
     with Progress("profile", PASSES * len(tokens), "points", show=show) as progress:
         for count in list(tokens) * PASSES:
@@ -173,10 +177,16 @@ def _time_rounds(
         return [length - 1 for length in lengths[: len(limits)]]
 
     share = -(-load.repeats // PASSES)
+    # a round emits at most its longest row's tokens, so some are left behind the warm-up
+    emitted = share + (WARM_UP + 1) * max(lengths)
+    most = target.context_length
+    if most is not None and load.context + emitted > most:
+        raise ConfigError(
+            f"context={load.context} and {emitted} tokens of timed rounds do not fit into the "
+            f"target's context of {most}; lower context="
+        )
     timed = 0
     while timed < share:
-        # a round emits at most its longest row's tokens, so some are left behind the warm-up
-        emitted = share + (WARM_UP + 1) * max(lengths)
         watched = _Timed(proposer, target.device)
         decoder = Decoder(target, watched, rows, [], schedule, load.compiled)
         result = decoder.generate(prompts, Sampling(load.temperature), emitted, seed=timed)

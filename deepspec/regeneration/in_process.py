@@ -94,11 +94,11 @@ class TargetAnswerer:
     def _too_long(self, length: int, new: int) -> str:
         if length >= self._data.max_length:
             return f"{length} tokens, data.max_length={self._data.max_length}"
-        window = getattr(self._target.config, "max_position_embeddings", None)
-        if window is not None and length + new > window:
+        context = self._target.context_length
+        if context is not None and length + new > context:
             return (
                 f"{length} tokens and regenerate.max_new_tokens={new} do not fit into the target's "
-                f"context of {window}"
+                f"context of {context}"
             )
         return ""
 

@@ -94,6 +94,11 @@ class TargetEnds:
         self._identity = dict(identity)
 
     @property
+    def context_length(self) -> int | None:
+        """Most tokens a text may have; None where the target's config sets no bound."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def device(self) -> torch.device:
         """Where the embedding is, and so where inputs go."""
         return self.embedding.device

@@ -30,7 +30,7 @@ from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
 from deepspec.progress import say
 from deepspec.targets.identity import differing
-from deepspec.training.decisive import decisive
+from deepspec.training.decisive import changed
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
@@ -207,9 +207,9 @@ def best_checkpoint(folder: Path) -> Checkpoint:
             say(f"passed over: {problem}")
     if not found:
         raise CheckpointError(problem)
-    settings = decisive(found[-1].config)
-    found = [checkpoint for checkpoint in found if decisive(checkpoint.config) == settings]
-    return max(found, key=lambda checkpoint: (checkpoint.acceptance, checkpoint.step))
+    newest = found[-1].config
+    alike = [checkpoint for checkpoint in found if not changed(newest, checkpoint.config)]
+    return max(alike, key=lambda checkpoint: (checkpoint.acceptance, checkpoint.step))
 
 
 def prune(folder: Path, keep_last: int, start: Path | None = None) -> None:

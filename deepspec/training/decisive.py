@@ -33,10 +33,12 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
 }
 
 
-def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `config`, by dotted key."""
+def changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `config` that `before` has otherwise, by dotted key; one that `before` lacks, as a
+    config of an older version may, was null."""
+    known = dotted(before)
     return {
         key: value
         for key, value in dotted(config).items()
-        if key.partition(".")[0] in GROUPS and key not in NEUTRAL
+        if key.partition(".")[0] in GROUPS and key not in NEUTRAL and known.get(key) != value
     }

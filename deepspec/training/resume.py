@@ -15,7 +15,7 @@ from deepspec.training.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from deepspec.training.decisive import decisive
+from deepspec.training.decisive import changed
 
 
 def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
@@ -30,10 +30,9 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     if resume == "never":
         return None
     newest = next(_sound(checkpoints), None)
-    before = {} if newest is None else decisive(newest.config)
-    changed = {k: v for k, v in decisive(as_dict(config)).items() if before.get(k) != v}
+    different = {} if newest is None else changed(as_dict(config), newest.config)
     if (named := named_start(config.training)) is not None:
-        if newest is not None and not changed and _resumed_by(newest) == resume:
+        if newest is not None and not different and _resumed_by(newest) == resume:
             return newest
         if not named.is_dir():
             raise ConfigError(
@@ -47,10 +46,11 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
                 "begins anew"
             )
         return None
-    if changed:
-        key, value = next(iter(changed.items()))
+    if different:
+        key, value = next(iter(different.items()))
+        was = dotted(newest.config).get(key)
         raise ConfigError(
-            f"{key}={value}, but {newest.folder} was trained with {before.get(key)}; set "
+            f"{key}={value}, but {newest.folder} was trained with {was}; set "
             "out= to a new folder, training.resume=never to begin anew in this one, or "
             f"training.resume={newest.folder} to go on with the new settings"
         )

@@ -9,6 +9,7 @@ residual sampling is broken on purpose.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from deepspec.decoding import Decoder, Sampling, plain_decode, verification
 from deepspec.decoding.exactness import first_difference
 from deepspec.decoding.sampling import LEAST_TEMPERATURE, draw
 from deepspec.drafters.dspark import DSparkProposer
+from deepspec.errors import ConfigError
 from deepspec.targets import Target
 from tests.decoding import proposers
 from tests.decoding.chi_square import VOCABULARY, decode_counts, exact_joint, p_value
@@ -114,6 +116,19 @@ def test_plain_decoding_is_generate_too(target: Target, stop: list[int]) -> None
         result = plain_decode(target, prompts, GREEDY, 24, batch_size=batch, stop_token_ids=stop)
         expected = [generate(target, prompt, 24, stop) for prompt in prompts]
         assert [completion.tokens for completion in result.completions] == expected
+
+
+def test_outputs_end_where_the_targets_context_does(target: Target) -> None:
+    """By row, as each has its own prompt; the first is as long as the context allows."""
+    assert target.context_length == 512
+    prompts = [[5] * 511, [5] * 505, [5] * 40]
+    plain = plain_decode(target, prompts, GREEDY, 24, batch_size=3, stop_token_ids=[])
+    proposer = RandomProposer(target.vocab_size, 4)
+    drafted = Decoder(target, proposer, 2, []).generate(prompts, GREEDY, 24)
+    for result in (plain, drafted):
+        assert [len(completion.tokens) for completion in result.completions] == [1, 7, 24]
+        assert [completion.finish_reason for completion in result.completions] == ["length"] * 3
+    assert [c.tokens for c in drafted.completions] == [c.tokens for c in plain.completions]
 
 
 def test_variable_schedules_change_nothing(target: Target, known: dict, stop: list[int]) -> None:
@@ -222,13 +237,11 @@ def test_broken_residual_is_rejected(small: Target, monkeypatch: pytest.MonkeyPa
     assert p_value(decode_counts(small, Sampling(1.0)), exact) < 1e-6
 
 
-def test_temperatures_near_zero_are_greedy(small: Target) -> None:
+def test_temperatures_near_zero_are_refused() -> None:
     """A division by any other one stays finite."""
-    prompts = [[1, 4, 2, 5]]
-    expected = plain_decode(small, prompts, GREEDY, 4, stop_token_ids=[]).completions
-    for temperature in (1e-46, 1e-38, 1e-20):
-        found = plain_decode(small, prompts, Sampling(temperature), 4, stop_token_ids=[])
-        assert found.completions == expected
+    for temperature in (1e-46, 1e-38, 1e-20, math.inf, math.nan, -1.0):
+        with pytest.raises(ConfigError, match="a temperature of 0 or at least 1e-06"):
+            Sampling(temperature)
     coldest = Sampling(LEAST_TEMPERATURE).probabilities(torch.tensor([-3e4, 3e4, 0.0]))
     assert coldest.tolist() == [0, 1, 0]
 
