@@ -47,6 +47,7 @@ def test_compiled_layers_are_compiled_once_for_any_batch(make_trainer: MakeTrain
             trainer.step = step
         expected, found = gradients(plain), gradients(compiled)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+            scale = float(gradient.abs().max())  # sums in another order
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * scale)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1
