@@ -17,7 +17,7 @@ from deepspec import __version__
 from deepspec.commands.beginnings import first_drafter
 from deepspec.commands.confidences import calibration_of, require_scheduled
 from deepspec.commands.sources import Source
-from deepspec.config.schema import FieldsConfig, RunConfig, as_dict
+from deepspec.config.schema import COLLECTIVE, FieldsConfig, RunConfig, as_dict
 from deepspec.data.batching import hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
@@ -50,7 +50,6 @@ from deepspec.regeneration import (
 from deepspec.scheduling.calibration_file import read_calibration
 from deepspec.scheduling.schedulers import open_policy
 from deepspec.targets import Target, TargetEnds, load_ends, load_target
-from deepspec.targets.parallel import COLLECTIVE
 from deepspec.training.checkpoint import Checkpoint, best_checkpoint
 from deepspec.training.engine import Engine, choose_device
 from deepspec.training.resume import named_start, set_aside

@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+COLLECTIVE = ("tensor", "zero3")  # target.parallel: each forward is one of all processes
+
 # the paper's table 1 and figures 2 to 8
 FIGURES = (
     "table1",

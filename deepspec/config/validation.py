@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.config.keys import KEYS
-from deepspec.config.schema import FIGURES, RunConfig
+from deepspec.config.schema import COLLECTIVE, FIGURES, RunConfig
 from deepspec.errors import ConfigError
 
 CHOICES: dict[str, Sequence[str]] = {
@@ -282,13 +282,13 @@ def _cross_features(config: RunConfig) -> None:
             f"features.overlap=true is for features=online, not {config.features.source}, which "
             "reads ahead by itself (stored, remote) or does not (hybrid); set it to false"
         )
-    if config.features.overlap and config.target.parallel in ("tensor", "zero3"):
+    if config.features.overlap and config.target.parallel in COLLECTIVE:
         raise ConfigError(
             f"features.overlap=true: the forwards of target.parallel={config.target.parallel} are "
             "for all processes in one order, which a thread beside the training does not keep; set "
             "it to false, or target.parallel=replicated"
         )
-    if config.features.source == "hybrid" and config.target.parallel in ("tensor", "zero3"):
+    if config.features.source == "hybrid" and config.target.parallel in COLLECTIVE:
         raise ConfigError(
             "features.source=hybrid asks the target only for what a process has not stored, but "
             f"the forwards of target.parallel={config.target.parallel} are for all processes; set "

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from accelerate.utils import convert_file_size_to_int
 
+from deepspec.config.schema import COLLECTIVE
 from deepspec.drafters.dspark_v4 import DSparkV4Config
 from deepspec.planning.activations import Activations, drafter_activations
 from deepspec.planning.dspark_v4 import v4_activations
 from deepspec.planning.forward import features_bytes, objective_bytes, target_bytes
 from deepspec.planning.shapes import FP32, Job, MicroBatch
 from deepspec.planning.states import engine_states
-from deepspec.targets.parallel import COLLECTIVE
 
 ELSEWHERE = ("stored", "remote")  # values of features.source that load no decoder layer
 # CUDA's context, cuBLAS workspaces, NCCL: a guess, nothing here was measured on a GPU

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspec.config.schema import RunConfig, TargetConfig
+from deepspec.config.schema import COLLECTIVE, RunConfig, TargetConfig
 from deepspec.errors import ConfigError, TargetError
 from deepspec.machine import import_deepspeed
 from deepspec.processes import world_size
@@ -26,7 +26,6 @@ from deepspec.records import Sample, TargetFeatures
 from deepspec.targets.families import Parts
 from deepspec.targets.target import Target
 
-COLLECTIVE = ("tensor", "zero3")
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # DeepSpeed's names; else it takes float32
 
 
