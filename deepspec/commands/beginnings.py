@@ -202,7 +202,9 @@ def _vocabulary(
     if start is not None and ids is not None and len(ids) == size:
         return ids, start.shape["draft_vocab_coverage"]
     counts = count_tokens(samples, target.vocab_size)
-    ids = frequent_tokens(counts, size, _ends(config, target))
+    ids = frequent_tokens(
+        counts, size, [*target.stop_token_ids, *(config.decoding.stop_token_ids or [])]
+    )
     covered = coverage(counts, ids)
     say(f"draft vocabulary: {size} tokens, {covered:.1%} of those in the training answers")
     return ids, covered
@@ -237,17 +239,3 @@ def _continued(
     drafter.config = replace(drafter.config, **changes)
     say(f"beginning with the weights of {origin.name}")
     return drafter.train()
-
-
-def _ends(config: RunConfig, target: TargetEnds) -> list[int]:
-    """Tokens that end an answer, whether the target is here whole or only its ends."""
-    from transformers import GenerationConfig
-
-    path, revision = str(Path(config.target.path).expanduser()), config.target.revision or "main"
-    try:
-        ends = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
-    except OSError:  # it has none
-        ends = getattr(target.config, "eos_token_id", None)
-    ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    own = target.tokenizer.eos_token_id
-    return [*ids, *([] if own is None else [own]), *(config.decoding.stop_token_ids or [])]

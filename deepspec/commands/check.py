@@ -191,7 +191,7 @@ def _prompts(source: Source, tokenizer: object) -> list[list[int]]:
     from deepspec.errors import DataError
 
     data = source.config.data
-    encoder = ChatEncoder(tokenizer, data.max_length, data.thinking, data.system_prompt)
+    encoder = ChatEncoder.of(data, tokenizer)
     places = [DataConfig(path=[str(resource("data/prompts/chat.jsonl"))])]
     if data.path:
         places.insert(0, data)

@@ -38,7 +38,7 @@ def calibrate_drafter(
     config, data = source.config, source.config.data
     check_benchmarks(config.evaluation.benchmarks)
     require_confidences(drafter.config, "deepspec calibrate")
-    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+    encoder = ChatEncoder.of(data, target.tokenizer)
     prompts, checked = held_out_prompts(source, encoder)
     if not checked:
         say(f"{source.place} has no training data at hand: that the prompts are new is not checked")

@@ -167,7 +167,7 @@ def load_samples(
     else:
         if config.regenerate.enabled:
             data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
-        encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+        encoder = ChatEncoder.of(data, target.tokenizer, target.stop_token_ids)
         samples = encode_all(load_conversations(data, skips), encoder, skips)
     training, validation = hold_out(samples, config.training.validation_samples, config.seed)
     return TrainingData(training, validation, {"training samples": dict(skips)})

@@ -9,12 +9,13 @@ would be empty or all ones is an error that names the sample and the template.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import jinja2
 import torch
 
+from deepspec.config.schema import DataConfig
 from deepspec.data.conversations import Conversation, Message, SkipCounts
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
@@ -35,6 +36,7 @@ class ChatEncoder:
         max_length: int,
         thinking: bool = False,
         system_prompt: str | None = None,
+        stop_token_ids: Iterable[int] = (),
     ) -> None:
         template = tokenizer.chat_template
         if not template:
@@ -42,11 +44,17 @@ class ChatEncoder:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template; put a "
                 "chat_template.jinja beside it, or take the tokenizer of the instruct model"
             )
+        self.stop_token_ids = frozenset(stop_token_ids)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._system = system_prompt
         self._options = {"enable_thinking": thinking}
         self.has_markers = "{% generation" in template or "{%- generation" in template
+
+    @classmethod
+    def of(cls, data: DataConfig, tokenizer: Any, stop_token_ids: Iterable[int] = ()) -> Self:
+        """Return the encoder that `data` describes; see the class for `stop_token_ids`."""
+        return cls(tokenizer, data.max_length, data.thinking, data.system_prompt, stop_token_ids)
 
     def encode(self, conversation: Conversation) -> list[Sample]:
         """Token ids and loss masks; nothing where `max_length` cuts every answer away.
@@ -86,7 +94,9 @@ class ChatEncoder:
         """Token ids of `messages`, which end with an answer, as training will see that answer."""
         return self._rendered(self._with_system(messages))[-1][0]
 
-    def prompt(self, messages: Iterable[Message]) -> list[int]:
+    def prompt(
+        self, messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of `messages` with the generation prompt, ready for the target to answer."""
         return self._render(self._with_system(messages), add_generation_prompt=True)
 

@@ -20,7 +20,11 @@ from typing import Any
 from deepspec.config.schema import DataConfig, FieldsConfig
 from deepspec.errors import DataError
 
-Message = dict[str, str]
+# One turn: `role` and `content` (text), and where it has them `reasoning_content` (the thought before
+# the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read. Two keys are
+# ours and never reach a template: `token_ids` (the ids that the target sampled for this answer,
+# with the stop token unless a length limit cut it) and `supervised` (false: context only).
+Message = dict[str, Any]
 SkipCounts = Counter[str]
 
 ROLES = {
@@ -36,7 +40,9 @@ NOT_UNICODE = "half a surrogate pair"  # why a row is left out, or an answer
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of roles system, user and assistant; `domain` is carried along for reports.
+    """Messages of roles system, developer, user, assistant and tool, and the `tools` on offer.
+
+    `domain` is carried along for reports.
 
     `truncated`: the last answer stopped at a length limit, so its end of turn was not written.
     `conversation_id`: where several rows answer the same prompts, whose these are.
@@ -47,6 +53,7 @@ class Conversation:
     domain: str | None = None
     truncated: bool = False
     conversation_id: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conversation]:

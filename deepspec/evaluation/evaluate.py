@@ -122,7 +122,7 @@ def load_benchmark(
 ) -> tuple[str, list[Prompt], dict[str, int]]:
     """(short name, tokenised prompts, rows left out by reason) of one benchmark."""
     data, context = config.data, target.context_length
-    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+    encoder = ChatEncoder.of(data, target.tokenizer)
     short, conversations, skips = load_prompts(name, config.evaluation.limit, data.fields)
     prompts = []
     for conversation in conversations:

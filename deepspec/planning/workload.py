@@ -69,7 +69,7 @@ def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None)
     DataError for data that are neither local nor named like a hub data set.
     """
     data, answers = config.data, Path(config.out) / "answers.jsonl"
-    encoder = ChatEncoder(tokenizer, data.max_length, data.thinking, data.system_prompt)
+    encoder = ChatEncoder.of(data, tokenizer)
     if config.regenerate.enabled and answers.is_file():
         data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
         return _measured(config, data, encoder, "answers of the run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from deepspec.config.schema import DataConfig, RegenerateConfig
@@ -30,9 +31,7 @@ class TargetAnswerer:
         self._target = target
         self._data = data
         # uncut: a prompt is whole or too long, never shortened
-        self._encoder = ChatEncoder(
-            target.tokenizer, sys.maxsize, data.thinking, data.system_prompt
-        )
+        self._encoder = ChatEncoder.of(replace(data, max_length=sys.maxsize), target.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Fingerprint of the target, and what the template is told."""

@@ -34,7 +34,8 @@ class TargetEnds:
     `embedding` is what the first layer sees and `head` gives the target's logits: the weights of
     the files times `embedding_scale` and `logit_scale`. `identity` is that of the ends until the
     source of the features tells the whole target's. `rollback`: how decoding takes tokens back;
-    None where no way is proven.
+    None where no way is proven. `stop_token_ids`: the tokens at which generation stops, from the
+    generation config (`eos_token_id`) and the tokenizer.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class TargetEnds:
         layer_ids: Sequence[int] | int,
         name: str,
         rollback: str | None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
         rules, config = parts.rules, parts.text_config
         self.tokenizer = tokenizer
+        self.stop_token_ids = _stop_token_ids(eos_token_id, tokenizer)
         self.name = name
         self.rollback = rollback
         self.family = parts.family
@@ -116,7 +119,26 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     with explained(config):
         parts = read_ends(find_parts(model), model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
-    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback)
+    eos = _generation_eos(config, parts.text_config)
+    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, eos)
+
+
+def _generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] | None:
+    """The ids at which generation stops, as `GenerationConfig` beside the weights has them."""
+    from transformers import GenerationConfig
+
+    path, revision = os.path.expanduser(config.path), config.revision or "main"
+    try:
+        return GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except OSError:  # it has none
+        return getattr(text_config, "eos_token_id", None)
+
+
+def _stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return sorted(set(ids))
 
 
 def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.device) -> Parts:

@@ -49,7 +49,8 @@ class Target(TargetEnds):
     ) -> None:
         parts = find_parts(model) if parts is None else parts
         way = resolve_rollback(rollback, model, parts)
-        super().__init__(parts, tokenizer, layer_ids, name, way)
+        eos = model.generation_config.eos_token_id
+        super().__init__(parts, tokenizer, layer_ids, name, way, eos)
         self.model = model.eval().requires_grad_(False)
         self._files = files
         self.backbone = parts.backbone
@@ -60,15 +61,6 @@ class Target(TargetEnds):
     def _fingerprint(self) -> Identity:
         known = self._files.fingerprint() if self._files else fingerprint_of_model(self.model)
         return {**super()._fingerprint(), "weights": known}
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """End-of-text tokens of the generation config (one or several) and tokenizer."""
-        stop = self.model.generation_config.eos_token_id
-        ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-        if self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        return sorted(set(ids))
 
     @torch.no_grad()
     def features(self, samples: Sequence[Sample], all_finals: bool = True) -> TargetFeatures:
