@@ -20,10 +20,10 @@ from typing import Any
 from deepspec.config.schema import DataConfig, FieldsConfig
 from deepspec.errors import DataError
 
-# One turn: `role` and `content` (text), and where it has them `reasoning_content` (the thought before
-# the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read. Two keys are
-# ours and never reach a template: `token_ids` (the ids that the target sampled for this answer,
-# with the stop token unless a length limit cut it) and `supervised` (false: context only).
+# One turn: `role` and `content` (text), and where it has them `reasoning_content` (the thought
+# before the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read. Two
+# keys are ours and never reach a template: `token_ids` (the ids that the target sampled for this
+# answer, with the stop token unless a length limit cut it), `supervised` (false: context only).
 Message = dict[str, Any]
 SkipCounts = Counter[str]
 
