@@ -22,7 +22,14 @@ class TemplateError(DeepSpecError):
 
 
 class TemplateRefusal(TemplateError):
-    """The chat template raised on one conversation: roles that do not alternate, for example."""
+    """One answer or conversation cannot be brought to what the target emits.
+
+    `reason`: a few words to count it by.
+    """
+
+    def __init__(self, message: str, reason: str = "refused by the chat template") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class TargetError(DeepSpecError):

@@ -1,33 +1,40 @@
-"""Tokens and loss mask through the tokenizer's own chat template.
+"""Tokens and loss mask of conversations, through the tokenizer's own chat template.
 
-Two ways to the mask: `{% generation %}` markers where the template has them, else what the target
-is given and what it writes: the rendered prompt, and the rest of the rendered answer. Where the
-template takes thoughts away from answers, or renders the prompt otherwise once it is answered
-(Gemma 4 does both), the answer itself is put behind the prompt. Nothing is guessed: a mask that
-would be empty or all ones is an error that names the sample and the template.
+Supervised is exactly what the target emits when it answers the rendered prompt; `emission.py` holds
+that rule for answers of the data. Answers that the target sampled are taken as the ids they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Self
 
-import jinja2
 import torch
 
 from deepspec.config.schema import DataConfig
 from deepspec.data.conversations import Conversation, Message, SkipCounts
+from deepspec.data.emission import ASKED, Emission, Tools, Turn
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
-REFUSED = "refused by the chat template"  # why a row is left out
+TODAY = datetime.date(2026, 1, 1)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+OURS = ("token_ids", "supervised")  # keys of a turn that no template sees
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 
 class ChatEncoder:
     """Renders conversations for one tokenizer.
 
-    `thinking` is passed to the template as `enable_thinking`; `system_prompt` is put in front of
-    conversations that bring none; samples are cut at `max_length` tokens.
+    `thinking` is passed to the template as `enable_thinking` and `thinking`, `options` beside it;
+    `system_prompt` is put in front of conversations that bring none; samples are cut at
+    `max_length` tokens. `stop_token_ids`: where the target's generation stops; without any, the
+    template tells what ends a turn. `today`: the date that templates see.
     """
 
     def __init__(
@@ -37,52 +44,72 @@ class ChatEncoder:
         thinking: bool = False,
         system_prompt: str | None = None,
         stop_token_ids: Iterable[int] = (),
+        options: Mapping[str, Any] | None = None,
+        today: datetime.date = TODAY,
     ) -> None:
-        template = tokenizer.chat_template
-        if not template:
+        if not tokenizer.chat_template:
             raise TemplateError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template; put a "
                 "chat_template.jinja beside it, or take the tokenizer of the instruct model"
             )
-        self.stop_token_ids = frozenset(stop_token_ids)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._system = system_prompt
-        self._options = {"enable_thinking": thinking}
-        self.has_markers = "{% generation" in template or "{%- generation" in template
+        self._thinking = thinking
+        self._options = {
+            **dict.fromkeys(SWITCHES, thinking),
+            **(options or {}),
+        }
+        self._today = today
+        stops = [_text_of(tokenizer, each) for each in stop_token_ids]
+        self._emission = Emission(
+            self._render, self._source, stops, _special_tokens(tokenizer), self._thinks
+        )
+        self._require_effect()
 
     @classmethod
     def of(cls, data: DataConfig, tokenizer: Any, stop_token_ids: Iterable[int] = ()) -> Self:
         """Return the encoder that `data` describes; see the class for `stop_token_ids`."""
         return cls(tokenizer, data.max_length, data.thinking, data.system_prompt, stop_token_ids)
 
-    def encode(self, conversation: Conversation) -> list[Sample]:
-        """Token ids and loss masks; nothing where `max_length` cuts every answer away.
+    def encode(self, conversation: Conversation, skips: SkipCounts | None = None) -> list[Sample]:
+        """Return token ids and loss masks; nothing where `max_length` cuts every answer away.
 
-        One sample, unless the template renders an answer differently from how it was written
-        (Gemma 4 takes its thoughts away), or once more turns follow (Qwen3 does so then): then one
-        sample an answer, each as the target wrote it. An answer that was cut by a length limit is
-        not supervised at the end of turn that the template adds: the target did not write it.
+        Supervised is every assistant turn that answers something and is not marked
+        `supervised: false`. Answers share a sample as far as the prompt of one continues the sample
+        of the one before; templates that render earlier answers differently (Qwen3 drops their
+        thoughts) give a sample per answer. What is left out is counted in `skips`: answers that
+        cannot be brought to what the target emits, or lie behind `max_length`. Without `skips` the
+        former raise TemplateRefusal.
         """
-        messages = self._with_system(conversation.messages)
-        try:
-            rendered = self._rendered(messages)
-        except TemplateError as error:
-            raise type(error)(f"sample {conversation.id}: {error}") from None
-        several = len(rendered) > 1
+        found: list[tuple[list[int], list[bool]]] = []
+        refusals: list[TemplateRefusal] = []
+        for prompt, answer in self._answers(conversation, refusals):
+            if found and prompt[: len(found[-1][0])] == found[-1][0]:
+                ids, mask = found.pop()
+                mask = mask + [False] * (len(prompt) - len(ids)) + [True] * len(answer)
+            else:
+                mask = [False] * len(prompt) + [True] * len(answer)
+            found.append((prompt + answer, mask))
+        if refusals and skips is None:
+            raise refusals[0]
+        skips = SkipCounts() if skips is None else skips
+        skips.update(refusal.reason for refusal in refusals)
+        samples = self._samples(conversation, found)
+        skips["answers behind max_length"] += len(found) - len(samples)
+        return samples
+
+    def prompt(self, messages: Iterable[Message], tools: Tools = ()) -> list[int]:
+        """Token ids of `messages` with the generation prompt, ready for the target to answer."""
+        return self._tokens(self._render(self._prepared(messages), tools, True))
+
+    def _samples(
+        self, conversation: Conversation, found: Sequence[tuple[list[int], list[bool]]]
+    ) -> list[Sample]:
+        several = len(found) > 1
         whose = conversation.conversation_id or (conversation.id if several else None)
         samples = []
-        for number, (ids, mask) in enumerate(rendered, start=1):
-            if not any(mask) or all(mask):
-                raise TemplateError(
-                    f"sample {conversation.id}: the {self._template} gives a loss mask that is "
-                    f"{'all ones' if all(mask) and mask else 'empty'}; the answers cannot be told "
-                    "from the prompt. Mend the template's {% generation %} markers, or check that "
-                    "the conversation has an assistant turn"
-                )
-            if conversation.truncated and number == len(rendered):
-                last = max(index for index, masked in enumerate(mask) if masked)
-                mask[last] = False
+        for number, (ids, mask) in enumerate(found, start=1):
             ids, mask = ids[: self.max_length], mask[: self.max_length]
             if any(mask):
                 name = f"{conversation.id}#{number}" if several else conversation.id
@@ -90,98 +117,166 @@ class ChatEncoder:
                 samples.append(Sample(tokens, supervised, name, whose))
         return samples
 
-    def answered(self, messages: Iterable[Message]) -> list[int]:
-        """Token ids of `messages`, which end with an answer, as training will see that answer."""
-        return self._rendered(self._with_system(messages))[-1][0]
+    def _answers(
+        self, conversation: Conversation, refusals: list[TemplateRefusal]
+    ) -> Iterable[tuple[list[int], list[int]]]:
+        """(prompt, answer) in token ids of each supervised turn; the others go to `refusals`."""
+        messages, tools = self._prepared(conversation.messages), conversation.tools
+        raw = [*conversation.messages]
+        raw = [*itertools.repeat({}, len(messages) - len(raw)), *raw]  # a system prompt of ours
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or raw[index].get("supervised") is False:
+                continue
+            last = index == len(messages) - 1
+            try:
+                if not any(each["role"] in ("user", "tool") for each in messages[:index]):
+                    raise TemplateRefusal(
+                        "an assistant turn comes before any question",
+                        "an assistant turn before any question",
+                    )
+                yield self._answer(
+                    messages[:index],
+                    _without_ours(raw[index]),
+                    tools,
+                    raw[index].get("token_ids"),
+                    conversation.truncated and last,
+                )
+            except TemplateRefusal as refusal:
+                name = f"sample {conversation.id}, turn {index + 1}"
+                refusals.append(TemplateRefusal(f"{name}: {refusal}", refusal.reason))
 
-    def prompt(
-        self, messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()
-    ) -> list[int]:
-        """Token ids of `messages` with the generation prompt, ready for the target to answer."""
-        return self._render(self._with_system(messages), add_generation_prompt=True)
+    def _answer(
+        self,
+        history: list[Message],
+        message: Message,
+        tools: Tools,
+        sampled: list[int] | None,
+        truncated: bool,
+    ) -> tuple[list[int], list[int]]:
+        prompt = self._render(history, tools, True)
+        given = self._tokens(prompt)
+        if sampled is not None:
+            return given, list(sampled)
+        text, mark = self._emission.text(Turn(history, message, tools, prompt), truncated)
+        both = self._tokens(prompt + text)
+        answer = both[len(given) :] if both[: len(given)] == given else self._tokens(text)
+        if mark is not None and self.tokenizer.decode(answer[-1:]).strip() != mark.strip():
+            raise TemplateRefusal(
+                f"{mark} ends the answer, but the tokenizer has no token of that name",
+                "the end of a turn is not one token",
+            )
+        return given, answer
 
-    def _with_system(self, messages: Iterable[Message]) -> list[Message]:
-        messages = list(messages)
-        if self._system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self._system})
-        return messages
+    def _prepared(self, messages: Iterable[Message]) -> list[Message]:
+        """`messages` as templates see them, with the system prompt of the config."""
+        prepared = [_without_ours(message) for message in messages]
+        if self._system and prepared[0]["role"] not in ("system", "developer"):
+            prepared.insert(0, {"role": "system", "content": self._system})
+        return self._emission.normal(prepared)
 
     @property
     def _template(self) -> str:
         return f"chat template of {self.tokenizer.name_or_path}"
 
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
+    @cached_property
+    def _source(self) -> str:
+        template = self.tokenizer.chat_template
+        return template if isinstance(template, str) else "".join(template.values())
+
+    @cached_property
+    def _switch(self) -> bool:
+        """Whether the template's prompt depends on `thinking`."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, return_dict=True, **options, **self._options
+            on, off = (
+                self._render(ASKED, (), True, **dict.fromkeys(SWITCHES, value))
+                for value in (True, False)
             )
-        except jinja2.TemplateError as error:  # raise_exception() inside the template, mostly
-            raise TemplateRefusal(f"the {self._template} refuses it: {error}") from None
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-        return list(self._apply(messages, add_generation_prompt=add_generation_prompt)["input_ids"])
-
-    def _rendered(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
-        """(ids, mask) of each sample."""
-        return self._marked(messages) if self.has_markers else self._by_prefix(messages)
-
-    def _marked(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
-        out = self._apply(messages, return_assistant_tokens_mask=True)
-        return [(list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]])]
-
-    def _by_prefix(self, messages: list[Message]) -> list[tuple[list[int], list[bool]]]:
-        """Before each answer the prompt, after it the prompt plus answer: the difference is it."""
-        answers = []  # a (text that ends with it, where it begins, where it ends) each
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:index], add_generation_prompt=True)
-                after, end = self._answered(messages[: index + 1], before)
-                answers.append((after, len(before), end))
-        # the last answer's text is the whole one unless more was said
-        spoken_last = messages[-1]["role"] == "assistant"
-        whole = answers[-1][0] if spoken_last else self._render(messages)
-        if all(whole[: len(after)] == after for after, _, _ in answers):
-            return [(whole, _mask(len(whole), [(start, end) for _, start, end in answers]))]
-        return [(after, _mask(len(after), [(start, end)])) for after, start, end in answers]
-
-    def _answered(self, messages: list[Message], before: list[int]) -> tuple[list[int], int]:
-        """The prompt `before` with the last of `messages`, and where its end of turn ends.
-
-        As the template renders it, if that is what the target was given and what it wrote. Some
-        take thoughts away or refuse them.
-        """
-        answer, start = self._tokens(messages[-1]["content"]), len(before)
-        try:
-            rendered = self._render(messages)
         except TemplateRefusal:
-            return [*before, *answer, self.tokenizer.eos_token_id], start + len(answer) + 1
-        as_given = rendered[:start] == before
-        end = self._end_of_turn(rendered, start if as_given else 0)
-        if as_given and self._said(rendered[start:end]) == self._said(answer):
-            return rendered, end
-        closing = rendered[end - 1 : end] if not self._said(rendered[end:]) else []
-        written = before + answer + closing
-        return written, len(written)
+            return False
+        return on != off
+
+    def _require_effect(self) -> None:
+        """Raises TemplateError where `thinking` is on and the template has another switch."""
+        effort = "reasoning_effort"
+        ignored = self._thinking and not self._switch and not self._emission.always_thinks
+        if ignored and effort in self._source and effort not in self._options:
+            raise TemplateError(
+                f"data.thinking=true has no effect: the {self._template} has no such switch and "
+                f"reads {effort} instead; leave data.thinking=false and set "
+                f"data.template_options={{{effort}: high}} (or another value that it knows)"
+            )
+
+    def _thinks(self) -> bool | None:
+        return self._thinking if self._switch else None
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _said(self, tokens: list[int]) -> str:
-        """Without spaces and special tokens, which templates add and take away at will."""
-        return "".join(self.tokenizer.decode(tokens, skip_special_tokens=True).split())
+    def _render(
+        self, messages: Sequence[Message], tools: Tools, prompt: bool, **options: Any
+    ) -> str:
+        """Return the text of `messages`. Raises TemplateRefusal for whatever the template raises.
 
-    def _end_of_turn(self, ids: list[int], start: int) -> int:
-        """Templates write a line break behind the end of turn; the model never does."""
-        special = set(self.tokenizer.all_special_ids)
-        marks = [position for position in range(start, len(ids)) if ids[position] in special]
-        return marks[-1] + 1 if marks else len(ids)
+        Templates want the arguments of tool calls as objects or as JSON text.
+        """
+        first: Exception | None = None
+        offered = [dict(tool) for tool in tools] or None
+        for form in _forms_of_calls(messages):
+            try:
+                template = self.tokenizer.get_chat_template(tools=offered)
+                text = self.tokenizer.apply_chat_template(
+                    form,
+                    tools=offered,
+                    chat_template=_dated(template, self._today),
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **{**self._options, **options},
+                )
+                return str(text)
+            except Exception as error:  # raise_exception() of the template, or any error in it
+                first = first or error
+        raise TemplateRefusal(f"the {self._template} refuses it: {first}")
 
 
-def _mask(length: int, answers: Iterable[tuple[int, int]]) -> list[bool]:
-    mask = [False] * length
-    for start, end in answers:
-        mask[start:end] = [True] * (end - start)
-    return mask
+def _dated(template: str, today: datetime.date) -> str:
+    """`template` with the day of `today` where it asks for the current date.
+
+    Transformers gives templates a clock and no way to set it.
+    """
+    return CLOCK.sub(lambda call: repr(today.strftime(call.group(2))), template)
+
+
+def _forms_of_calls(messages: Sequence[Message]) -> Iterable[list[Message]]:
+    yield list(messages)
+    if any(message.get("tool_calls") for message in messages):
+        yield [
+            {**message, "tool_calls": [_with_text_arguments(call) for call in calls]}
+            if (calls := message.get("tool_calls"))
+            else message
+            for message in messages
+        ]
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function") or {}
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return dict(call)
+    return {**call, "function": {**function, "arguments": json.dumps(arguments)}}
+
+
+def _without_ours(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key not in OURS}
+
+
+def _text_of(tokenizer: Any, token_id: int) -> str:
+    return str(tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """The special tokens as text: those that are flagged so, whether or not they have a name."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
 
 
 def encode_all(
@@ -193,14 +288,7 @@ def encode_all(
         if not any(message["role"] == "assistant" for message in conversation.messages):
             skips["no answer"] += 1
             continue
-        try:
-            encoded = encoder.encode(conversation)
-        except TemplateRefusal:
-            skips[REFUSED] += 1
-            continue
-        if not encoded:
-            skips["answers behind max_length"] += 1
-        for sample in encoded:
+        for sample in encoder.encode(conversation, skips):
             if bool((sample.loss_mask[1:] & sample.loss_mask[:-1]).any()):
                 samples.append(sample)
             else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from deepspec.config.schema import RunConfig
-from deepspec.data.chat_template import REFUSED, ChatEncoder
+from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
 from deepspec.decoding.decoder import Schedule
 from deepspec.decoding.exactness import first_difference
@@ -127,9 +127,9 @@ def load_benchmark(
     prompts = []
     for conversation in conversations:
         try:
-            tokens = encoder.prompt(conversation.messages)
-        except TemplateRefusal:
-            skips[REFUSED] += 1
+            tokens = encoder.prompt(conversation.messages, conversation.tools)
+        except TemplateRefusal as refusal:
+            skips[refusal.reason] += 1
             continue
         if len(tokens) > data.max_length:
             skips["prompt longer than data.max_length"] += 1

@@ -1,0 +1,457 @@
+"""What the target emits for an answer of the data: the one rule of the loss mask.
+
+Supervised is what the target emits after the rendered prompt: the thought where it writes one, the
+answer, and the first token at which its generation stops. Of an answer that the data brings, the
+template shows the form: the turn is rendered with the real words and with placeholders, and the
+two must agree around them. What cannot be brought to the rule is refused with a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from deepspec.data.conversations import Message
+from deepspec.data.thoughts import (
+    FIELDS,
+    Marks,
+    Thought,
+    marks_in,
+    opens,
+    prompt_tail,
+    skip_tail,
+    split_thought,
+    with_fields,
+    without_thought,
+)
+from deepspec.errors import TemplateRefusal
+
+# Placeholders: words that no template treats in a special way and no data holds.
+QUESTION, THOUGHT, ANSWER, NEXT = "Zquestionz", "Zthoughtz", "Zanswerz", "Znextz"
+ASKED: list[Message] = [{"role": "user", "content": QUESTION}]
+
+Tools = Sequence[Mapping[str, Any]]
+# (messages, tools, whether to add the generation prompt) -> text. Raises TemplateRefusal.
+Render = Callable[[Sequence[Message], Tools, bool], str]
+Build = Callable[[str, str], Message]  # (thought, content) -> the turn
+
+
+class Stop(NamedTuple):
+    """`text` between an answer and the `mark` at which generation stops."""
+
+    text: str
+    mark: str
+
+
+class Frame(NamedTuple):
+    """An answer as the template renders it: `body` holds thought and content, `before` of it
+    stands in front of the first of them; `after` follows the content."""
+
+    before: str
+    body: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn to be brought to what the target emits, and what it answers."""
+
+    history: Sequence[Message]
+    message: Message
+    tools: Tools
+    prompt: str
+
+
+class Emission:
+    """Brings answers to the text that the target emits after the prompt.
+
+    `stops`: marks at which generation is known to stop (empty: the template alone tells).
+    `special`: all special tokens as text. `template`: the source of the chat template.
+    `thinks`: None where the template has no switch for thoughts, else whether it is on.
+    """
+
+    def __init__(
+        self,
+        render: Render,
+        template: str,
+        stops: Collection[str],
+        special: Collection[str],
+        thinks: Callable[[], bool | None],
+    ) -> None:
+        self._render = render
+        self._template = template
+        self._known = frozenset(stops)
+        self._special = frozenset(special) | self._known
+        self._thinks = thinks
+
+    def text(self, turn: Turn, truncated: bool) -> tuple[str, str | None]:
+        """Return (the answer's text, the mark that ends it; None where it is cut).
+
+        Raises TemplateRefusal with the reason.
+        """
+        thought, content = split_thought(turn.message, self.marks)
+        tail = prompt_tail(turn.prompt, self.marks)
+        if thought is not None:
+            self._require_thinking(tail)
+        if truncated:
+            if thought is not None and not thought.closed:
+                return self._unclosed(thought, tail), None
+            if thought is None and opens(tail, self.marks):
+                return content, None  # the whole answer is a thought that was cut
+        frame = self._frame(turn, thought, content, tail)
+        self._require_no_stop(frame.body)
+        if truncated:
+            return frame.body, None
+        return self._ended(turn, frame)
+
+    def normal(self, messages: Sequence[Message]) -> list[Message]:
+        """Return `messages` with thoughts where the template expects them.
+
+        A thought inside the content goes into fields of its own where the template would show it
+        as a part of the answer, or in the marks of another model.
+        """
+        if self.marks is None or self._takes_raw:
+            return list(messages)
+        return [
+            without_thought(message, self.marks) if message["role"] == "assistant" else message
+            for message in messages
+        ]
+
+    @cached_property
+    def marks(self) -> Marks | None:
+        """The marks of the template's thoughts, by its source or the end of its prompt."""
+        return marks_in(self._template) or marks_in(self._question or "")
+
+    @property
+    def stops(self) -> frozenset[str]:
+        """Marks at which generation stops: the known ones, else the one that ends turns."""
+        return self._known or frozenset([self._end.mark] if self._end else [])
+
+    @cached_property
+    def _question(self) -> str | None:
+        try:
+            return self._render(ASKED, (), True)
+        except TemplateRefusal:
+            return None
+
+    @property
+    def always_thinks(self) -> bool:
+        """Whether the prompt of a plain question opens a thought."""
+        return opens(prompt_tail(self._question or "", self.marks), self.marks)
+
+    @cached_property
+    def _takes_raw(self) -> bool:
+        assert self.marks is not None
+        content = f"{self.marks.open}\n{THOUGHT}\n{self.marks.close}\n\n{ANSWER}"
+        try:
+            shown = self._render([*ASKED, {"role": "assistant", "content": content}], (), False)
+        except TemplateRefusal:
+            return False
+        before, thought, rest = shown.rpartition(THOUGHT)
+        closed_before = self.marks.close in before.rpartition(QUESTION)[2]
+        return bool(thought) and not closed_before and self.marks.close in rest
+
+    @cached_property
+    def _end(self) -> Stop | None:
+        """What ends a turn, by the rendering of one answer alone, else before a next question.
+
+        Cohere's templates close the answer with a special token of its own before the turn's end:
+        where an answer is opened by a special token, the first one after it is its counterpart.
+        """
+        answered: list[Message] = [*ASKED, {"role": "assistant", "content": ANSWER}]
+        for messages in (answered, [*answered, {"role": "user", "content": NEXT}]):
+            try:
+                before, found, after = self._render(messages, (), False).partition(ANSWER)
+            except TemplateRefusal:
+                continue
+            after = after.partition(NEXT)[0]
+            marks = self._marks_of(after)
+            if not found or not marks:
+                continue
+            known = [mark for mark in marks if mark.mark in self._known]
+            paired = before.endswith(tuple(self._special)) and len(marks) > 1
+            return (known or marks[paired:])[0]
+        return None
+
+    def _marks_of(self, text: str) -> list[Stop]:
+        """Every special token in `text`, in order, with what stands in front of it."""
+        if not self._special:
+            return []
+        longest = sorted(self._special, key=len, reverse=True)
+        found = re.finditer("|".join(map(re.escape, longest)), text)
+        return [Stop(text[: each.start()], each.group()) for each in found]
+
+    def _require_no_stop(self, text: str) -> None:
+        inside = next((stop for stop in self.stops if stop in text), None)
+        if inside is not None:
+            raise TemplateRefusal(
+                f"the answer holds {inside}, at which the target's generation stops",
+                "an answer holds a stop token",
+            )
+
+    def _require_thinking(self, tail: str) -> None:
+        closed = bool(tail) and not opens(tail, self.marks)
+        if closed or self._thinks() is False:
+            raise TemplateRefusal(
+                "the answer has a thought, but thinking is off: set data.thinking=true, or take "
+                "the thoughts out of the data",
+                "a thought in the answer, but data.thinking is off",
+            )
+
+    def _unclosed(self, thought: Thought, tail: str) -> str:
+        """A thought that was cut by a length limit."""
+        marks = thought.marks if self.marks is None else self.marks
+        assert marks is not None
+        whole = marks.open + thought.text
+        return _without_tail(whole, tail) if opens(tail, marks) else whole
+
+    def _frame(self, turn: Turn, thought: Thought | None, content: str, tail: str) -> Frame:
+        """The first form of the turn that the template renders rightly."""
+        if thought is None or not thought.closed:
+            plain = content if thought is None else turn.message["content"]
+            found = self._rendered(turn, lambda _, said: _plain(turn.message, said), "", plain)
+            if found is None:
+                raise self._dropped(turn, "the answer")
+            if opens(tail, self.marks) and not self._closes(found.before + found.after):
+                raise TemplateRefusal(
+                    "the prompt opens a thought and the answer has none; set data.thinking=false "
+                    "where the template has that switch, or let the target answer",
+                    "no thought in the answer, but the prompt opens one",
+                )
+            return found
+        text = thought.text.strip()
+        for build, said in self._forms(turn, thought) if text else ():
+            found = self._rendered(turn, build, said, content)
+            if found is not None and not self._repeats(found, tail):
+                return found
+        return self._assembled(turn, thought, content, tail)
+
+    def _forms(self, turn: Turn, thought: Thought) -> Iterator[tuple[Build, str]]:
+        """(turn of a thought and a content, the thought) in each form a template may expect."""
+        message, gap = turn.message, thought.gap
+
+        def inside(marks: Marks) -> Build:
+            return lambda text, said: _plain(message, f"{marks.open}{text}{marks.close}{gap}{said}")
+
+        if thought.marks is not None and self.marks in (None, thought.marks):
+            yield inside(thought.marks), thought.text
+        yield lambda text, said: with_fields(message, text, said), thought.text.strip()
+        if self.marks is not None:
+            yield inside(self.marks), thought.text
+
+    def _rendered(self, turn: Turn, build: Build, thought: str, content: str) -> Frame | None:
+        """The turn as the template renders it after the prompt.
+
+        None where that is not the thought and the content, once each, or the template refuses it.
+        """
+        answer = ANSWER if content.strip() else ""
+        try:
+            shown = self._continued(turn, build(THOUGHT if thought else "", answer))
+            if shown is None:
+                turn = self._alone(turn)
+                shown = self._continued(turn, build(THOUGHT if thought else "", answer))
+            real = self._continued(turn, build(thought, content))
+        except TemplateRefusal:
+            if thought:
+                return None
+            raise
+        if shown is None or real is None:
+            return None
+        pieces = [piece for piece in (THOUGHT if thought else "", answer) if piece]
+        if any(shown.count(piece) != 1 for piece in pieces):
+            return None
+        first = shown.index(pieces[0]) if pieces else 0
+        last = shown.index(pieces[-1]) + len(pieces[-1]) if pieces else 0
+        before, middle, after = shown[:first], shown[first:last], shown[last:]
+        between = middle.removeprefix(THOUGHT).removesuffix(ANSWER)
+        if thought and answer and self.marks and not self._closes(between):
+            return None
+        if not (real.startswith(before) and real.endswith(after)):
+            return None
+        body = real[: len(real) - len(after)]
+        if _squeezed(body[len(before) :]) != _squeezed(thought + between + content):
+            return None
+        return Frame(before, body, after)
+
+    def _alone(self, turn: Turn) -> Turn:
+        """The turn as the answer to one plain question, where its prompt ends like that one's.
+
+        Some templates (Mistral's before 2025) put the system prompt into the last question only,
+        and so render the prompt differently once it is answered.
+        """
+        question = self._question or ""
+        if turn.prompt.endswith(question.rpartition(QUESTION)[2]):
+            return Turn(ASKED, turn.message, (), question)
+        return turn
+
+    def _continued(self, turn: Turn, *messages: Message) -> str | None:
+        """What stands after the prompt once `messages` follow; None where that is not clear."""
+        text = self._render([*turn.history, *messages], turn.tools, False)
+        if text.startswith(turn.prompt):
+            return text[len(turn.prompt) :]
+        tail = prompt_tail(turn.prompt, self.marks)
+        base = turn.prompt[: len(turn.prompt) - len(tail)]
+        if text.startswith(base):
+            rest = text[len(base) :]
+        else:  # the template renders what came before otherwise once it is answered
+            opening = self._opening(turn)[: -len(tail) or None]
+            _, found, rest = text.rpartition(opening) if opening.strip() else ("", "", "")
+            if not found:
+                return None
+        return skip_tail(rest, tail, self.marks) if tail and self.marks else rest
+
+    def _opening(self, turn: Turn) -> str:
+        """The generation prompt alone."""
+        given = self._render(turn.history, turn.tools, False)
+        return turn.prompt[len(given) :] if turn.prompt.startswith(given) else ""
+
+    def _repeats(self, frame: Frame, tail: str) -> bool:
+        """Whether a thought was opened or closed before the thought of `frame` begins."""
+        again = opens(tail, self.marks) and self.marks is not None
+        return self._closes(frame.before) or (again and self.marks.open in frame.before)
+
+    def _closes(self, text: str) -> bool:
+        return self.marks is not None and self.marks.close in text
+
+    def _assembled(self, turn: Turn, thought: Thought, content: str, tail: str) -> Frame:
+        """The answer without its thought as rendered, and the thought where the target writes it:
+        after the opening in the prompt, between the marks that the template leaves empty, or in
+        front."""
+        marks = self.marks
+        if marks is None:
+            raise TemplateRefusal(
+                "the chat template has no place for the thought of the answer; put it into the "
+                "content, or take it out of the data",
+                "the template has no place for thoughts",
+            )
+        plain = {name: value for name, value in turn.message.items() if name not in FIELDS}
+        found = self._rendered(turn, lambda _, said: _plain(plain, said), "", content)
+        if found is None:
+            raise self._dropped(turn, "the answer")
+        said, text = found.body[len(found.before) :], thought.text
+        slot = re.search(rf"({re.escape(marks.open)})?(\s*){re.escape(marks.close)}", found.before)
+        if slot is not None:
+            spaces = slot.group(2)
+            if thought.marks != marks:
+                half = (len(spaces) + 1) // 2
+                text = spaces[:half] + text.strip() + spaces[half:]
+            start = marks.open if slot.group(1) else ""
+            before = found.before[: slot.start()] + start + text + marks.close
+            before += found.before[slot.end() :]
+        else:
+            before = marks.open + text + marks.close + thought.gap + found.before
+            if opens(tail, marks):
+                before = _without_tail(before, tail)
+        return Frame("", before + said, found.after)
+
+    def _ended(self, turn: Turn, frame: Frame) -> tuple[str, str | None]:
+        """`frame` up to and including the first stop after it; what the template leaves out is
+        added as it would stand before the next turn."""
+        if turn.message.get("tool_calls"):
+            return self._ended_call(turn, frame)
+        found = self._first(self._marks_of(frame.after))
+        end = found or self._end
+        if end is None:
+            return frame.body, None  # how the target ends is not known: nothing is taught of it
+        return frame.body + end.text + end.mark, end.mark
+
+    def _ended_call(self, turn: Turn, frame: Frame) -> tuple[str, str | None]:
+        """The same of a turn with tool calls, which are followed by their results."""
+        start = self._end_of_calls(turn, frame.before, frame.after)
+        self._require_no_stop(frame.after[:start])
+        marks = [each for each in self._marks_of(frame.after) if len(each.text) >= start]
+        result = {"role": "tool", "content": NEXT, "name": _names(turn.message)[-1]}
+        last = turn.message["tool_calls"][-1]
+        if last.get("id"):
+            result["tool_call_id"] = last["id"]
+        try:
+            rest = self._continued(turn, turn.message, result) or ""
+        except TemplateRefusal:
+            rest = ""
+        rest = rest.partition(NEXT)[0]
+        if rest.startswith(frame.body + frame.after[:start]):
+            begun = len(frame.body)
+            before_result = self._marks_of(rest[begun:])
+            before_result = [each for each in before_result if len(each.text) >= start]
+            known = [each for each in before_result if each.mark in self._known]
+            marks = known or marks or before_result[:1]
+        end = self._first(marks)
+        if end is None:
+            return frame.body + frame.after[:start], None
+        return frame.body + end.text + end.mark, end.mark
+
+    def _first(self, marks: Sequence[Stop]) -> Stop | None:
+        """The first of `marks` at which generation stops, else what ends turns, else the last."""
+        for wanted in (self.stops, {self._end.mark if self._end else None}):
+            for each in marks:
+                if each.mark in wanted:
+                    return each
+        return marks[-1] if marks else None
+
+    def _end_of_calls(self, turn: Turn, before: str, after: str) -> int:
+        """Where in `after` the tool calls end. Raises TemplateRefusal if one is missing."""
+        end, where = 0, _squeezed(before + after)
+        for call, name in zip(turn.message["tool_calls"], _names(turn.message), strict=True):
+            for piece in (name, *_leaves(call)):
+                spellings = (piece, json.dumps(piece, ensure_ascii=False)[1:-1])
+                if not any(_squeezed(each) in where for each in spellings):
+                    raise self._dropped(turn, f"the tool call {name}")
+                for each in spellings:
+                    if (found := after.rfind(each)) >= 0:
+                        end = max(end, found + len(each))
+        return end
+
+    def _dropped(self, turn: Turn, what: str) -> TemplateRefusal:
+        if turn.message.get("tool_calls") and (turn.message.get("content") or "").strip():
+            return TemplateRefusal(
+                "the chat template does not show both the content and the tool calls of one turn",
+                "content beside tool calls is not shown by the template",
+            )
+        return TemplateRefusal(
+            f"the chat template does not show {what} as it stands after the prompt",
+            "an answer is not shown by the template",
+        )
+
+
+def _plain(message: Message, content: str) -> Message:
+    return {**message, "content": content}
+
+
+def _without_tail(text: str, tail: str) -> str:
+    """`text`, which begins with an opened thought, without what the prompt's `tail` has of it."""
+    if text.startswith(tail):
+        return text[len(tail) :]
+    return text[len(tail.rstrip()) :].lstrip()
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _names(message: Message) -> list[str]:
+    calls = message.get("tool_calls") or ()
+    return [str((call.get("function") or call).get("name")) for call in calls]
+
+
+def _leaves(call: Mapping[str, Any]) -> list[str]:
+    """The values of a call's arguments, as text."""
+    found: list[str] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for each in value.values():
+                visit(each)
+        elif isinstance(value, list):
+            for each in value:
+                visit(each)
+        elif isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(str(value))
+
+    visit((call.get("function") or call).get("arguments"))
+    return found
