@@ -96,7 +96,8 @@ class ChatEncoder:
         skips = SkipCounts() if skips is None else skips
         skips.update(refusal.reason for refusal in refusals)
         samples = self._samples(conversation, found)
-        skips["answers behind max_length"] += len(found) - len(samples)
+        if cut_away := len(found) - len(samples):
+            skips["answers behind max_length"] += cut_away
         return samples
 
     def prompt(self, messages: Iterable[Message], tools: Tools = ()) -> list[int]:

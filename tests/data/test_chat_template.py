@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import Conversation, SkipCounts
+from deepspec.data.emission import ASKED
 from deepspec.errors import TemplateError, TemplateRefusal
 from tests.conftest import MARKED, UNMARKED, make_tokenizer
 
@@ -109,21 +114,16 @@ def test_an_answer_cut_by_a_length_limit_is_not_taught_to_end() -> None:
     encoder = ChatEncoder(TOKENIZERS["marked"], 4096)
     (ended,) = encoder.encode(conversation_of([("a?", "b")]))
     (cut,) = encoder.encode(conversation_of([("a?", "b")], truncated=True))
-    assert ended.loss_mask.sum() - cut.loss_mask.sum() == 1
-    assert cut.input_ids[ended.loss_mask & ~cut.loss_mask].tolist() == [2]
+    assert cut.input_ids.tolist() == ended.input_ids[:-1].tolist()
+    assert ended.input_ids[-1] == 2
+    assert cut.loss_mask.tolist() == ended.loss_mask[:-1].tolist()
 
 
 def test_template_mistakes_are_named() -> None:
     with pytest.raises(TemplateError, match="no chat template"):
         ChatEncoder(make_tokenizer(None), 100)
-    everything = make_tokenizer("{% generation %}" + UNMARKED + "{% endgeneration %}")
-    with pytest.raises(TemplateError, match=r"sample s: .*all ones"):
-        ChatEncoder(everything, 100).encode(conversation_of([("a", "b")]))
-    nothing = make_tokenizer(UNMARKED + "{% generation %}{% endgeneration %}")
-    with pytest.raises(TemplateError, match=r"sample s: .*empty"):
-        ChatEncoder(nothing, 100).encode(conversation_of([("a", "b")]))
     strict = make_tokenizer("{{ raise_exception('no system prompts') }}" + UNMARKED)
-    with pytest.raises(TemplateError, match=r"sample s: .*refuses it: no system prompts"):
+    with pytest.raises(TemplateRefusal, match=r"sample s, turn 2: .*refuses it: no system prompts"):
         ChatEncoder(strict, 100).encode(conversation_of([("a", "b")]))
 
 
@@ -172,7 +172,6 @@ def test_thoughts_are_supervised_where_the_target_wrote_them(
         assert not sample.loss_mask[: len(prompt)].any()
         spoken = sample.input_ids[sample.loss_mask]
         assert tokenizer.decode(spoken) == answer + end
-        assert encoder.answered(conversation.messages[: said + 1]) == sample.input_ids.tolist()
     history = tokenizer.decode(samples[1].input_ids)
     assert "well" not in history  # thoughts about the first turn are gone in the second
     (cut,) = encoder.encode(conversation_of([("a?", first)], truncated=True))
@@ -180,13 +179,9 @@ def test_thoughts_are_supervised_where_the_target_wrote_them(
 
 
 def test_a_template_that_refuses_thoughts_in_answers() -> None:
-    tokenizer = with_channels(CHANNELS_REFUSED)
-    encoder = ChatEncoder(tokenizer, 4096)
-    answer = WELL + "b"
-    (sample,) = encoder.encode(conversation_of([("a?", answer)]))
-    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == answer + "<|im_end|>"
-    with pytest.raises(TemplateRefusal, match="no channels in content"):
-        encoder.prompt(conversation_of([("a?", answer)]).messages)
+    encoder = ChatEncoder(with_channels(CHANNELS_REFUSED), 4096)
+    with pytest.raises(TemplateRefusal, match="no place for the thought"):
+        encoder.encode(conversation_of([("a?", WELL + "b")]))
 
 
 def test_a_template_that_renders_the_prompt_otherwise_once_it_is_answered() -> None:
@@ -215,3 +210,285 @@ def test_a_conversation_that_the_template_refuses_is_counted() -> None:
     refused = Conversation("r", ({"role": "system", "content": "be brief"}, *fine.messages))
     assert [sample.sample_id for sample in encode_all([refused, fine], encoder, skips)] == ["s"]
     assert skips == {"refused by the chat template": 1}
+
+
+# What the target emits, for templates in the shape of public ones.
+
+
+def with_marks(
+    template: str, marks: Sequence[str] = (), plain: Sequence[str] = (), eos: str = "<|im_end|>"
+) -> PreTrainedTokenizerFast:
+    """`marks` are special tokens that the tokenizer's config does not name, `plain` added ones."""
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in plain])
+    tokenizer.eos_token = eos
+    return tokenizer
+
+
+def turns(end: str, after: str = "", marks: tuple[str, str] = ("", "")) -> str:
+    """A template that ends each turn with `end` and the conversation with `after`."""
+    said = "{{ '<start>' + m.role + '\n' + m.content + '" + end + "' }}"
+    return (
+        "{%- for m in messages %}{%- if m.role == 'assistant' %}"
+        + (marks[0] + said + marks[1])
+        + "{%- else %}"
+        + said
+        + "{%- endif %}{%- endfor %}"
+        + after
+        + "{%- if add_generation_prompt %}{{ '<start>assistant\n' }}{%- endif %}"
+    )
+
+
+SHORT = ["<start>", "<end>", "<eos>"]
+END_BEFORE_NEXT = (  # Apertus, Hunyuan 3, Apriel 1.6
+    "{%- for m in messages %}{{ '<start>' + m.role + '\n' + m.content }}"
+    "{%- if not (loop.last and m.role == 'assistant') %}{{ '<end>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start>assistant\n' }}{%- endif %}"
+)
+ROLES_END = (  # GLM: a turn ends where the next role begins
+    "{%- for m in messages %}{{ '<|' + m.role + '|>' }}{%- if m.role == 'assistant' %}"
+    "{{ '<think>' + (m.content.split('</think>')[0].split('<think>')[-1] | trim"
+    " if '</think>' in m.content else '') + '</think>' + m.content.split('</think>')[-1] | trim }}"
+    "{%- else %}{{ m.content }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{ '<|assistant|>' + ('<think>' if enable_thinking else '<think></think>') }}{%- endif %}"
+)
+OPENS_THOUGHT = (  # QwQ, Qwen3 Thinking
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n'"
+    " + m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+LAST_THOUGHT = (  # LFM2.5: earlier answers lose their thoughts
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
+    "{% generation %}{{ (m.content if loop.last else m.content.split('</think>')[-1] | trim)"
+    " + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{%- else %}{{ m.content + '<|im_end|>\n' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
+RESPONSE = (  # Command R7B: the answer has marks of its own before the turn's end
+    "{%- for m in messages %}{{ '<start>' + m.role }}{%- if m.role == 'assistant' %}"
+    "{{ '<answer>' + m.content + '</answer><end>' }}{%- else %}{{ m.content + '<end>' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{ '<start>assistant' }}{%- endif %}"
+)
+SYSTEM_LAST = (  # Mistral Nemo: the system prompt stands in the last turn, if it is a question
+    "{%- for m in messages %}{%- if m.role == 'user' %}{{ '<start>' }}"
+    "{%- if loop.last and messages[0].role == 'system' %}{{ messages[0].content + ' ' }}"
+    "{%- endif %}{{ m.content + '</start>' }}{%- elif m.role == 'assistant' %}"
+    "{{ m.content + '<end>' }}{%- endif %}{%- endfor %}"
+)
+HM = "<think>\nhm\n</think>\n\nYes."
+GENERATION = ("{% generation %}", "{% endgeneration %}")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "answer", "thinking", "right"),
+    [
+        pytest.param(
+            with_marks(turns("<end>\n"), SHORT, eos="<eos>"),
+            *("Yes.", False, "Yes.<end>"),
+            id="the end of a turn is special but has no name: Gemma 3, Phi 3",
+        ),
+        pytest.param(
+            with_marks(
+                turns("<end>\n", "{%- if not add_generation_prompt %}<eos>{%- endif %}"),
+                *(SHORT, (), "<eos>"),
+            ),
+            *("Yes.", False, "Yes.<end>"),
+            id="eos after the end of the turn: Phi 3.5, Apriel 1.5",
+        ),
+        pytest.param(
+            with_marks(END_BEFORE_NEXT, SHORT, eos="<end>"),
+            *("Yes.", False, "Yes.<end>"),
+            id="the end is rendered only before a next turn: Apertus, Hunyuan 3",
+        ),
+        pytest.param(
+            with_marks(ROLES_END, ["<|user|>", "<|assistant|>"], ["<think>", "</think>"]),
+            *("Yes.", False, "Yes.<|user|>"),
+            id="a turn ends where the next role begins: GLM",
+        ),
+        pytest.param(
+            with_marks(ROLES_END, ["<|user|>", "<|assistant|>"], ["<think>", "</think>"]),
+            *(HM, True, "hm</think>Yes.<|user|>"),
+            id="the prompt opens the thought and the answer repeats it: GLM 4.7",
+        ),
+        pytest.param(
+            with_marks(OPENS_THOUGHT, (), ["<think>", "</think>"]),
+            *(HM, True, "hm\n</think>\n\nYes.<|im_end|>"),
+            id="the prompt opens the thought, the template drops it: QwQ",
+        ),
+        pytest.param(
+            with_marks(OPENS_THOUGHT, (), ["<think>", "</think>"]),
+            *("hm\n</think>\n\nYes.", True, "hm\n</think>\n\nYes.<|im_end|>"),
+            id="the answer closes a thought that the prompt opened",
+        ),
+        pytest.param(
+            with_marks(turns("<end>\n", marks=GENERATION), SHORT, eos="<end>"),
+            *("Yes.", False, "Yes.<end>"),
+            id="markers around the role and the line break: Laguna, LFM2.5",
+        ),
+        pytest.param(
+            with_marks(RESPONSE, [*SHORT, "<answer>", "</answer>"], eos="<eos>"),
+            *("Yes.", False, "<answer>Yes.</answer><end>"),
+            id="marks around the answer: Command R7B",
+        ),
+    ],
+)
+def test_supervised_is_what_the_target_emits(
+    tokenizer: PreTrainedTokenizerFast, answer: str, thinking: bool, right: str
+) -> None:
+    encoder = ChatEncoder(tokenizer, 4096, thinking)
+    conversation = conversation_of([("Well?", answer)])
+    (sample,) = encoder.encode(conversation)
+    prompt = encoder.prompt(conversation.messages[:1])
+    assert sample.input_ids[: len(prompt)].tolist() == prompt
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == right
+    assert sample.loss_mask.tolist() == [False] * len(prompt) + [True] * (len(sample) - len(prompt))
+    (cut,) = encoder.encode(conversation_of([("Well?", answer)], truncated=True))
+    spoken = tokenizer.decode(cut.input_ids[cut.loss_mask])
+    assert right.startswith(spoken)
+    assert spoken.endswith("Yes.")  # and is not taught to end
+
+
+def test_earlier_thoughts_are_dropped_and_every_answer_keeps_its_own() -> None:
+    tokenizer = with_marks(LAST_THOUGHT, (), ["<think>", "</think>"])
+    samples = ChatEncoder(tokenizer, 4096, True).encode(conversation_of([("a?", HM), ("b?", HM)]))
+    for sample in samples:
+        assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == HM + "<|im_end|>"
+    assert tokenizer.decode(samples[1].input_ids).count("hm") == 1
+
+
+def test_a_system_prompt_that_moves_with_the_last_question() -> None:
+    tokenizer = with_marks(SYSTEM_LAST, ["<start>", "</start>", "<end>"], eos="<end>")
+    encoder = ChatEncoder(tokenizer, 4096, system_prompt="Be brief.")
+    (sample,) = encoder.encode(conversation_of([("a?", "b")]))
+    assert tokenizer.decode(sample.input_ids) == "<start>Be brief. a?</start>b<end>"
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == "b<end>"
+
+
+def test_thoughts_where_thinking_is_off_are_refused_by_name() -> None:
+    tokenizer = with_marks(THOUGHTS, (), ["<think>", "</think>"])
+    with pytest.raises(TemplateRefusal, match=r"data\.thinking=true"):
+        ChatEncoder(tokenizer, 4096).encode(conversation_of([("Well?", HM)]))
+    (sample,) = ChatEncoder(tokenizer, 4096, True).encode(conversation_of([("Well?", HM)]))
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == HM + "<|im_end|>"
+
+
+def test_an_answer_without_thought_behind_an_opened_one_is_refused() -> None:
+    encoder = ChatEncoder(with_marks(OPENS_THOUGHT, (), ["<think>", "</think>"]), 4096, True)
+    with pytest.raises(TemplateRefusal, match="the prompt opens a thought"):
+        encoder.encode(conversation_of([("Well?", "Yes.")]))
+
+
+def test_a_stop_token_inside_an_answer_is_refused() -> None:
+    encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096, stop_token_ids=[2])
+    with pytest.raises(TemplateRefusal, match=r"holds <\|im_end\|>"):
+        encoder.encode(conversation_of([("a", "b<|im_end|>c")]))
+
+
+@pytest.mark.parametrize("name", ["thinking", "enable_thinking"])
+def test_the_switch_for_thoughts_has_two_names(name: str) -> None:
+    tokenizer = make_tokenizer("{{ 'aloud' if " + name + " else 'briefly' }}" + UNMARKED)
+    on, off = (ChatEncoder(tokenizer, 99, value).prompt(ASKED) for value in (True, False))
+    assert on != off
+
+
+def test_another_switch_for_thoughts_is_named() -> None:
+    tokenizer = make_tokenizer("{{ 'Effort: ' + (reasoning_effort or 'low') }}" + UNMARKED)
+    with pytest.raises(TemplateError, match=r"data\.template_options=\{reasoning_effort: high\}"):
+        ChatEncoder(tokenizer, 99, True)
+    encoder = ChatEncoder(tokenizer, 99, options={"reasoning_effort": "high"})
+    assert tokenizer.decode(encoder.prompt(ASKED)).startswith("Effort: high")
+
+
+def test_the_date_is_the_configs() -> None:
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }}" + UNMARKED)
+    day = datetime.date(2024, 2, 29)
+    prompt = ChatEncoder(tokenizer, 99, today=day).prompt(ASKED)
+    assert tokenizer.decode(prompt).startswith("29 Feb 2024")
+
+
+def test_an_answer_before_any_question_is_context_only() -> None:
+    skips = SkipCounts()
+    messages = (
+        {"role": "assistant", "content": "Ask me."},
+        *conversation_of([("a", "b")]).messages,
+    )
+    encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096)
+    (sample,) = encode_all([Conversation("s", messages)], encoder, skips)
+    assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "b<|im_end|>"
+    assert "Ask me." in encoder.tokenizer.decode(sample.input_ids)
+    assert skips == {"an assistant turn before any question": 1}
+
+
+@pytest.mark.parametrize(
+    "error", ["{%- for t in tools %}{{ t }}{%- endfor %}", "{{ 1 / 0 }}", "{{ missing.name }}"]
+)
+def test_whatever_a_template_raises_is_a_refusal(error: str) -> None:
+    encoder = ChatEncoder(make_tokenizer(error + UNMARKED), 4096)
+    with pytest.raises(TemplateRefusal, match="refuses it"):
+        encoder.encode(conversation_of([("a", "b")]))
+
+
+def test_sampled_ids_are_trained_on_as_they_are() -> None:
+    """The byte tokens of "b" in an order that no tokenizer gives; the text is the history."""
+    encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096)
+    first, second = [100, 101, 2], [7, 8, 9]
+    messages = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "token_ids": first},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "token_ids": second},
+    )
+    samples = encoder.encode(Conversation("s", messages, truncated=True))
+    assert [s.input_ids[s.loss_mask].tolist() for s in samples] == [first, second]
+    for sample, asked in zip(samples, (messages[:1], messages[:3]), strict=True):
+        prompt = encoder.prompt(asked)
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+
+
+def test_turns_that_are_context_only_are_not_supervised() -> None:
+    encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096)
+    conversation = conversation_of([("a", "b"), ("c", "d")])
+    conversation.messages[1]["supervised"] = False
+    (sample,) = encoder.encode(conversation)
+    assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "d<|im_end|>"
+
+
+CALLS = (  # Qwen: calls after the content; results from a role of their own
+    "{%- if tools %}{{ tools | tojson }}{%- endif %}{%- for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content }}{%- for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + (c.function.arguments | tojson) + '</call>' }}{%- endfor %}"
+    "{{ '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 17, "b": "two"}}}
+
+
+def call_conversation(content: str) -> Conversation:
+    messages = (
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": content, "tool_calls": [CALL]},
+        {"role": "tool", "content": "19"},
+        {"role": "assistant", "content": "Nineteen."},
+    )
+    return Conversation("s", messages, tools=({"name": "add"},))
+
+
+@pytest.mark.parametrize("content", ["", "Let me add."])
+def test_tool_calls_are_supervised_with_their_end(content: str) -> None:
+    tokenizer = with_marks(CALLS, (), ["<call>", "</call>"])
+    (sample,) = ChatEncoder(tokenizer, 4096).encode(call_conversation(content))
+    call = '<call>add{"a": 17, "b": "two"}</call>'
+    spoken = tokenizer.decode(sample.input_ids[sample.loss_mask])
+    assert spoken == f"{content}{call}<|im_end|>Nineteen.<|im_end|>"
+    assert '"name": "add"' in tokenizer.decode(sample.input_ids)
+
+
+def test_tool_calls_that_the_template_drops_are_refused() -> None:
+    encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096)
+    with pytest.raises(TemplateRefusal, match="content and the tool calls"):
+        encoder.encode(call_conversation("Let me add."))
+    skips = SkipCounts()
+    (sample,) = encoder.encode(call_conversation(""), skips)
+    assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "Nineteen.<|im_end|>"
+    assert sum(skips.values()) == 1
