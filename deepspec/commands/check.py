@@ -1,8 +1,8 @@
 """Check what you bring and what you made, and print what holds.
 
-A target against what DeepSpec takes for granted; an export against what serving engines require; a
-trained drafter's decoding path against its training forward. Exits with 1 when something does not
-hold.
+Data against what the target emits; a target against what DeepSpec takes for granted; an export
+against what serving engines require; a trained drafter's decoding path against its training
+forward. Exits with 1 when something does not hold.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deepspec.checks import Finding
+    from deepspec.checks.data import DataCheck
     from deepspec.checks.serving import Comparison
     from deepspec.commands.sources import Source
 
 EXAMPLES = """\
   deepspec check target=./my-qwen3-finetune
   deepspec check target=owner/name target.dtype=bfloat16 engine.device=cuda
+  deepspec check data=chats.jsonl target=Qwen/Qwen3-0.6B
+  deepspec check data=chats.parquet recipe=qwen3 data.thinking=true out=data.html
   deepspec check export=my-drafter
   deepspec check export=someone/s-drafter target.path=./my-target
   deepspec check run=runs/tiny
@@ -29,6 +32,7 @@ EXAMPLES = """\
 HAS_CONFIG = False
 
 PROMPTS, NEW_TOKENS, CANDIDATES = 3, 32, 200
+LONGEST = 600  # characters of a stretch of text that are printed
 
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
@@ -38,6 +42,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
 
     values, words = take(settings, *MODES, "recipe")
     recipe = values.pop("recipe", None)
+    if "data" in values and "target" in values:
+        words.append(f"target.path={values.pop('target')}")
     if len(values) != 1:
         raise ConfigError(f"give exactly one of {', '.join(f'{mode}=...' for mode in MODES)}")
     ((mode, value),) = values.items()
@@ -86,6 +92,90 @@ def print_findings(title: str, findings: Iterable[Finding]) -> bool:
     Console().print(table)
     print(f"{failed} of {table.row_count} do not hold" if failed else "all checks hold")
     return not failed
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
+    from deepspec.checks.data import check_data
+    from deepspec.commands import stages
+    from deepspec.commands.settings import listed, take
+    from deepspec.config.loading import config_from, load_config
+    from deepspec.data.chat_template import ChatEncoder
+    from deepspec.data.conversations import SkipCounts, load_conversations
+    from deepspec.errors import ConfigError
+    from deepspec.targets import load_text_side
+
+    values, words = take(words, "out")
+    named = f"data.path={listed('data', path)}"
+    if recipe is not None:
+        config = load_config(recipe, [*words, named])
+    else:
+        if not any(word.startswith("target.path=") for word in words):
+            raise ConfigError(
+                "target= is missing: the target's tokenizer and chat template are needed; for "
+                f"example deepspec check data={path} target=Qwen/Qwen3-0.6B, or recipe=R"
+            )
+        config = config_from({"recipe": "check"}, [*words, named])
+    stages.quiet_libraries()
+    tokenizer, stops = load_text_side(config.target)
+    encoder = ChatEncoder.of(config.data, tokenizer, stops)
+    skips = SkipCounts()
+    found = check_data(load_conversations(config.data, skips), encoder, stops)
+    found.skips.update(skips)
+    _print_samples(found)
+    for name, value in found.facts.items():
+        print(f"{name}: {value}")
+    if page := values.get("out"):
+        _write_page(Path(page).expanduser(), found, path, config.target.path)
+    return print_findings(f"{path}, as {config.target.path} would emit it", found.findings)
+
+
+def _print_samples(found: DataCheck) -> None:
+    """The first samples; what is supervised stands out, and long stretches are shortened."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, spans in found.shown:
+        text = Text(f"{_visible(name)}: ", style="bold")
+        for span in spans:
+            said = _visible(span.text)
+            if len(said) > LONGEST:
+                half = LONGEST // 2
+                said = f"{said[:half]} [... {len(said) - 2 * half} more ...] {said[-half:]}"
+            text.append(said, style="bold green" if span.supervised else "dim")
+        console.print(text, end="\n\n")
+
+
+def _visible(text: str) -> str:
+    """Without what a terminal would act on."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
+    )
+
+
+def _write_page(path: Path, found: DataCheck, title: str, target: str) -> None:
+    from deepspec import __version__
+    from deepspec.atomic import atomic_file
+    from deepspec.errors import ConfigError
+    from deepspec.evaluation.report import environment
+
+    if path.suffix != ".html":
+        raise ConfigError(f"out={path} must be named *.html: it is the page of this check")
+    context = {
+        "title": title,
+        "target": target,
+        "version": __version__,
+        "findings": found.findings,
+        "counts": found.facts,
+        "shown": found.shown,
+    }
+    with atomic_file(path) as partial:
+        page = environment().get_template("data.html.j2").render(context)
+        partial.write_text(page, encoding="utf-8")
+    print(f"page: {path}")
 
 
 # ---------------------------------------------------------------------------------------- export
@@ -208,6 +298,11 @@ def _prompts(source: Source, tokenizer: object) -> list[list[int]]:
 
 
 MODES: dict[str, tuple[str, Callable[[str, Sequence[str], str | None], bool]]] = {
+    "data": (
+        "PATH (what is learnt from it? needs target=PATH or recipe=R; takes data.* and target.* "
+        "keys, and out=PAGE.html)",
+        _check_data,
+    ),
     "target": (
         "PATH (does DeepSpec read, train and decode this model rightly? takes target.* keys)",
         _check_target,

@@ -311,8 +311,10 @@ class Emission:
 
     def _repeats(self, frame: Frame, tail: str) -> bool:
         """Whether a thought was opened or closed before the thought of `frame` begins."""
-        again = opens(tail, self.marks) and self.marks is not None
-        return self._closes(frame.before) or (again and self.marks.open in frame.before)
+        if self.marks is None:
+            return False
+        again = opens(tail, self.marks) and self.marks.open in frame.before
+        return again or self._closes(frame.before)
 
     def _closes(self, text: str) -> bool:
         return self.marks is not None and self.marks.close in text

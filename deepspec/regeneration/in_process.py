@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from deepspec.config.schema import DataConfig, RegenerateConfig
-from deepspec.data.chat_template import REFUSED, ChatEncoder
+from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Completion, Sampling, plain_decode
 from deepspec.errors import DataError, DeepSpecError, TemplateRefusal
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
@@ -70,7 +70,7 @@ class TargetAnswerer:
             try:
                 prompt = self._encoder.prompt(dialogue.messages)
             except TemplateRefusal as error:  # some templates take no system prompts, for one
-                dialogue.give_up(REFUSED, str(error))
+                dialogue.give_up(error.reason, str(error))
                 continue
             if problem := self._too_long(len(prompt), config.max_new_tokens):
                 dialogue.give_up("prompt too long", problem)
@@ -108,8 +108,7 @@ class TargetAnswerer:
         while not stopped and text.endswith(BROKEN):
             sampled.pop()
             text = self._decode(sampled)
-        history = [*dialogue.messages, {"role": "assistant", "content": text}]
-        encoded = self._encoder.answered(history)[: len(prompt) + len(sampled)]
+        encoded = prompt + sampled
         dialogue.answer(
             text,
             len(completion.tokens),

@@ -220,6 +220,23 @@ def meta_model(config: TargetConfig) -> Any:
         )
 
 
+def load_text_side(config: TargetConfig) -> tuple[Any, list[int]]:
+    """The target's tokenizer and the tokens at which its generation stops, without any weights.
+
+    Raises TargetError.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(config)
+    with explained(config):
+        found = AutoConfig.from_pretrained(
+            checked_path(config),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return tokenizer, _stop_token_ids(_generation_eos(config, found.get_text_config()), tokenizer)
+
+
 def load_tokenizer(config: TargetConfig) -> Any:
     """The target's tokenizer. Raises TargetError."""
     from transformers import AutoTokenizer
