@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,8 +16,10 @@ from typing import Any, Self
 import torch
 
 from deepspec.config.schema import DataConfig
+from deepspec.data import tool_calls
 from deepspec.data.conversations import Conversation, Message, SkipCounts
-from deepspec.data.emission import ASKED, Emission, Tools, Turn
+from deepspec.data.emission import Emission, Turn
+from deepspec.data.stops import ASKED, Tools
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
@@ -222,7 +223,7 @@ class ChatEncoder:
         """
         first: Exception | None = None
         offered = [dict(tool) for tool in tools] or None
-        for form in _forms_of_calls(messages):
+        for form in tool_calls.forms(messages):
             try:
                 template = self.tokenizer.get_chat_template(tools=offered)
                 text = self.tokenizer.apply_chat_template(
@@ -245,25 +246,6 @@ def _dated(template: str, today: datetime.date) -> str:
     Transformers gives templates a clock and no way to set it.
     """
     return CLOCK.sub(lambda call: repr(today.strftime(call.group(2))), template)
-
-
-def _forms_of_calls(messages: Sequence[Message]) -> Iterable[list[Message]]:
-    yield list(messages)
-    if any(message.get("tool_calls") for message in messages):
-        yield [
-            {**message, "tool_calls": [_with_text_arguments(call) for call in calls]}
-            if (calls := message.get("tool_calls"))
-            else message
-            for message in messages
-        ]
-
-
-def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call.get("function") or {}
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        return dict(call)
-    return {**call, "function": {**function, "arguments": json.dumps(arguments)}}
 
 
 def _without_ours(message: Message) -> Message:

@@ -8,14 +8,15 @@ two must agree around them. What cannot be brought to the rule is refused with a
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from deepspec.data import tool_calls
 from deepspec.data.conversations import Message
+from deepspec.data.stops import ANSWER, ASKED, NEXT, QUESTION, THOUGHT, Render, Stops, Tools
 from deepspec.data.thoughts import (
     FIELDS,
     Marks,
@@ -30,21 +31,7 @@ from deepspec.data.thoughts import (
 )
 from deepspec.errors import TemplateRefusal
 
-# Placeholders: words that no template treats in a special way and no data holds.
-QUESTION, THOUGHT, ANSWER, NEXT = "Zquestionz", "Zthoughtz", "Zanswerz", "Znextz"
-ASKED: list[Message] = [{"role": "user", "content": QUESTION}]
-
-Tools = Sequence[Mapping[str, Any]]
-# (messages, tools, whether to add the generation prompt) -> text. Raises TemplateRefusal.
-Render = Callable[[Sequence[Message], Tools, bool], str]
 Build = Callable[[str, str], Message]  # (thought, content) -> the turn
-
-
-class Stop(NamedTuple):
-    """`text` between an answer and the `mark` at which generation stops."""
-
-    text: str
-    mark: str
 
 
 class Frame(NamedTuple):
@@ -69,9 +56,8 @@ class Turn:
 class Emission:
     """Brings answers to the text that the target emits after the prompt.
 
-    `stops`: marks at which generation is known to stop (empty: the template alone tells).
-    `special`: all special tokens as text. `template`: the source of the chat template.
-    `thinks`: None where the template has no switch for thoughts, else whether it is on.
+    `stops`, `special`: see `Stops`. `template`: the source of the chat template. `thinks`: None
+    where the template has no switch for thoughts, else whether it is on.
     """
 
     def __init__(
@@ -84,8 +70,7 @@ class Emission:
     ) -> None:
         self._render = render
         self._template = template
-        self._known = frozenset(stops)
-        self._special = frozenset(special) | self._known
+        self._stops = Stops(render, stops, special)
         self._thinks = thinks
 
     def text(self, turn: Turn, truncated: bool) -> tuple[str, str | None]:
@@ -95,15 +80,21 @@ class Emission:
         """
         thought, content = split_thought(turn.message, self.marks)
         tail = prompt_tail(turn.prompt, self.marks)
-        if thought is not None:
-            self._require_thinking(tail)
+        if thought is not None and self._thinks_not(tail):
+            if thought.text.strip() or not thought.closed:
+                raise TemplateRefusal(
+                    "the answer has a thought, but thinking is off: set data.thinking=true, or "
+                    "take the thoughts out of the data",
+                    "a thought in the answer, but data.thinking is off",
+                )
+            thought = None  # an empty one, which the prompt has already
         if truncated:
             if thought is not None and not thought.closed:
                 return self._unclosed(thought, tail), None
             if thought is None and opens(tail, self.marks):
                 return content, None  # the whole answer is a thought that was cut
         frame = self._frame(turn, thought, content, tail)
-        self._require_no_stop(frame.body)
+        self._stops.require_none(frame.body)
         if truncated:
             return frame.body, None
         return self._ended(turn, frame)
@@ -125,11 +116,6 @@ class Emission:
     def marks(self) -> Marks | None:
         """The marks of the template's thoughts, by its source or the end of its prompt."""
         return marks_in(self._template) or marks_in(self._question or "")
-
-    @property
-    def stops(self) -> frozenset[str]:
-        """Marks at which generation stops: the known ones, else the one that ends turns."""
-        return self._known or frozenset([self._end.mark] if self._end else [])
 
     @cached_property
     def _question(self) -> str | None:
@@ -155,52 +141,9 @@ class Emission:
         closed_before = self.marks.close in before.rpartition(QUESTION)[2]
         return bool(thought) and not closed_before and self.marks.close in rest
 
-    @cached_property
-    def _end(self) -> Stop | None:
-        """What ends a turn, by the rendering of one answer alone, else before a next question.
-
-        Cohere's templates close the answer with a special token of its own before the turn's end:
-        where an answer is opened by a special token, the first one after it is its counterpart.
-        """
-        answered: list[Message] = [*ASKED, {"role": "assistant", "content": ANSWER}]
-        for messages in (answered, [*answered, {"role": "user", "content": NEXT}]):
-            try:
-                before, found, after = self._render(messages, (), False).partition(ANSWER)
-            except TemplateRefusal:
-                continue
-            after = after.partition(NEXT)[0]
-            marks = self._marks_of(after)
-            if not found or not marks:
-                continue
-            known = [mark for mark in marks if mark.mark in self._known]
-            paired = before.endswith(tuple(self._special)) and len(marks) > 1
-            return (known or marks[paired:])[0]
-        return None
-
-    def _marks_of(self, text: str) -> list[Stop]:
-        """Every special token in `text`, in order, with what stands in front of it."""
-        if not self._special:
-            return []
-        longest = sorted(self._special, key=len, reverse=True)
-        found = re.finditer("|".join(map(re.escape, longest)), text)
-        return [Stop(text[: each.start()], each.group()) for each in found]
-
-    def _require_no_stop(self, text: str) -> None:
-        inside = next((stop for stop in self.stops if stop in text), None)
-        if inside is not None:
-            raise TemplateRefusal(
-                f"the answer holds {inside}, at which the target's generation stops",
-                "an answer holds a stop token",
-            )
-
-    def _require_thinking(self, tail: str) -> None:
-        closed = bool(tail) and not opens(tail, self.marks)
-        if closed or self._thinks() is False:
-            raise TemplateRefusal(
-                "the answer has a thought, but thinking is off: set data.thinking=true, or take "
-                "the thoughts out of the data",
-                "a thought in the answer, but data.thinking is off",
-            )
+    def _thinks_not(self, tail: str) -> bool:
+        """Whether the prompt with this tail is answered without a thought."""
+        return (bool(tail) and not opens(tail, self.marks)) or self._thinks() is False
 
     def _unclosed(self, thought: Thought, tail: str) -> str:
         """A thought that was cut by a length limit."""
@@ -212,8 +155,8 @@ class Emission:
     def _frame(self, turn: Turn, thought: Thought | None, content: str, tail: str) -> Frame:
         """The first form of the turn that the template renders rightly."""
         if thought is None or not thought.closed:
-            plain = content if thought is None else turn.message["content"]
-            found = self._rendered(turn, lambda _, said: _plain(turn.message, said), "", plain)
+            said = content if thought is None else turn.message["content"]
+            found = self._rendered(turn, lambda _, text: _plain(turn.message, text), "", said)
             if found is None:
                 raise self._dropped(turn, "the answer")
             if opens(tail, self.marks) and not self._closes(found.before + found.after):
@@ -355,57 +298,32 @@ class Emission:
         added as it would stand before the next turn."""
         if turn.message.get("tool_calls"):
             return self._ended_call(turn, frame)
-        found = self._first(self._marks_of(frame.after))
-        end = found or self._end
+        end = self._stops.after(frame.after)
         if end is None:
             return frame.body, None  # how the target ends is not known: nothing is taught of it
         return frame.body + end.text + end.mark, end.mark
 
     def _ended_call(self, turn: Turn, frame: Frame) -> tuple[str, str | None]:
         """The same of a turn with tool calls, which are followed by their results."""
-        start = self._end_of_calls(turn, frame.before, frame.after)
-        self._require_no_stop(frame.after[:start])
-        marks = [each for each in self._marks_of(frame.after) if len(each.text) >= start]
-        result = {"role": "tool", "content": NEXT, "name": _names(turn.message)[-1]}
+        start = tool_calls.rendered_end(turn.message, frame.before, frame.after)
+        if start is None:
+            raise self._dropped(turn, "the tool calls")
+        calls = frame.after[:start]
+        self._stops.require_none(calls)
+        result = {"role": "tool", "content": NEXT, "name": tool_calls.names(turn.message)[-1]}
         last = turn.message["tool_calls"][-1]
         if last.get("id"):
             result["tool_call_id"] = last["id"]
         try:
-            rest = self._continued(turn, turn.message, result) or ""
+            rest = (self._continued(turn, turn.message, result) or "").partition(NEXT)[0]
         except TemplateRefusal:
             rest = ""
-        rest = rest.partition(NEXT)[0]
-        if rest.startswith(frame.body + frame.after[:start]):
-            begun = len(frame.body)
-            before_result = self._marks_of(rest[begun:])
-            before_result = [each for each in before_result if len(each.text) >= start]
-            known = [each for each in before_result if each.mark in self._known]
-            marks = known or marks or before_result[:1]
-        end = self._first(marks)
+        begun = frame.body + calls
+        next_turn = rest[len(begun) :] if rest.startswith(begun) else ""
+        end = self._stops.after_call(frame.after[start:], next_turn)
         if end is None:
-            return frame.body + frame.after[:start], None
-        return frame.body + end.text + end.mark, end.mark
-
-    def _first(self, marks: Sequence[Stop]) -> Stop | None:
-        """The first of `marks` at which generation stops, else what ends turns, else the last."""
-        for wanted in (self.stops, {self._end.mark if self._end else None}):
-            for each in marks:
-                if each.mark in wanted:
-                    return each
-        return marks[-1] if marks else None
-
-    def _end_of_calls(self, turn: Turn, before: str, after: str) -> int:
-        """Where in `after` the tool calls end. Raises TemplateRefusal if one is missing."""
-        end, where = 0, _squeezed(before + after)
-        for call, name in zip(turn.message["tool_calls"], _names(turn.message), strict=True):
-            for piece in (name, *_leaves(call)):
-                spellings = (piece, json.dumps(piece, ensure_ascii=False)[1:-1])
-                if not any(_squeezed(each) in where for each in spellings):
-                    raise self._dropped(turn, f"the tool call {name}")
-                for each in spellings:
-                    if (found := after.rfind(each)) >= 0:
-                        end = max(end, found + len(each))
-        return end
+            return begun, None
+        return begun + end.text + end.mark, end.mark
 
     def _dropped(self, turn: Turn, what: str) -> TemplateRefusal:
         if turn.message.get("tool_calls") and (turn.message.get("content") or "").strip():
@@ -432,28 +350,3 @@ def _without_tail(text: str, tail: str) -> str:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _names(message: Message) -> list[str]:
-    calls = message.get("tool_calls") or ()
-    return [str((call.get("function") or call).get("name")) for call in calls]
-
-
-def _leaves(call: Mapping[str, Any]) -> list[str]:
-    """The values of a call's arguments, as text."""
-    found: list[str] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for each in value.values():
-                visit(each)
-        elif isinstance(value, list):
-            for each in value:
-                visit(each)
-        elif isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append(str(value))
-
-    visit((call.get("function") or call).get("arguments"))
-    return found

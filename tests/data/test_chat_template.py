@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import Conversation, SkipCounts
-from deepspec.data.emission import ASKED
+from deepspec.data.stops import ASKED
 from deepspec.errors import TemplateError, TemplateRefusal
 from tests.conftest import MARKED, UNMARKED, make_tokenizer
 
@@ -371,6 +371,14 @@ def test_thoughts_where_thinking_is_off_are_refused_by_name() -> None:
         ChatEncoder(tokenizer, 4096).encode(conversation_of([("Well?", HM)]))
     (sample,) = ChatEncoder(tokenizer, 4096, True).encode(conversation_of([("Well?", HM)]))
     assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == HM + "<|im_end|>"
+
+
+def test_an_empty_thought_where_thinking_is_off_is_the_prompts() -> None:
+    tokenizer = with_marks(THOUGHTS, (), ["<think>", "</think>"])
+    conversation = conversation_of([("Well?", "<think>\n\n</think>\n\nYes.")])
+    (sample,) = ChatEncoder(tokenizer, 4096).encode(conversation)
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == "Yes.<|im_end|>"
+    assert tokenizer.decode(sample.input_ids).count("<think>") == 1
 
 
 def test_an_answer_without_thought_behind_an_opened_one_is_refused() -> None:
