@@ -62,8 +62,8 @@ class Algorithm1:
     """The paper's algorithm 1: admit by descending survival while the throughput rises.
 
     Theta = tau * SPS(B): tokens a step, tau = R + the admitted survivals, times steps a second at
-    B = R + admitted tokens. It stops at the first admission that does not raise Theta by more than a
-    tie: to look further would be to let the drafts behind j decide about j.
+    B = R + admitted tokens. It stops at the first admission that does not raise Theta (`rises`): to
+    look further would be to let the drafts behind j decide about j.
     """
 
     def __init__(self, throughput: Throughput) -> None:
@@ -83,8 +83,8 @@ class Asynchronous:
     """The paper's variant for engines that launch a step before the last one's outcome is known.
 
     How many drafts to verify, all rows together, is what would have been best two rounds ago, by an
-    unconstrained search (the fewest of those that tie); which ones, is this round's rank. Until two rounds of a batch have been
-    seen, everything is verified.
+    unconstrained search, the fewest of equals; which ones, is this round's rank. Until two rounds
+    of a batch have been seen, everything is verified.
     """
 
     def __init__(self, throughput: Throughput) -> None:

@@ -83,7 +83,7 @@ def naive_budget(chances: np.ndarray, limits: np.ndarray, seconds: Seconds) -> i
     return next(count for count, theta in enumerate(thetas) if not rises(max(thetas), theta))
 
 
-# Admitting the draft raises Theta by its last bit, or not at all: tau / seconds and tau * SPS differ
+# Admitting the draft raises tau / seconds in its last bit, and tau * SPS not at all
 NEAR_TIE = (
     np.array([[0.4821188085323155]]),
     np.array([1]),
