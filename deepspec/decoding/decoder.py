@@ -156,7 +156,9 @@ class Decoder:
             scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
         width = max(scheduled)
 
-        block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
+        block = anchors[:, None]
+        if width:
+            block = torch.cat((block, proposal.tokens[:, :width]), dim=1)
         lengths = [count + 1 for count in scheduled]
         end = max(starts) + width + 1
         output = rows.forward(block, positions, end, self._with_context, lengths)
