@@ -13,7 +13,7 @@ help:
 	@echo "make demo        train, check and export a drafter for the embedded tiny target"
 	@echo "make reproduce   the paper's figures, in kind; an hour on 2 cores (ARGS='seeds=3', ...)"
 	@echo "make test        lint, format, types and the tests"
-	@echo "make test-slow   the slow suites too"
+	@echo "make test-slow   the slow suites too, with freshly drawn inputs"
 	@echo "make storm       20 kills and cuts at random moments of a training, and other faults"
 	@echo "make clean       remove the environment and caches"
 
@@ -41,7 +41,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --hypothesis-profile=fresh
 
 storm: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses=0 -s -m slow tests/faults

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -24,6 +28,14 @@ from tests.trainers import MakeTrainer, build_trainer
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Hypothesis draws the same examples each time, on any machine; with --hypothesis-profile=fresh
+# (`make test-slow`) it draws new ones, and prints how to repeat one that fails. No deadline: tests
+# share the cores.
+FIXED, FRESH = "fixed", "fresh"
+settings.register_profile(FIXED, derandomize=True, deadline=None)
+settings.register_profile(FRESH, derandomize=False, deadline=None, print_blob=True)
+settings.load_profile(FIXED)
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 MARKED = """\
 {%- for message in messages -%}
@@ -35,6 +47,26 @@ MARKED = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 UNMARKED = MARKED.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
+def seed_generators(name: str) -> None:
+    """Seed the global generators by `name`, so that draws without a seed of their own repeat."""
+    seed = zlib.crc32(name.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures are made."""
+    seed_generators(f"{item.nodeid} setup")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Once more before the test, because which fixtures are made depends on the tests before."""
+    seed_generators(f"{item.nodeid} call")
 
 
 def make_tokenizer(template: str | None = MARKED) -> PreTrainedTokenizerFast:

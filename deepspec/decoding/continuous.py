@@ -24,6 +24,7 @@ class NoDrafts:
     """The proposer that proposes nothing: with it, a decoder is plain decoding."""
 
     block_size = 0
+    reads_features = False
 
     def start(self, rows: int) -> None:
         """Nothing to forget."""

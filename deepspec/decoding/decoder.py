@@ -52,6 +52,7 @@ class Decoder:
         self.target = target
         pays = getattr(schedule, "pays", None)
         self.proposer = proposer if pays is None else SkippingProposer(proposer, pays)
+        self._with_context = getattr(self.proposer, "reads_features", True)
         self.batch_size = batch_size
         self.stop_token_ids = target.stop_token_ids if stop_token_ids is None else stop_token_ids
         self._schedule = schedule
@@ -110,7 +111,7 @@ class Decoder:
 
     def begin(self, rows: Rows, random: RandomRows, sampling: Sampling) -> None:
         """Prefill `rows`, the only requests of the proposer from now on; each says a token."""
-        tokens, output = rows.prefill(with_context=True)
+        tokens, output = rows.prefill(self._with_context)
         self.proposer.start(len(rows))
         starts = torch.zeros(len(rows), dtype=torch.int64, device=tokens.device)
         self._observe(tokens, output, rows.prompt_lengths, starts, tokens.shape[1])
@@ -155,10 +156,12 @@ class Decoder:
             scheduled = [min(a, b) for a, b in zip(scheduled, wished, strict=True)]
         width = max(scheduled)
 
-        block = torch.cat((anchors[:, None], proposal.tokens[:, :width]), dim=1)
+        block = anchors[:, None]
+        if width:
+            block = torch.cat((block, proposal.tokens[:, :width]), dim=1)
         lengths = [count + 1 for count in scheduled]
         end = max(starts) + width + 1
-        output = rows.forward(block, positions, end, True, lengths)
+        output = rows.forward(block, positions, end, self._with_context, lengths)
         verdict = self._judge(proposal, output, scheduled, sampling, uniforms)
         # the round's only synchronisation: what was accepted, and the tokens
         confidence = proposal.confidence
@@ -218,11 +221,10 @@ class Decoder:
         starts: Tensor,
         end: int,
     ) -> None:
-        assert output.context is not None
         self.proposer.observe(
             Observation(
                 tokens=tokens,
-                context=output.context,
+                context=output.final[..., :0] if output.context is None else output.context,
                 final=output.final,
                 starts=starts,
                 counts=upload(counts, tokens.device),

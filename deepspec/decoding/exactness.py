@@ -65,10 +65,10 @@ def first_difference(
 
 def _logits(target: Target, tokens: Sequence[int], step: int) -> torch.Tensor:
     """Next-token logits [V] after `tokens`, the last ones fed `step` at a time."""
-    head = len(tokens) - 1 if step == 1 else len(tokens)
+    head = len(tokens) - 1 if step == 1 and len(tokens) > 1 else len(tokens)
     rows = Rows(target, ["x"], [list(tokens[:head])], 1, [])
     _, output = rows.prefill(with_context=False)
-    if step == 1:
+    if head < len(tokens):
         last = torch.tensor([[tokens[-1]]], device=target.device)
         start = torch.tensor([head], device=target.device)
         output = rows.forward(last, start, head + 1, with_context=False)

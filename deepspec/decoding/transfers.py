@@ -22,9 +22,10 @@ def upload(values: Any, device: torch.device) -> Tensor:
 
 def download(*parts: Tensor) -> list[list[list[float]]]:
     """Each of `parts` [B, *] as lists, all in one transfer: fp64 holds tokens and fp32 exactly."""
-    rows = torch.cat([part.double() for part in parts], dim=1)
-    widths = [part.shape[1] for part in parts]
-    return [part.tolist() for part in rows.cpu().split(widths, dim=1)]
+    filled = [part.double() for part in parts if part.shape[1]]  # plain rounds have no drafts
+    rows = (torch.cat(filled, dim=1) if len(filled) > 1 else filled[0]).cpu()
+    found = iter(rows.split([part.shape[1] for part in filled], dim=1))
+    return [next(found).tolist() if part.shape[1] else [[]] * len(part) for part in parts]
 
 
 def integers(rows: Sequence[Sequence[float]]) -> list[list[int]]:

@@ -33,6 +33,8 @@ def verify(
     token, so that a row's draws do not depend on its batch mates' widths. Unused when greedy.
     """
     width = tokens.shape[1]
+    if not width:  # a plain step, at the cost of one
+        return Verification(scheduled, _last(target_logits, sampling, uniforms))
     slots = torch.arange(width, device=tokens.device)
     looked_at = slots < scheduled[:, None]
     anchor = (scheduled + 1).cumsum(0) - (scheduled + 1)  # where each row begins among the N
@@ -50,15 +52,22 @@ def verify(
 
     row = torch.arange(tokens.shape[0], device=tokens.device)
     last = target[anchor + accepted]
-    if width:
-        slot = accepted.clamp(max=width - 1)  # where a rejected draft stood
-        if draft is None:
-            proposed = torch.zeros_like(last).scatter_(1, tokens[row, slot][:, None], 1.0)
-        else:
-            proposed = draft[row, slot]
-        rejected = (accepted < scheduled)[:, None]
-        last = torch.where(rejected, residual(last, proposed), last)
+    slot = accepted.clamp(max=width - 1)  # where a rejected draft stood
+    if draft is None:
+        proposed = torch.zeros_like(last).scatter_(1, tokens[row, slot][:, None], 1.0)
+    else:
+        proposed = draft[row, slot]
+    rejected = (accepted < scheduled)[:, None]
+    last = torch.where(rejected, residual(last, proposed), last)
     return Verification(accepted, draw(last, uniforms[:, -1]))
+
+
+def _last(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> Tensor:
+    """The next token [B] by the target's `logits` [B, V] alone."""
+    if sampling.greedy:
+        return logits.argmax(-1)
+    assert uniforms is not None
+    return draw(sampling.probabilities(logits), uniforms[:, -1])
 
 
 def residual(target: Tensor, draft: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ class Drafter(nn.Module):
 class Observation:
     """What the target computed in one forward, for the proposer to take in.
 
-    `tokens` [B, Q] the forward's input; `context` [B, Q, L*D]; `final` [B, Q, D]. Row b's entries
+    `tokens` [B, Q] the forward's input; `context` [B, Q, L*D], or [B, Q, 0] for a proposer with
+    `reads_features` false; `final` [B, Q, D]. Row b's entries
     stand at positions `starts[b] ..`, of which the first `counts[b]` are verified; the rest is
     rubbish that a later observation overwrites. `end` = max(starts) + Q, known on the host.
     """
@@ -139,7 +140,11 @@ def within(draw: Draw, vocabulary: Tensor | None, size: int) -> Draw:
 
 
 class Proposer(Protocol):
-    """A drafter inside the decoding loop. Rows are requests; each has its own length."""
+    """A drafter inside the decoding loop. Rows are requests; each has its own length.
+
+    For a proposer with an attribute `reads_features` that is false, the target captures no features
+    while it decodes.
+    """
 
     block_size: int
 

@@ -40,8 +40,8 @@ class RowKV:
         assert self._values is not None
         if rows == 1:
             first = end - count  # one row: `end` is exactly starts + Q, a slice will do
-            self._keys[:, :, first:end] = keys
-            self._values[:, :, first:end] = values
+            self._keys[:1, :, first:end] = keys
+            self._values[:1, :, first:end] = values
         else:
             row = torch.arange(rows, device=keys.device)[:, None]
             column = starts[:, None] + torch.arange(count, device=keys.device)

@@ -34,7 +34,7 @@ from deepspec.evaluation.results import (
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace
 from deepspec.scheduling.calibration_file import Calibration
-from deepspec.scheduling.schedulers import open_schedule
+from deepspec.scheduling.schedulers import open_policy, open_schedule
 from deepspec.targets import Target
 
 WARM_UP_TOKENS = 16  # first calls allocate buffers and choose kernels
@@ -81,13 +81,11 @@ def evaluate(
     """
     check_benchmarks(config.evaluation.benchmarks)
     decoding = config.decoding
-    schedules = {
-        temperature: open_schedule(
-            decoding,
-            None
-            if calibration is None
-            else calibration.scaling(temperature, decoding.top_p, decoding.top_k),
-        )
+    table = getattr(open_policy(decoding), "throughput", None)  # read once, before any decoding
+    scalings = {
+        temperature: None
+        if calibration is None
+        else calibration.scaling(temperature, decoding.top_p, decoding.top_k)
         for temperature in config.evaluation.temperatures
     }
     evaluation = Evaluation()
@@ -107,7 +105,7 @@ def evaluate(
     total = sum(len(benchmarks[short]) for short, _, _ in runs)
     with Progress("evaluate", total, "prompts", show=show) as progress:
         for short, temperature, seed in runs:
-            schedule = schedules[temperature]
+            schedule = partial(open_schedule, decoding, scalings[temperature], table)
             run = _Run(config, target, proposer, schedule, temperature, seed, progress)
             # one seed is enough for the speed-up and the comparison with plain decoding
             compared = config.evaluation.baseline_prompts if seed == seeds[0] else 0
@@ -165,14 +163,15 @@ def average(results: Sequence[BenchmarkResult]) -> list[Average]:
 
 
 class _Run:
-    """All decoders at one temperature and seed."""
+    """All decoders at one temperature and seed. `schedule` opens a new one each time: what a
+    schedule has seen of one benchmark, or of the warm-up, is not carried into another."""
 
     def __init__(
         self,
         config: RunConfig,
         target: Target,
         proposer: Proposer,
-        schedule: Schedule | None,
+        schedule: Callable[[], Schedule | None],
         temperature: float,
         seed: int,
         progress: Progress,
@@ -185,9 +184,7 @@ class _Run:
         self.sampling = Sampling(temperature)
         if temperature:
             self.sampling = Sampling(temperature, decoding.top_p, decoding.top_k)
-        self.decoder = Decoder(
-            target, proposer, self.batch_size, self.stop, schedule, self.compiled
-        )
+        self.proposer, self.schedule = proposer, schedule
         self.lookup: Decoder | None = None
         if config.evaluation.ngram and not isinstance(proposer, NgramProposer):
             longest, shortest = config.drafter.ngram_max, config.drafter.ngram_min
@@ -201,8 +198,8 @@ class _Run:
         self, name: str, prompts: list[Prompt], compared: int
     ) -> tuple[BenchmarkResult, list[DecodeTrace]]:
         """Draft for all `prompts`; decode the first `compared` plainly and by lookup too."""
-        draft = partial(self._draft, self.decoder)
-        draft(prompts[: self.batch_size], WARM_UP_TOKENS)
+        self._draft(self._open_decoder(), prompts[: self.batch_size], WARM_UP_TOKENS)
+        draft = partial(self._draft, self._open_decoder())
         first = self._decode(draft, prompts[:compared], self.progress)
         baseline = lookup = None
         if compared:
@@ -236,6 +233,16 @@ class _Run:
             lookup=lookup,
         )
         return result, traces
+
+    def _open_decoder(self) -> Decoder:
+        return Decoder(
+            self.target,
+            self.proposer,
+            self.batch_size,
+            self.stop,
+            self.schedule(),
+            self.compiled,
+        )
 
     def _draft(self, decoder: Decoder, prompts: Sequence[Prompt], limit: int) -> DecodeResult:
         names = [prompt.request for prompt in prompts]

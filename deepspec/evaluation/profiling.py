@@ -70,6 +70,7 @@ class _Timed:
 
     def __init__(self, inner: Proposer, device: torch.device) -> None:
         self.block_size = inner.block_size
+        self.reads_features = getattr(inner, "reads_features", True)
         self.proposed: list[float] = []
         self.observed: list[float] = []
         self._inner, self._device = inner, device

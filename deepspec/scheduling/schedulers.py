@@ -4,6 +4,10 @@ A scheduler gets a round's prefix survivals and gives a length a row. What keeps
 whether draft j is admitted must not depend on token j itself. Confidence c_j is made from the
 tokens before j; c_{j+1} and later ones have seen it. So no rule here looks, on its way to deciding
 about j, at any later draft of that row. Legend: R rows, K block size, B tokens verified in a step.
+
+A draft that leaves the throughput the same is not admitted: it would take room in the cache and
+bring nothing. Throughputs within `TIE` of each other count as the same, so that the order in which
+a sum is rounded does not decide.
 """
 
 from __future__ import annotations
@@ -12,18 +16,24 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from deepspec.config.schema import DecodingConfig
 from deepspec.errors import ConfigError
 from deepspec.records import Proposal
-from deepspec.scheduling.calibration import Floats, Scaling, calibrated, survival
+from deepspec.scheduling.calibration import Bools, Floats, Scaling, calibrated, survival
 from deepspec.scheduling.drafting import DraftingPays
 from deepspec.scheduling.throughput import Throughput, read_throughput
 
 Ints = NDArray[np.int64]
 Policy = Callable[[Floats, Ints], Ints]
 """(survival [R, K], limits [R]) -> lengths [R], each at most its limit."""
+TIE = 1e-9  # relative; the rounding of fp64 is far below it, what a table can measure far above
+
+
+def rises(raised: ArrayLike, theta: ArrayLike) -> Bools:
+    """Whether the throughput `raised` is above `theta` by more than a tie."""
+    return np.asarray(raised) > np.asarray(theta) * (1 + TIE)
 
 
 class FixedLength:
@@ -52,8 +62,8 @@ class Algorithm1:
     """The paper's algorithm 1: admit by descending survival while the throughput rises.
 
     Theta = tau * SPS(B): tokens a step, tau = R + the admitted survivals, times steps a second at
-    B = R + admitted tokens. It stops at the first admission that does not raise Theta: to look
-    further would be to let the drafts behind j decide about j.
+    B = R + admitted tokens. It stops at the first admission that does not raise Theta (`rises`): to
+    look further would be to let the drafts behind j decide about j.
     """
 
     def __init__(self, throughput: Throughput) -> None:
@@ -64,8 +74,8 @@ class Algorithm1:
         """See `Policy`."""
         rows, values = _ranked(survival, limits)
         theta = self._theta(values, len(limits))
-        rises = theta[1:] > theta[:-1]
-        admitted = len(rises) if rises.all() else int(rises.argmin())
+        raised = rises(theta[1:], theta[:-1])
+        admitted = len(raised) if raised.all() else int(raised.argmin())
         return np.bincount(rows[:admitted], minlength=len(limits))
 
 
@@ -73,8 +83,8 @@ class Asynchronous:
     """The paper's variant for engines that launch a step before the last one's outcome is known.
 
     How many drafts to verify, all rows together, is what would have been best two rounds ago, by an
-    unconstrained search; which ones, is this round's rank. Until two rounds of a batch have been
-    seen, everything is verified.
+    unconstrained search, the fewest of equals; which ones, is this round's rank. Until two rounds
+    of a batch have been seen, everything is verified.
     """
 
     def __init__(self, throughput: Throughput) -> None:
@@ -90,7 +100,8 @@ class Asynchronous:
         """See `Policy`."""
         rows, values = _ranked(survival, limits)
         budget = self._budgets[0] if len(self._budgets) == 2 else len(rows)
-        self._budgets.append(int(self._theta(values, len(limits)).argmax()))
+        theta = self._theta(values, len(limits))
+        self._budgets.append(int(rises(theta.max(), theta).argmin()))
         return np.bincount(rows[:budget], minlength=len(limits))
 
 

@@ -261,3 +261,9 @@ def test_exactness_tells_rounding_from_error(target: Target) -> None:
     assert difference.index == 3
     assert difference.gap > difference.noise
     assert not difference.explained
+
+
+def test_outputs_may_part_at_the_first_token_behind_a_prompt_of_one(target: Target) -> None:
+    difference = first_difference(target, "r", [5], [7, 8], [9, 8])
+    assert difference.index == 0
+    assert not difference.explained

@@ -85,12 +85,14 @@ def test_outputs_are_those_of_each_request_alone(
 class WithConfidence(RandomProposer):
     """Claims something else of each draft in every round."""
 
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__(vocabulary)
+        self.rng = torch.Generator().manual_seed(0)
+
     def propose(self, *args):
         proposal = super().propose(*args)
         shape = tuple(proposal.tokens.shape)
         return replace(proposal, confidence=torch.rand(shape, generator=self.rng) ** 0.5)
-
-    rng = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize(

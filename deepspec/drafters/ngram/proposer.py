@@ -20,6 +20,8 @@ from deepspec.records import Proposal
 class NgramProposer:
     """Looks up prompt and output of each row, on the host."""
 
+    reads_features = False
+
     def __init__(self, config: NgramConfig) -> None:
         self.block_size = config.block_size
         self._config = config
