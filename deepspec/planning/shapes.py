@@ -6,7 +6,7 @@ H heads, G key/value heads, E head dimension, I width of the MLP, V vocabulary, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ def shapes_of(target: TargetEnds, config: DrafterConfig) -> Shapes:
     Raises ConfigError for a drafter that does not fit the target.
     """
     kind = drafter_kind(config.kind)
+    if target.tokenizer is None and config.mask_token_id is None:
+        config = replace(config, mask_token_id=0)  # no size depends on which token it is
     shape = kind.resolve(config, target)
     with torch.device("meta"):
         drafter = kind.build(shape)
