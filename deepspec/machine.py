@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 import time
@@ -46,18 +45,19 @@ GPU_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Operations a second that `device` does at most: of a GPU as its maker says, None where it is
-    another one or for fp32; of processors as a matrix product shows (fp32, a moment)."""
+    another one or for fp32; of processors as `processor_flops` measures it."""
     import torch
 
     if device.type == "cpu":
-        return _product_flops()
+        return processor_flops()
     name = torch.cuda.get_device_name(device)
     known = (peak for part, peak in GPU_PEAKS.items() if part in name)
     return next(known, None) if precision == "bf16" else None
 
 
-@functools.cache
-def _product_flops(size: int = 512) -> float:
+def processor_flops(size: int = 512) -> float:
+    """Operations a second that a matrix product reaches on the processors now (fp32, a moment): too
+    few while other work has them."""
     import torch
 
     matrix = torch.ones(size, size)

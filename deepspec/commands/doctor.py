@@ -128,12 +128,18 @@ def _optional() -> Iterator[Finding]:
 def _network() -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
-    offline = constants.HF_HUB_OFFLINE
+    from deepspec.hub import look_at_hub
+
+    hub, mend = look_at_hub(), ""
+    if constants.is_offline_mode():
+        mend = "unset HF_HUB_OFFLINE to fetch targets and benchmarks"
+    elif not hub.answers:
+        mend = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes what is cached at once"
     yield Finding(
         "hub",
-        "offline (HF_HUB_OFFLINE)" if offline else f"online, cache in {constants.HF_HUB_CACHE}",
-        "note" if offline else "ok",
-        "unset HF_HUB_OFFLINE to fetch targets and benchmarks" if offline else "",
+        f"{hub.found}, cache in {constants.HF_HUB_CACHE}",
+        "ok" if hub.answers else "note",
+        mend,
     )
     token = get_token() is not None
     yield Finding(

@@ -53,12 +53,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.beginnings import adopt_origin
 
     config = adopt_origin(config, given_keys(words), Path(config.out) / "checkpoints")
-    plan, room = _plan(config, gpus, memory, tokens)
+    plan, room, origin = _plan(config, gpus, memory, tokens)
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")
     for what, size, how in (
-        *_counts(plan),
+        *_counts(plan, origin),
         *_hours(plan, rate),
         *_memory(plan, room),
         *_disk(plan, room),
@@ -71,7 +71,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
 
 def _plan(
     config: RunConfig, gpus: int | None, memory: int | None, tokens: int | None
-) -> tuple[Plan, Room]:
+) -> tuple[Plan, Room, str | None]:
     from pathlib import Path
 
     import psutil
@@ -81,27 +81,29 @@ def _plan(
     from deepspec.features.store import free_bytes
     from deepspec.planning.plan import Room, make_plan
     from deepspec.planning.shapes import Job, shapes_of
+    from deepspec.planning.target import plan_target
     from deepspec.planning.workload import read_workload
-    from deepspec.targets import load_target
 
     check_trained(config)
     quiet_libraries()
     device = config.engine.device
     there = torch.cuda.is_available()
     cuda = device == "cuda" or (device == "auto" and (there or gpus is not None))
-    target = load_target(config.target, "meta")
+    target, origin = plan_target(config.target)
     job = Job(config, shapes_of(target, config.drafter), gpus or 1, cuda)
     if memory is None and cuda:
         memory = torch.cuda.get_device_properties(0).total_memory if there else None
     elif memory is None:  # the processes share it
         memory = psutil.virtual_memory().total // job.world
     plan = make_plan(job, read_workload(config, target.tokenizer, tokens))
-    return plan, Room(memory, free_bytes(Path(config.out)))
+    return plan, Room(memory, free_bytes(Path(config.out))), origin
 
 
-def _counts(plan: Plan) -> Iterator[tuple[str, str, str]]:
+def _counts(plan: Plan, origin: str | None) -> Iterator[tuple[str, str, str]]:
     job, config, batch = plan.job, plan.job.config, plan.batch
     yield "target", f"{job.shapes.target_parameters:,}", f"parameters of {config.target.path}"
+    if origin is not None:
+        yield "", "", f"shape: {origin}"
     yield "drafter", f"{job.shapes.trainable:,}", "trainable parameters"
     samples = "unknown" if plan.workload.samples is None else f"{plan.workload.samples:,}"
     yield "samples", samples, f"{plan.workload.mean_tokens(config):,.0f} tokens on average"

@@ -34,7 +34,8 @@ from deepspec.features.extract import check_room, extract, header_of, missing_sh
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import Store
-from deepspec.machine import describe_machine, peak_flops
+from deepspec.machine import describe_machine, peak_flops, processor_flops
+from deepspec.planning.shapes import PLANNED
 from deepspec.planning.work import work_of
 from deepspec.processes import rank, world_size
 from deepspec.progress import say
@@ -280,9 +281,13 @@ def speed_of(config: RunConfig, target: TargetEnds, engine: Engine) -> Speed | N
     """What the progress of a training says besides; None in processes that show none."""
     if not engine.is_main:
         return None
-    given = config.engine.peak_tflops
-    peak = given * 1e12 if given else peak_flops(engine.device, config.training.precision)
-    return Speed(work_of(config, target), peak)
+    if config.drafter.kind not in PLANNED:
+        return Speed(None, None)
+    work, given = work_of(config, target), config.engine.peak_tflops
+    if given:
+        return Speed(work, given * 1e12)
+    measure = processor_flops if engine.device.type == "cpu" else None
+    return Speed(work, peak_flops(engine.device, config.training.precision), measure)
 
 
 def train_drafter(

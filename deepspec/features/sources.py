@@ -14,7 +14,7 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode
-from deepspec.features.store import Store, digest
+from deepspec.features.store import BadShardError, Store, digest
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 
@@ -131,10 +131,10 @@ class Hybrid(FeatureSource):
         if all(self._store.holds(sample) for sample in samples):
             try:
                 return self._store.read(samples)
-            except DataError:  # a bad shard: made again
-                for shard in self._store.finished():
-                    if not self._sound(shard):
-                        self._store.discard(shard)
+            except BadShardError as error:  # made again
+                self._store.discard(error.shard)
+            except DataError:
+                pass  # not opened this time, as with too many open files: the shard stays
         header = self._store.header
         features = self._target.features(samples, header.all_finals)
         contexts = features.context.split([len(sample) for sample in samples])
@@ -157,13 +157,6 @@ class Hybrid(FeatureSource):
     @property
     def _tokens(self) -> int:
         return max(1, self._size // self._store.header.bytes_a_token)
-
-    def _sound(self, shard: str) -> bool:
-        try:
-            self._store.check(shard)
-        except DataError:
-            return False
-        return True
 
     def _flush(self) -> None:
         if not self._fresh:

@@ -90,6 +90,14 @@ class _Place:
     conversation_id: str | None
 
 
+class BadShardError(DataError):
+    """The file of `shard` is not what was written, or not there."""
+
+    def __init__(self, message: str, shard: str) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
 class Store:
     """The folder at `path`. `verify`: check a shard's hash before its features are first read by
     this process; tokens are always held against their own digests."""
@@ -162,7 +170,8 @@ class Store:
     # ------------------------------------------------------------------------------- reading
 
     def read(self, samples: Sequence[Sample]) -> TargetFeatures:
-        """Features of `samples`, packed, on the CPU. Raises DataError for a bad shard."""
+        """Features of `samples`, packed, on the CPU. Raises BadShardError, or DataError for a shard
+        that could not be opened although it is what was written."""
         parts = [self._slice(self._places[sample.sample_id]) for sample in samples]
         return decode({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
@@ -191,15 +200,16 @@ class Store:
             )
 
     def check(self, shard: str) -> None:
-        """Reread one shard whole. Raises DataError when it is not what was written, or not what
+        """Reread one shard whole. Raises BadShardError when it is not what was written, or not what
         lay under its name when this process first saw it: places in it would be of other rows."""
         file = self.path / f"{shard}.safetensors"
         found = sha256(file) if file.is_file() else None
         if found != self._known[shard]:
-            raise DataError(
+            raise BadShardError(
                 f"{file} is {'corrupt: its sha256 is not the recorded one' if found else 'missing'}"
                 f"; delete {shard}.json and what is left of it, and make it again by the same "
-                "deepspec extract command, which keeps all other shards"
+                "deepspec extract command, which keeps all other shards",
+                shard,
             )
 
     def discard(self, shard: str) -> None:

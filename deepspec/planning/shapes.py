@@ -6,7 +6,7 @@ H heads, G key/value heads, E head dimension, I width of the MLP, V vocabulary, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from torch import nn
 
 from deepspec.config.schema import DrafterConfig, RunConfig, TargetConfig
 from deepspec.drafters.registry import drafter_kind
+from deepspec.errors import ConfigError
 from deepspec.targets import Target, TargetEnds
 
 FP32, BF16 = 4, 2  # bytes
+# kinds of drafter that `activations`, `dspark_v4` and `work` have formulas for
+PLANNED = ("dspark", "dflash", "dspark_v4", "eagle3", "mtp")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,17 @@ def shapes_of(target: TargetEnds, config: DrafterConfig) -> Shapes:
 
     Of ends alone, the parameters of what is between them are 0.
 
-    Raises ConfigError for a drafter that does not fit the target.
+    Raises ConfigError for a drafter that does not fit the target, and for one of a kind without
+    formulas.
     """
+    if config.kind not in PLANNED:
+        raise ConfigError(
+            f"drafter.kind={config.kind} has no formulas for memory and work, which there are for "
+            f"{', '.join(PLANNED)}; train it without a plan, or add them to deepspec/planning"
+        )
     kind = drafter_kind(config.kind)
+    if target.tokenizer is None and config.mask_token_id is None:
+        config = replace(config, mask_token_id=0)  # no size depends on which token it is
     shape = kind.resolve(config, target)
     with torch.device("meta"):
         drafter = kind.build(shape)

@@ -62,26 +62,39 @@ class Workload:
         return tuple(max(1, min(anchors, answer - 1, longest - 1)) for _, answer in lengths)
 
 
-def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None) -> Workload:
+def read_workload(config: RunConfig, tokenizer: Any | None, assumed: int | None = None) -> Workload:
     """The samples of `config`: the run's own answers, the data's, or prompts and a bound.
 
-    Of data that are not here, every sample has `assumed` tokens, or as many as it may. Raises
-    DataError for data that are neither local nor named like a hub data set.
+    Of data that are not here, and of all where there is no `tokenizer`, every sample has `assumed`
+    tokens, or as many as it may. Raises DataError for data that are neither local nor named like a
+    hub data set.
     """
     data, answers = config.data, Path(config.out) / "answers.jsonl"
-    encoder = ChatEncoder.of(data, tokenizer)
-    if config.regenerate.enabled and answers.is_file():
+    prompts, source = config.regenerate.enabled, "data"
+    if prompts and answers.is_file():
         data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
-        return _measured(config, data, encoder, "answers of the run")
+        prompts, source = False, "answers of the run"
+    elif prompts:
+        source = "prompts, and answers of regenerate.max_new_tokens"
+    answers_each = config.regenerate.samples_per_prompt if prompts else 1
+    encoder = None if tokenizer is None else ChatEncoder.of(data, tokenizer)
     if any(local_files(path) is None for path in data.path):
-        each = min(assumed or data.max_length, data.max_length)
-        source = f"not here: {each} each, as " + ("assumed" if assumed else "data.max_length says")
-        answers_each = config.regenerate.samples_per_prompt if config.regenerate.enabled else 1
-        samples = None if data.limit is None else _training(config, data.limit * answers_each)
-        return Workload(samples, ((each, each),), False, source)
-    if not config.regenerate.enabled:
-        return _measured(config, data, encoder, "data")
-    return _measured(config, data, encoder, "prompts, and answers of regenerate.max_new_tokens")
+        return _assumed(config, "not here", data.limit, answers_each, assumed)
+    if encoder is None:
+        count = sum(1 for _ in load_conversations(data, SkipCounts()))
+        return _assumed(config, f"{source}; no tokenizer here", count, answers_each, assumed)
+    return _measured(config, data, encoder, source)
+
+
+def _assumed(
+    config: RunConfig, why: str, conversations: int | None, answers_each: int, assumed: int | None
+) -> Workload:
+    """All samples as long as one another, because of `why`."""
+    longest = config.data.max_length
+    each = min(assumed or longest, longest)
+    source = f"{why}: {each} each, as " + ("assumed" if assumed else "data.max_length says")
+    samples = None if conversations is None else _training(config, conversations * answers_each)
+    return Workload(samples, ((each, each),), False, source)
 
 
 def _measured(config: RunConfig, data: Any, encoder: ChatEncoder, source: str) -> Workload:

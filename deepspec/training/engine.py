@@ -8,6 +8,7 @@ give weights and moments by parameter name, so a checkpoint knows no number of p
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -144,12 +145,21 @@ class Engine:
         return torch.stack(gathered).sum(0).tolist()
 
     def close(self) -> None:
-        """Leave the job, the main process first: when one is gone, a launcher may end the rest."""
+        """Release what the training allocated and leave the job, the main process first: when one
+        is gone, a launcher may end the rest. The evaluation that follows has the memory then."""
+        self._release()
         if dist.is_initialized():
             self.wait()
             dist.destroy_process_group()
             # without a pause gloo's threads may abort a process that succeeded
             time.sleep(0.2 if self.is_main else 1.0)
+
+    def _release(self) -> None:
+        """Drop module, gradients, optimizer state and buffers, which Accelerate holds too."""
+        for name in ("_drafter", "_optimizer", "_module", "_zero"):
+            self.__dict__.pop(name, None)
+        self.accelerator.free_memory()
+        gc.collect()  # modules, hooks and the trainer's generator form cycles
 
     # ------------------------------------------------------------------------------ training
 

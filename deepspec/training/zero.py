@@ -89,6 +89,20 @@ class ZeroEngine(Engine):
         self._zero: Any = self._module.optimizer  # DeepSpeed's, around torch's
         return self._module
 
+    def _release(self) -> None:
+        """See `Engine._release`; the library's stage 3 holds modules in two places of its own."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+        from deepspeed.runtime.zero.partitioned_param_coordinator import (
+            PartitionedParameterCoordinator,
+        )
+
+        FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():  # one has an lru_cache inside
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
+        super()._release()
+
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`. DeepSpeed averages over processes; the loss wants a sum."""
         self._module.backward(loss * self.world)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from deepspec.atomic import sha256
 from deepspec.config.schema import ExtractConfig, TargetConfig
 from deepspec.errors import DataError, TargetError
 from deepspec.features.encoding import decode, encode, token_bytes
@@ -486,6 +487,37 @@ def test_hybrid_asks_the_target_once_a_sample(
     again = make_trainer("again", source=source())
     assert [again.train_step()["loss"] for _ in range(4)] == pytest.approx(online[:4], rel=1e-5)
     assert 17 < asked[0] <= 17 + 4 * held
+
+
+def test_hybrid_reads_again_the_bad_shard_alone(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many others there are; two bad ones are found one after the other."""
+    names = build(target, tmp_path, replace(SMALL, shard_mib=0.02)).finished()
+    assert len(names) > 4
+    source = Hybrid(target, Store.open(tmp_path), "hybrid-0", 2**30)
+    held = {name: json.loads((tmp_path / f"{name}.json").read_text())["samples"] for name in names}
+    by_id = {sample.sample_id: sample for sample in SAMPLES}
+    bad, worse, *others = names
+    for name in others:  # they are checked once
+        source.features([by_id[row["id"]] for row in held[name]])
+    for name in (bad, worse):
+        file = tmp_path / f"{name}.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+    hashed: list[str] = []
+
+    def counted(file: Path) -> str:
+        hashed.append(file.stem)
+        return sha256(file)
+
+    monkeypatch.setattr("deepspec.features.store.sha256", counted)
+    assert_right(target, source, SAMPLES)
+    assert sorted(hashed) == sorted([bad, worse])
+    source.settle(lambda: None)
+    assert not (tmp_path / f"{bad}.json").exists()
+    assert len(Store.open(tmp_path)) == len(SAMPLES)
 
 
 def shared(target: Target, path: Path, count: int) -> list[Hybrid]:

@@ -17,8 +17,9 @@ from transformers import DeepseekV3Config
 from deepspec.cli import main
 from deepspec.config.loading import load_config
 from deepspec.config.validation import validate, value_of
-from deepspec.drafters.registry import drafter_kind
+from deepspec.drafters.registry import DRAFTERS, drafter_kind
 from deepspec.drafters.rotary import Rotary
+from deepspec.errors import ConfigError
 from deepspec.features.sources import Online
 from deepspec.planning.advice import advise, changed
 from deepspec.planning.memory import memory_of, target_weights
@@ -332,6 +333,17 @@ def test_a_target_of_671_billion(
 )
 def test_mistakes(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *words.split())
+
+
+def test_a_kind_without_formulas_is_refused(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its module is: not planned as another kind."""
+    config = make_job().config
+    monkeypatch.setitem(DRAFTERS, "another", DRAFTERS["mtp"])
+    config.drafter.kind = "another"
+    with pytest.raises(ConfigError, match=r"drafter\.kind=another has no formulas"):
+        shapes_of(load_target(config.target, "meta"), config.drafter)
 
 
 def test_an_unknown_family_is_a_target_error(

@@ -1,0 +1,66 @@
+"""A `deepspec train` that notes what of its training is alive when its evaluation begins.
+
+python -m tests.training.left_job NOTES.json train recipe=... key=value ...
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.cli import main
+from deepspec.commands import stages
+
+TRAINING = {"AdamW", "Distillation", "Trainer", "AcceleratedOptimizer"}
+DEEPSPEED = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Bytes by address: views share theirs."""
+    kept = (tensor.untyped_storage() for tensor in tensors if not tensor.is_meta)
+    return {storage.data_ptr(): storage.nbytes() for storage in kept if storage.nbytes()}
+
+
+def alive() -> tuple[list[str], dict[int, int]]:
+    """What belongs to a training, by class, and the storages of all tensors; as it is, without a
+    collection by the test."""
+    objects = gc.get_objects()
+    names = (type(thing).__name__ for thing in objects)
+    left = [name for name in names if name in TRAINING or name.startswith(DEEPSPEED)]
+    kinds = [thing for thing in objects if issubclass(type(thing), Tensor)]
+    return left, storages(kinds)
+
+
+def run(notes: Path, *words: str) -> None:
+    """Train with `words`; `notes` gets what was alive."""
+    evaluate = stages.evaluate_drafter
+
+    def noting(source: Any, target: Any, drafter: Any, out: Path) -> Any:
+        left, found = alive()
+        needed = [
+            *target.model.parameters(),
+            *target.model.buffers(),
+            *drafter.state_dict().values(),
+        ]
+        others = found.keys() - storages([*needed, target.embedding, target.head.weight]).keys()
+        weights = sum(parameter.nbytes for parameter in drafter.parameters())
+        row = {"left": left, "bytes": sum(found[place] for place in others), "weights": weights}
+        notes.write_text(json.dumps(row))
+        return evaluate(source, target, drafter, out)
+
+    stages.evaluate_drafter = noting
+    try:
+        main(list(words))
+    finally:
+        stages.evaluate_drafter = evaluate
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), *sys.argv[2:])
