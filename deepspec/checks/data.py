@@ -92,7 +92,7 @@ class DataCheck:
                 f"{min(self.lengths)} to {max(self.lengths)} tokens, median {steps[4]:.0f}, "
                 f"90 % up to {steps[8]:.0f}"
             )
-        found["cut at data.max_length"] = f"{self.cut}"
+        found["cut at the length limit"] = f"{self.cut}"
         return found
 
 
