@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import __version__
+from deepspec.atomic import naming
 from deepspec.commands.beginnings import first_drafter
 from deepspec.commands.confidences import calibration_of, require_scheduled
 from deepspec.commands.sources import Source
@@ -44,6 +45,7 @@ from deepspec.regeneration import (
     RegenerationCounts,
     ServerAnswerer,
     TargetAnswerer,
+    api_key_of,
     regenerate,
     regenerate_together,
 )
@@ -134,15 +136,17 @@ def make_answers(
     conversations = list(load_conversations(config.data, skips))
     answerer: Answerer
     if wanted.server:
-        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data)
+        key = api_key_of(wanted)
+        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data, key)
     else:
         assert isinstance(target, Target), "checked by config.validation"
         answerer = TargetAnswerer(target, config.data)
     counts: RegenerationCounts | None = None
-    if world_size() > 1 and not wanted.server:
-        counts = regenerate_together(conversations, answerer, wanted, out, wait)
-    elif rank() == 0:
-        counts = regenerate(conversations, answerer, wanted, out)
+    with naming(out):
+        if world_size() > 1 and not wanted.server:
+            counts = regenerate_together(conversations, answerer, wanted, out, wait)
+        elif rank() == 0:
+            counts = regenerate(conversations, answerer, wanted, out)
     wait()
     if counts is None:
         return {}

@@ -15,6 +15,7 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
     "target.offload_folder",
     "drafter.ngram_max",
     "drafter.ngram_min",
+    "regenerate.api_key_env",
     "regenerate.batch_size",
     "regenerate.concurrency",
     "regenerate.retries",
