@@ -330,7 +330,6 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     # what can fail fails now rather than behind the work
     skipped, training = source.skipped(), source.training()
     calibration = calibration_of(source, drafter)
-    out.mkdir(parents=True, exist_ok=True)
     proposer = open_proposer(source.kind, drafter, target)
     evaluation = evaluate(config, target, proposer, calibration)
     report = Report(
@@ -353,8 +352,8 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         skipped={**skipped, **evaluation.skipped},
         training=training,
     )
+    write_report(report, out)  # first: by report.json the folder is known as ours
     evaluation.save_traces(out / "traces.jsonl")
-    write_report(report, out)
     return report
 
 

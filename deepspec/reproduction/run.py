@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from deepspec.atomic import write_text
 from deepspec.errors import ConfigError, Interrupted
+from deepspec.outputs import REPRODUCTION, claim
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.plan import Plan
@@ -36,6 +37,7 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
     """Make the folder and keep it against other processes. Raises ConfigError."""
+    claim(out, REPRODUCTION)
     lock = FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)

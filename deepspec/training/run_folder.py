@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from deepspec.atomic import write_text
 from deepspec.config.schema import RunConfig, as_dict
 from deepspec.errors import TrainingError
+from deepspec.outputs import RUN, claim
 from deepspec.processes import rank
 
 
@@ -47,6 +48,8 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> Self:
+        if rank() == 0:  # the others may look while it writes
+            claim(self.path, RUN)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if rank() == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.cli import main
 from deepspec.config.loading import load_config
 from deepspec.decoding import NoDrafts
 from deepspec.evaluation.evaluate import Evaluation
@@ -19,9 +22,62 @@ from deepspec.reproduction.finding import Finding
 from deepspec.serving.contest import Contender, save_rounds
 from deepspec.serving.traffic import Level
 from deepspec.training.run_folder import RunFolder
+from tests.recipes.small import small, words, write_prompts
 
 TRACE = DecodeTrace("p0", 0, 4, 3, 3, 1, 2, (0.5,), 0.1)
 FINDING = Finding("depth", "", "", "", (), Table([], []), [{"layers": 1, "accepted": 2.0}], ())
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def settings(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    prompts = write_prompts(tmp_path_factory.mktemp("data") / "prompts.jsonl")
+    return ["recipe=tiny", *words(small(target_folder, prompts))]
+
+
+@pytest.fixture(scope="module")
+def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps without a report, for all tests to read and none to change."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    main(["train", f"out={out}", *settings, "evaluation.enabled=false"])
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to write in."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "new.jsonl"
+    rows = ({"id": f"h{i}", "turns": [f"Tell of {i}."]} for i in range(6))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """`refused("train", key=value)`: the one error message, with exit code 2."""
+
+    def call(*command: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(command))
+        assert end.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+        return lines[-1]
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by name; nothing is left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @contextmanager
@@ -74,3 +130,156 @@ def test_a_file_is_whole_or_as_it_was(save: Callable[[Path, int], Path], tmp_pat
     assert list(tmp_path.iterdir()) == [path]
     save(tmp_path, 1)
     assert path.read_bytes() != before
+
+
+# --------------------------------------------------------------------------- the files of others
+
+
+@pytest.fixture
+def commands(settings: list[str], trained: Path, held_out: Path, tmp_path: Path) -> dict:
+    """By name, a command without its out=, and files of others that it could replace."""
+    quick = [f"evaluation.benchmarks={held_out}"]
+    folder = tmp_path / "load"
+    return {
+        "train": (settings, ["config.yaml", "metrics.jsonl", "report.md", "skipped.json"]),
+        "extract": (settings, ["store.json", "answers.json"]),
+        "evaluate": ([f"run={trained}"], ["report.html", "report.json", "traces.jsonl"]),
+        "calibrate": ([f"run={trained}", *quick], ["calibration.json", "calibration.md"]),
+        "load": ([f"run={trained}", *quick, "seconds=0.1"], ["load.csv", "throughput-dspark.json"]),
+        "simulate": ([f"load={folder}", "throughput=synthetic"], ["simulate.csv"]),
+        "reproduce": (settings, ["reproduction.html", "config.yaml", "table1.csv"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "extract", "evaluate", "calibrate", "load", "reproduce"]
+)
+def test_a_folder_of_others_is_left_alone(
+    command: str, commands: dict, refused: Refused, tmp_path: Path
+) -> None:
+    own, names = commands[command]
+    for name in names:
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text("mine")
+        message = refused(command, *own, f"out={out}")
+        assert f"out={out} holds {name}, not written by deepspec" in message
+        assert "choose another folder, or move" in message
+        assert contents(out) == {name: b"mine"}
+
+
+def test_a_simulation_is_checked_too(commands: dict, refused: Refused, run: Path) -> None:
+    main(["load", *commands["load"][0], "concurrency=1", "temperature=0", f"out={run / 'load'}"])
+    words = [f"load={run / 'load'}", "seconds=1"]
+    (run / "simulate.csv").write_text("mine")
+    assert "holds simulate.csv, not written" in refused("simulate", *words, f"out={run}")
+    assert (run / "simulate.csv").read_text() == "mine"
+    main(["simulate", *words])
+    first = contents(run / "load")
+    main(["simulate", *words, "concurrency=4"])  # beside the first one
+    both = contents(run / "load")
+    assert both.keys() - first.keys() == {"simulate-2.csv", "simulate-2.json"}
+    assert {name: both[name] for name in first} == first
+
+
+def test_files_of_others_within_a_folder_of_ours(
+    settings: list[str], refused: Refused, run: Path, tmp_path: Path
+) -> None:
+    """Notes may lie there; what a command would replace may not."""
+    (run / "notes.txt").write_text("mine")
+    (run / "report.md").write_text("mine")
+    before = contents(run)
+    assert "holds report.md, not written" in refused("evaluate", f"run={run}", f"out={run}")
+    assert "holds report.md, not written" in refused("train", *settings, f"out={run}")
+    assert contents(run) == before
+    (run / "report.md").unlink()
+    main(["train", *settings, f"out={run}"])  # goes on, and reports
+    main(["evaluate", f"run={run}", f"out={run}"])
+    assert "accepted length" in (run / "report.md").read_text()
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("lost", ["config.yaml", "checkpoints", ".lock"])
+def test_what_earlier_versions_and_kills_left_is_ours(
+    lost: str, settings: list[str], run: Path
+) -> None:
+    place = run / lost
+    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    main(["train", *settings, "evaluation.enabled=false", f"out={run}"])
+    assert (run / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_empty_files_and_folders_are_nobody_s(settings: list[str], tmp_path: Path) -> None:
+    """Where a volume is mounted, and what a job's launcher made."""
+    for name in ("lost+found", "checkpoints", "logs"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "answers.jsonl").touch()
+    main(["train", *settings, "evaluation.enabled=false", f"out={tmp_path / 'out'}"])
+
+
+def test_an_extraction_and_its_answers_go_on(settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    main(["extract", *settings, f"out={out}"])
+    for file in (*out.glob("shard-*"), out / "store.json"):  # killed while it answered
+        file.unlink()
+    main(["extract", *settings, f"out={out}"])
+    assert (out / "store.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["answers.json", "answers.failed.jsonl"])
+def test_neighbours_of_answers(
+    name: str, settings: list[str], refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "letter.txt").write_text("mine")
+    out = tmp_path / "answers.jsonl"
+    assert f"holds {name}, not written" in refused("regenerate", *settings, f"out={out}")
+    assert contents(tmp_path) == {name: b"mine", "letter.txt": b"mine"}
+    main(["regenerate", *settings, f"out={tmp_path / 'other.jsonl'}"])
+    main(["regenerate", *settings, f"out={tmp_path / 'other.jsonl'}"])  # goes on
+
+
+def test_a_table_is_not_written_over_another_file(
+    settings: list[str], refused: Refused, tmp_path: Path
+) -> None:
+    file = tmp_path / "table.json"
+    quick = ["rows=1", "tokens=[1,2]", "context=8", "repeats=1"]
+    for text in ("mine", '{"mine": 1}'):
+        file.write_text(text)
+        assert f"out={file} is there" in refused("profile", *settings, *quick, f"out={file}")
+        assert file.read_text() == text
+    file.unlink()
+    for _ in range(2):  # its own it replaces
+        main(["profile", *settings, *quick, f"out={file}"])
+
+
+# ---------------------------------------------------------------------- places of their own
+
+
+def test_results_without_out_replace_nothing(
+    trained: Path, held_out: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two evaluations of one recipe: of another drafter, or decoded in another way."""
+    monkeypatch.chdir(tmp_path)
+    prompts = f"evaluation.benchmarks={held_out}"
+    quick = ["rows=1", "tokens=[1,2]", "context=8", "repeats=1"]
+    for command, words, more in (
+        ("evaluate", [f"run={trained}", prompts], "decoding.max_new_tokens=4"),
+        ("calibrate", [f"run={trained}", prompts, "evaluation.limit=6"], "decoding.max_new_tokens=6"),
+        ("profile", [*settings, *quick], "context=9"),
+    ):
+        main([command, *words])
+        first = contents(tmp_path)
+        main([command, *(word for word in words if word.split("=")[0] != more.split("=")[0]), more])
+        assert {name: text for name, text in contents(tmp_path).items() if name in first} == first
+    expected = ["calibrate-tiny", "evaluate-tiny", "throughput-tiny"]
+    found = sorted(path.stem for path in (tmp_path / "runs").iterdir())
+    assert found == sorted([*expected, *(f"{name}-2" for name in expected)])
+
+
+def test_an_evaluation_that_fails_leaves_no_folder(
+    trained: Path, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused("evaluate", f"run={trained}", "evaluation.benchmarks=nothing.jsonl")
+    assert not list((tmp_path / "runs").iterdir())
