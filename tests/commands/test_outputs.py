@@ -283,3 +283,98 @@ def test_an_evaluation_that_fails_leaves_no_folder(
     monkeypatch.chdir(tmp_path)
     refused("evaluate", f"run={trained}", "evaluation.benchmarks=nothing.jsonl")
     assert not list((tmp_path / "runs").iterdir())
+
+
+# ----------------------------------------------------------------------------- found again later
+
+
+@pytest.fixture
+def project(
+    target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[str]]:
+    """A folder with a target, prompts and a run whose paths are relative to it, and its settings."""
+    home = tmp_path / "home"
+    shutil.copytree(target_folder, home / "models" / "plain")
+    write_prompts(home / "prompts.jsonl")
+    monkeypatch.chdir(home)
+    relative = small(Path("models/plain"), Path("prompts.jsonl"))
+    own = ["recipe=tiny", "out=run", "evaluation.enabled=false", *words(relative)]
+    main(["train", *own])
+    (tmp_path / "elsewhere").mkdir()
+    return home, own
+
+
+def forget_places(run: Path) -> None:
+    """As versions that did not record them left it."""
+    for file in run.glob("checkpoints/*/checkpoint.json"):
+        raw = json.loads(file.read_text())
+        raw.pop("places", None)
+        file.write_text(json.dumps(raw))
+
+
+def test_a_run_finds_its_target_and_data_from_another_folder(
+    project: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, _ = project
+    monkeypatch.chdir(home.parent / "elsewhere")
+    main(["export", f"checkpoint={home / 'run'}", "out=drafter"])
+    main(["evaluate", f"run={home / 'run'}", "out=report"])  # its prompts have a path too
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["config"]["target"]["path"] == str(home / "models" / "plain")
+    monkeypatch.chdir(home)
+    main(["evaluate", "run=run", "out=report"])
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["config"]["target"]["path"] == "models/plain"  # as written, where that leads there
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_other_ways_to_write_a_path_go_on(
+    recorded: bool,
+    project: tuple[Path, list[str]],
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home, own = project
+    if not recorded:
+        forget_places(home / "run")
+    for prefix in ("./", f"{home}/", "../home/"):
+        other = [word.replace("path=", f"path={prefix}") for word in own]
+        capsys.readouterr()
+        main(["train", *other])
+        assert "going on from" in capsys.readouterr().err
+    shutil.copy("prompts.jsonl", "others.jsonl")
+    others = [word for word in own if not word.startswith("data.path=")]
+    message = refused("train", *others, "data.path=others.jsonl")
+    assert "data.path=['others.jsonl'], but run/checkpoints/step-00000002 was trained" in message
+
+
+def test_a_project_that_was_moved_goes_on(
+    project: tuple[Path, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home, own = project
+    moved = home.rename(home.with_name("moved"))
+    monkeypatch.chdir(moved)
+    main(["train", *own])
+    assert "going on from" in capsys.readouterr().err
+    main(["export", "checkpoint=run", "out=drafter"])
+
+
+def test_a_target_that_is_gone_is_not_sought_on_the_hub(
+    project: tuple[Path, list[str]], refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    home, own = project
+    elsewhere = home.parent / "elsewhere"
+    monkeypatch.chdir(elsewhere)
+    shutil.rmtree(home / "models")
+    message = refused("evaluate", f"run={home / 'run'}")
+    assert f"target.path={home / 'models' / 'plain'}: no config.json there (no such" in message
+    forget_places(home / "run")
+    for command in (["evaluate", f"run={home / 'run'}"], ["train", *own]):
+        message = refused(*command)
+        assert f"target.path=models/plain is no folder in {elsewhere}, and as a name" in message
+    (elsewhere / "models" / "plain").mkdir(parents=True)
+    message = refused("train", *own)
+    assert "target.path=models/plain: no config.json there; give the folder" in message
