@@ -6,7 +6,6 @@ A file of ours is known by the keys it holds, so that folders of earlier version
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from fnmatch import fnmatchcase
 from glob import escape
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import yaml
 
@@ -25,8 +25,8 @@ ANSWER_KEYS = frozenset(("format", "temperature", "max_new_tokens"))
 
 @dataclass(frozen=True)
 class Output:
-    """What a command writes into a folder: the file `mark`, which is ours where it holds `keys`, and
-    `others`, which are ours where that one is. Names are glob patterns."""
+    """What a command writes into a folder: the file `mark`, which is ours if it holds `keys`, and
+    `others`, which are ours if that one is. Names are glob patterns."""
 
     mark: str
     keys: frozenset[str]
@@ -98,10 +98,10 @@ def make_folder(folder: Path) -> None:
     """Make out=`folder`. Raises ConfigError where nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise ConfigError(f"out={folder} cannot be written: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"out={folder} cannot be written: its permissions, or its disk, forbid it")
+        raise _no_place(folder, error) from None
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _first_new(path: Path, make: Callable[[Path], None]) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"{place} cannot be written: {error.strerror}; set out=") from None
+            raise _no_place(place, error) from None
         return place
     raise AssertionError("numbers do not end")
 
@@ -196,6 +196,12 @@ def _keys(file: Path) -> set[str]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return set()
     return {key for key in found if isinstance(key, str)} if isinstance(found, dict) else set()
+
+
+def _no_place(place: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"out={place} cannot be written: {error.strerror}; set out= to another place"
+    )
 
 
 def _not_ours(folder: Path, names: list[str]) -> ConfigError:

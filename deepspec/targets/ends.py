@@ -235,8 +235,8 @@ def checked_path(config: TargetConfig) -> str:
     if (there or looks_local) and not Path(path, "config.json").is_file():
         missing = "" if there else " (no such folder)"
         raise TargetError(
-            f"target.path={config.path}: no config.json there{missing}; give the folder of a Hugging Face "
-            "checkpoint or the name of one on the hub"
+            f"target.path={config.path}: no config.json there{missing}; give the folder of a "
+            "Hugging Face checkpoint or the name of one on the hub"
         )
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from deepspec.records import DecodeTrace
 from deepspec.reproduction.finding import Finding
 from deepspec.serving.contest import Contender, save_rounds
 from deepspec.serving.traffic import Level
+from deepspec.training.metrics import read_metrics
 from deepspec.training.run_folder import RunFolder
 from tests.recipes.small import small, words, write_prompts
 
@@ -257,20 +259,28 @@ def test_a_table_is_not_written_over_another_file(
 
 
 def test_results_without_out_replace_nothing(
-    trained: Path, held_out: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    held_out: Path,
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two evaluations of one recipe: of another drafter, or decoded in another way."""
     monkeypatch.chdir(tmp_path)
     prompts = f"evaluation.benchmarks={held_out}"
     quick = ["rows=1", "tokens=[1,2]", "context=8", "repeats=1"]
-    for command, words, more in (
+    for command, given, more in (
         ("evaluate", [f"run={trained}", prompts], "decoding.max_new_tokens=4"),
-        ("calibrate", [f"run={trained}", prompts, "evaluation.limit=6"], "decoding.max_new_tokens=6"),
+        (
+            "calibrate",
+            [f"run={trained}", prompts, "evaluation.limit=6"],
+            "decoding.max_new_tokens=6",
+        ),
         ("profile", [*settings, *quick], "context=9"),
     ):
-        main([command, *words])
+        main([command, *given])
         first = contents(tmp_path)
-        main([command, *(word for word in words if word.split("=")[0] != more.split("=")[0]), more])
+        main([command, *(word for word in given if word.split("=")[0] != more.split("=")[0]), more])
         assert {name: text for name, text in contents(tmp_path).items() if name in first} == first
     expected = ["calibrate-tiny", "evaluate-tiny", "throughput-tiny"]
     found = sorted(path.stem for path in (tmp_path / "runs").iterdir())
@@ -292,7 +302,7 @@ def test_an_evaluation_that_fails_leaves_no_folder(
 def project(
     target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, list[str]]:
-    """A folder with a target, prompts and a run whose paths are relative to it, and its settings."""
+    """A folder with a target, prompts and a run with paths relative to it, and its settings."""
     home = tmp_path / "home"
     shutil.copytree(target_folder, home / "models" / "plain")
     write_prompts(home / "prompts.jsonl")
@@ -324,7 +334,9 @@ def test_a_run_finds_its_target_and_data_from_another_folder(
     monkeypatch.chdir(home)
     main(["evaluate", "run=run", "out=report"])
     report = json.loads(Path("report/report.json").read_text())
-    assert report["config"]["target"]["path"] == "models/plain"  # as written, where that leads there
+    assert (
+        report["config"]["target"]["path"] == "models/plain"
+    )  # as written, where that leads there
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -378,3 +390,95 @@ def test_a_target_that_is_gone_is_not_sought_on_the_hub(
     (elsewhere / "models" / "plain").mkdir(parents=True)
     message = refused("train", *own)
     assert "target.path=models/plain: no config.json there; give the folder" in message
+
+
+# --------------------------------------------------------------- disks that are full or read-only
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`disk("size=4k")`: a memory file system of these options, which only root may mount."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk-{len(mounted)}"
+        place.mkdir()
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(place)])
+        if made.returncode:
+            pytest.skip("needs the right to mount")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_names_the_file(
+    settings: list[str], refused: Refused, disk: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Settings of the answers fit into one page, and the answers do not."""
+    place = disk("size=4k")
+    message = refused("regenerate", *settings, f"out={place / 'a.jsonl'}")
+    assert f"error: {place / 'a.jsonl'}: No space left on device; free disk space" in message
+    assert "out=" in message
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "extract", "evaluate", "calibrate", "load", "reproduce"]
+)
+@pytest.mark.parametrize("name", [".", "new/below"])
+def test_a_read_only_place_is_named_with_its_key(
+    command: str, name: str, commands: dict, refused: Refused, disk: Callable[[str], Path]
+) -> None:
+    out = disk("ro,size=4k") / name
+    message = refused(command, *commands[command][0], f"out={out}")
+    assert f"out={out} cannot be written" in message
+    assert "ead-only" in message
+
+
+def test_read_only_files(
+    settings: list[str], run: Path, refused: Refused, disk: Callable[[str], Path]
+) -> None:
+    place = disk("ro,size=4k")
+    quick = ["rows=1", "tokens=[1,2]", "context=8", "repeats=1"]
+    for command in (
+        ["regenerate", *settings, f"out={place / 'a.jsonl'}"],
+        ["profile", *settings, *quick, f"out={place / 'table.json'}"],
+    ):
+        assert f"out={place} cannot be written" in refused(*command)
+    assert f"{place / 'drafter'}" in refused(
+        "export", f"checkpoint={run}", f"out={place / 'drafter'}"
+    )
+
+
+# -------------------------------------------------------------------------------- broken metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"\xff\xfe", 1),
+        (b'{"step": 1, "loss": 2.0}\n\x00\x00\n', 2),
+        (b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3}\n', 2),
+        (b'{"loss": 2.0}\n', 1),
+        (b"[1]\n", 1),
+    ],
+)
+def test_metrics_that_are_none(
+    text: bytes, line: int, settings: list[str], run: Path, refused: Refused
+) -> None:
+    (run / "metrics.jsonl").write_bytes(text)
+    own = [*settings, "evaluation.enabled=false", f"out={run}"]
+    for command in (["train", *own], ["evaluate", f"run={run}", f"out={run.parent / 'report'}"]):
+        message = refused(*command)
+        assert f"{run / 'metrics.jsonl'}, line {line}: not a row of metrics" in message
+        assert "move the file away" in message
+        assert (run / "metrics.jsonl").read_bytes() == text
+    main(["train", *own, "training.resume=never"])
+
+
+def test_a_half_written_last_row_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert read_metrics(tmp_path / "none.jsonl") == []

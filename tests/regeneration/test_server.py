@@ -428,9 +428,9 @@ def test_a_key_without_rights(tmp_path: Path) -> None:
     """403 is of a model, or of one prompt: the others are asked all the same."""
     with Scripted(echo) as server:
         server.refuse = lambda path: (403, f"no rights for {KEY}".encode())
-        with pytest.raises(ServerError, match="HTTP 403 to /v1/models .*check the key"):
+        with pytest.raises(ServerError, match=r"HTTP 403 to /v1/models .*check the key"):
             run(server.url, tmp_path / "a.jsonl", questions(2), key=KEY)
-        with pytest.raises(ServerError, match="HTTP 403.*check the key") as error:
+        with pytest.raises(ServerError, match=r"HTTP 403.*check the key") as error:
             run(server.url, tmp_path / "a.jsonl", questions(2), key=KEY, server_model="tiny")
     assert KEY not in str(error.value)
     assert KEY not in (tmp_path / "a.failed.jsonl").read_text()
@@ -454,7 +454,7 @@ def test_a_url_without_v1(model: str | None, tmp_path: Path) -> None:
         assert f"HTTP 404 to /{'chat/completions' if model else 'models'}" in str(error.value)
         assert f"did you mean regenerate.server={url}/v1?" in str(error.value)
         server.refuse = lambda path: None if path == "/v1/models" else (404, b"no such model")
-        with pytest.raises(ServerError, match="no such model.*check regenerate.server_model"):
+        with pytest.raises(ServerError, match=r"no such model.*check regenerate.server_model"):
             run(server.url, tmp_path / "b.jsonl", questions(3), server_model="tyni")
 
 
