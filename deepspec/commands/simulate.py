@@ -28,7 +28,6 @@ SECONDS, SYNTHETIC = "60", "synthetic"
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Simulate, save, and print the table."""
-
     from rich.console import Console
 
     from deepspec.commands.load import parse_levels
