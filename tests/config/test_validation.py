@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepspec.config.keys import KEYS
-from deepspec.config.loading import config_from
+from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
 from deepspec.errors import ConfigError
