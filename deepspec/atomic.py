@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a folder that appears at once, and the hash of a file."""
+"""Files that are whole or not there, the name of the file in errors, and the hash of a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError raised inside that names no file: those of write() do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -50,13 +61,20 @@ def atomic_file(final: Path) -> Iterator[Path]:
     """
     partial = final.with_name(f".{final.name}.partial")
     try:
-        yield partial
-        partial.chmod(0o644)  # as in `atomic_folder`
-        _sync(partial)
-        partial.rename(final)
-        _sync(final.parent)
+        with naming(final):
+            yield partial
+            partial.chmod(0o644)  # as in `atomic_folder`
+            _sync(partial)
+            partial.rename(final)
+            _sync(final.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(final: Path, text: str) -> None:
+    """Write `text` into `final` in UTF-8, whole or not at all. Raises OSError."""
+    with atomic_file(final) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sha256(file: Path) -> str:

@@ -6,6 +6,7 @@ Command modules import what they need when they run, so that --help answers at o
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ COMMANDS = (
 RESUMED = ("train", "regenerate", "extract", "reproduce")  # stopped, they go on
 LISTINGS = ("plan", "recipes")  # all that they make is what they print
 UNREAD = 128 + 13  # SIGPIPE
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,8 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(0 if listing else UNREAD)
         if options.traceback:
             raise
-        tell(f"error: {error}")
+        tell(f"error: {_in_words(error)}")
         sys.exit(2)
+
+
+def _in_words(error: Exception) -> str:
+    """One line; of a file that cannot be written or read, its name, the reason and a way out."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    way_out = ""
+    if error.errno in NO_ROOM:
+        way_out = "; free disk space, or choose another place (out=), and start the command again"
+    elif error.errno in NOT_ALLOWED:
+        way_out = "; change its permissions, or choose another place (out=)"
+    return f"{error.filename}: {error.strerror}{way_out}"
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:

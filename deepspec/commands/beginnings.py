@@ -15,6 +15,7 @@ import httpx
 import torch
 from torch import Tensor
 
+from deepspec.config.places import same_place
 from deepspec.config.schema import DrafterConfig, RunConfig
 from deepspec.data.vocabulary import count_tokens, coverage, frequent_tokens
 from deepspec.drafters.base import Drafter
@@ -158,7 +159,8 @@ def _known(config: RunConfig, checkpoints: Path) -> tuple[str, Any] | None:
             checkpoint = read_checkpoint(folder)
         except CheckpointError:
             continue  # `starting_point` says what is wrong with it
-        if checkpoint.config.get("drafter", {}).get("init_from") == config.drafter.init_from:
+        began = checkpoint.config.get("drafter", {}).get("init_from")
+        if same_place(began, config.drafter.init_from):
             return _drafter_of(checkpoint)
     return None
 

@@ -48,10 +48,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.confidences import calibrate_drafter
     from deepspec.commands.stages import open_target
     from deepspec.evaluation.calibrate import outcome, results_table
+    from deepspec.outputs import CALIBRATION, output_folder
 
-    out = Path(values.get("out", f"runs/calibrate-{source.config.recipe}")).expanduser()
-    target = open_target(source.config)
-    calibration, file = calibrate_drafter(source, target, source.load(target), method, out)
+    default = f"runs/calibrate-{source.config.recipe}"
+    with output_folder(values.get("out"), default, CALIBRATION) as out:
+        target = open_target(source.config)
+        calibration, file = calibrate_drafter(source, target, source.load(target), method, out)
     for fit in calibration.fits:
         Console().print(results_table(fit))
         print(outcome(fit))

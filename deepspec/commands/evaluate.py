@@ -51,10 +51,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
 
     from deepspec.commands import stages
     from deepspec.evaluation.report import results_table
+    from deepspec.outputs import REPORT, output_folder
 
-    out = Path(values.get("out", f"runs/evaluate-{source.config.recipe}")).expanduser()
-    target = stages.open_target(source.config)
-    report = stages.evaluate_drafter(source, target, source.load(target), out)
+    default = f"runs/evaluate-{source.config.recipe}"
+    with output_folder(values.get("out"), default, REPORT) as out:
+        target = stages.open_target(source.config)
+        report = stages.evaluate_drafter(source, target, source.load(target), out)
     stages.print_skipped(report.skipped)
     Console().print(results_table(report))
     print(f"report: {out / 'report.html'}")

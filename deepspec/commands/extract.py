@@ -42,10 +42,14 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         raise ConfigError("out= is missing: the folder of the store, such as out=features")
     from deepspec.commands import stages
     from deepspec.commands.beginnings import adopt_origin
+    from deepspec.outputs import STORE, answers_output, claim, make_folder
     from deepspec.processes import rank, together
 
     config = adopt_origin(config, given_keys(others), Path(config.out) / "checkpoints")
     out = Path(values["out"]).expanduser()
+    if rank() == 0:  # the others may look while it writes
+        claim(out, STORE, answers_output("answers"))
+        make_folder(out)
     target = stages.open_target(config)
     with together() as wait:
         answers = out / "answers.jsonl"

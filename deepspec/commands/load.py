@@ -59,11 +59,13 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from deepspec.commands.loads import measure_load
+    from deepspec.outputs import LOAD, THROUGHPUT, output_folder
     from deepspec.serving.tables import records_table
 
-    out = Path(values.get("out", f"runs/load-{source.config.recipe}")).expanduser()
     others = [open_source(Path(place)) for place in listed("against", values.get("against", "[]"))]
-    records = measure_load(source, others, policies, levels, seconds, temperature, out)
+    default = f"runs/load-{source.config.recipe}"
+    with output_folder(values.get("out"), default, LOAD, THROUGHPUT) as out:
+        records = measure_load(source, others, policies, levels, seconds, temperature, out)
     Console().print(records_table(records))
     print(f"load:   {out / 'load.csv'}")
     print(f"traces: {out / 'traces.jsonl'}")

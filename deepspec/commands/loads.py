@@ -84,7 +84,6 @@ def measure_load(
         f"{minutes:.1f} min"
     )
     records, rounds = contest(contenders, levels, conditions)
-    save_rounds(rounds, out / "traces.jsonl")
     about = {
         **_about(source, others, target),
         "temperature": temperature,
@@ -93,6 +92,7 @@ def measure_load(
         "block_size": proposer.block_size,
     }
     write_records(records, about, out, "load")
+    save_rounds(rounds, out / "traces.jsonl")
     return records
 
 

@@ -54,6 +54,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         print_config(config)
         return
     from deepspec.evaluation.profiling import Load
+    from deepspec.outputs import THROUGHPUT, output_file
 
     load = Load(
         rows=whole_number("rows", values.get("rows", str(config.decoding.batch_size))),
@@ -62,8 +63,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         temperature=non_negative("temperature", values.get("temperature", "1")),
         compiled=config.decoding.compile,
     )
-    out = Path(values.get("out", f"runs/throughput-{config.recipe}.json")).expanduser()
-    _measure(config, source, load, values.get("tokens"), out)
+    default = f"runs/throughput-{config.recipe}.json"
+    with output_file(values.get("out"), default, THROUGHPUT) as out:
+        _measure(config, source, load, values.get("tokens"), out)
 
 
 def _measure(

@@ -107,7 +107,7 @@ def _check_settings(config: RunConfig, out: Path) -> None:
     """Raises ConfigError where the folder was begun with other settings; else keeps them there."""
     import yaml
 
-    from deepspec.atomic import atomic_file
+    from deepspec.atomic import write_text
     from deepspec.config.schema import as_dict, dotted
     from deepspec.errors import ConfigError
 
@@ -121,6 +121,4 @@ def _check_settings(config: RunConfig, out: Path) -> None:
                     f"{key}={value}, but {out} was begun with {before[key]}; set it back, or "
                     "set out= to a new folder"
                 )
-    with atomic_file(path) as partial:
-        text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))

@@ -28,14 +28,13 @@ SECONDS, SYNTHETIC = "60", "synthetic"
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Simulate, save, and print the table."""
-    from pathlib import Path
-
     from rich.console import Console
 
     from deepspec.commands.load import parse_levels
     from deepspec.commands.settings import listed, positive, take, whole_number
     from deepspec.commands.simulations import open_recorded, simulate_all
     from deepspec.errors import ConfigError
+    from deepspec.outputs import SIMULATION, output_folder, unused
     from deepspec.serving.policies import DEFAULT, parse_policies
     from deepspec.serving.record import write_records
     from deepspec.serving.tables import key_of, records_table
@@ -54,11 +53,13 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     levels = parse_levels(values) if chosen or not recorded.levels else list(recorded.levels)
     seconds = positive("seconds", values.get("seconds", SECONDS))
     seed = whole_number("seed", values.get("seed", "1"))
-    records = simulate_all(recorded, policies, levels, seconds, seed)
-    out = Path(values.get("out", values.get("load", "runs/simulate"))).expanduser()
-    about = {"traces": str(recorded.traces), "throughput": recorded.sources, "seconds": seconds}
-    write_records(records, about, out, "simulate")
+    beside = values.get("out", values.get("load"))  # a load's folder takes several simulations
+    with output_folder(beside, "runs/simulate", SIMULATION) as out:
+        name = "simulate" if "out" in values else unused(out / "simulate.json").stem
+        records = simulate_all(recorded, policies, levels, seconds, seed)
+        about = {"traces": str(recorded.traces), "throughput": recorded.sources, "seconds": seconds}
+        write_records(records, about, out, name)
     same = values.get("throughput") is None
     real = {key_of(record): record for record in recorded.measured} if same else {}
     Console().print(records_table(records, real))
-    print(f"simulated: {out / 'simulate.csv'}")
+    print(f"simulated: {out / name}.csv")

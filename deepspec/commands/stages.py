@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import __version__
+from deepspec.atomic import naming
 from deepspec.commands.beginnings import first_drafter
 from deepspec.commands.confidences import calibration_of, require_scheduled
 from deepspec.commands.sources import Source
@@ -45,6 +46,7 @@ from deepspec.regeneration import (
     RegenerationCounts,
     ServerAnswerer,
     TargetAnswerer,
+    api_key_of,
     regenerate,
     regenerate_together,
 )
@@ -135,15 +137,17 @@ def make_answers(
     conversations = list(load_conversations(config.data, skips))
     answerer: Answerer
     if wanted.server:
-        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data)
+        key = api_key_of(wanted)
+        answerer = ServerAnswerer(wanted.server, wanted.server_model, config.data, key)
     else:
         assert isinstance(target, Target), "checked by config.validation"
         answerer = TargetAnswerer(target, config.data)
     counts: RegenerationCounts | None = None
-    if world_size() > 1 and not wanted.server:
-        counts = regenerate_together(conversations, answerer, wanted, out, wait)
-    elif rank() == 0:
-        counts = regenerate(conversations, answerer, wanted, out)
+    with naming(out):
+        if world_size() > 1 and not wanted.server:
+            counts = regenerate_together(conversations, answerer, wanted, out, wait)
+        elif rank() == 0:
+            counts = regenerate(conversations, answerer, wanted, out)
     wait()
     if counts is None:
         return {}
@@ -331,7 +335,6 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
     # what can fail fails now rather than behind the work
     skipped, training = source.skipped(), source.training()
     calibration = calibration_of(source, drafter)
-    out.mkdir(parents=True, exist_ok=True)
     proposer = open_proposer(source.kind, drafter, target)
     evaluation = evaluate(config, target, proposer, calibration)
     report = Report(
@@ -354,8 +357,8 @@ def evaluate_drafter(source: Source, target: Target, drafter: Drafter, out: Path
         skipped={**skipped, **evaluation.skipped},
         training=training,
     )
+    write_report(report, out)  # first: by report.json the folder is known as ours
     evaluation.save_traces(out / "traces.jsonl")
-    write_report(report, out)
     return report
 
 

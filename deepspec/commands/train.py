@@ -51,6 +51,8 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.commands import stages
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
+    from deepspec.outputs import REPORT, require_own
+    from deepspec.regeneration import api_key_of
     from deepspec.targets.parallel import check_split
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import starting_point
@@ -61,8 +63,11 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     check_split(config)
     stages.check_export(config)
     check_trackers(config.tracking)
+    if config.regenerate.enabled:
+        api_key_of(config.regenerate)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
+        require_own(folder.path, REPORT)
     start = starting_point(config, folder.checkpoints)
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     stored, remote = config.features.source == "stored", config.features.source == "remote"

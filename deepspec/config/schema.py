@@ -82,6 +82,7 @@ class RegenerateConfig:
     seed: int = 0
     server: str | None = None
     server_model: str | None = None
+    api_key_env: str | None = None
     concurrency: int = 32
     retries: int = 5
     timeout: float = 600.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,12 @@ def validate(config: RunConfig) -> None:
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
     _require(all(config.data.path), config, "data.path", "one or several paths")
+    variable = config.regenerate.api_key_env
+    if variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
+        raise ConfigError(  # which is not printed: it may be the key
+            "regenerate.api_key_env must be the name of an environment variable (capital letters, "
+            "digits and _), such as OPENAI_API_KEY, not the API key itself"
+        )
     trackers = config.tracking.trackers
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")

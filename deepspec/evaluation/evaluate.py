@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from deepspec.atomic import atomic_file
 from deepspec.config.schema import RunConfig
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Decoder, DecodeResult, Sampling, plain_decode
@@ -58,7 +59,7 @@ class Evaluation:
 
     def save_traces(self, path: Path) -> None:
         """One JSON line a round: benchmark, temperature, seed, and the fields of DecodeTrace."""
-        with path.open("w", encoding="utf-8") as stream:
+        with atomic_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
             for benchmark, temperature, seed, trace in self.traces:
                 place = {"benchmark": benchmark, "temperature": temperature, "seed": seed}
                 stream.write(json.dumps({**place, **asdict(trace)}) + "\n")

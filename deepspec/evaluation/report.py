@@ -19,6 +19,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from deepspec.atomic import write_text
 from deepspec.evaluation.results import Baseline, Report, mean_over_seeds
 
 NONE = "–"
@@ -227,9 +228,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 
 def render(path: Path, context: Mapping[str, Any]) -> None:
-    """Write the page at `path` by the template of its name."""
-    text = environment().get_template(f"{path.name}.j2").render(context)
-    path.write_text(text, encoding="utf-8")
+    """Write the page at `path` by the template of its name, whole or not at all."""
+    write_text(path, environment().get_template(f"{path.name}.j2").render(context))
 
 
 def markdown_table(report: Report) -> str:

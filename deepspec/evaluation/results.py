@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from deepspec.atomic import atomic_file
+from deepspec.atomic import write_text
 from deepspec.errors import CheckpointError
 
 REPORT_FORMAT = 1
@@ -117,8 +117,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all. Raises OSError."""
         text = json.dumps({"format": REPORT_FORMAT, **asdict(self)}, indent=2)
-        with atomic_file(path) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
 
 def read_report(path: Path) -> Report:

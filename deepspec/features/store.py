@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec.atomic import atomic_file, sha256
+from deepspec.atomic import atomic_file, sha256, write_text
 from deepspec.errors import DataError
 from deepspec.features.encoding import DTYPES, decode, state_bytes, token_bytes
 from deepspec.records import Sample, TargetFeatures
@@ -128,9 +128,8 @@ class Store:
         """
         if not (path / HEADER).is_file():
             path.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path / HEADER) as partial:
-                text = json.dumps({"format": FORMAT, **asdict(header)}, indent=2)
-                partial.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps({"format": FORMAT, **asdict(header)}, indent=2)
+            write_text(path / HEADER, text + "\n")
         found = read_header(path)
         header = replace(header, all_finals=header.all_finals or found.all_finals)
         names = [field.name for field in fields(header) if field.name != "target"]
@@ -273,9 +272,8 @@ class Store:
             with atomic_file(self.path / f"{shard}.safetensors") as partial:
                 save_file(tensors, partial)
                 hashed = sha256(partial)
-            with atomic_file(self.path / f"{shard}.json") as partial:
-                text = json.dumps({"sha256": hashed, "samples": rows})
-                partial.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps({"sha256": hashed, "samples": rows})
+            write_text(self.path / f"{shard}.json", text + "\n")
         except (OSError, SafetensorError) as error:
             need = sum(tensor.nbytes for tensor in tensors.values())
             raise DataError(

@@ -2,7 +2,7 @@
 
 from deepspec.regeneration.answers import Answerer, RegenerationCounts, regenerate
 from deepspec.regeneration.in_process import TargetAnswerer
-from deepspec.regeneration.server import ServerAnswerer
+from deepspec.regeneration.server import ServerAnswerer, api_key_of
 from deepspec.regeneration.together import regenerate_together
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "RegenerationCounts",
     "ServerAnswerer",
     "TargetAnswerer",
+    "api_key_of",
     "regenerate",
     "regenerate_together",
 ]

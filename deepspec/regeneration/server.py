@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from tenacity import (
 
 from deepspec.config.schema import DataConfig, RegenerateConfig
 from deepspec.data.conversations import Message
-from deepspec.errors import DeepSpecError, ServerError
+from deepspec.errors import ConfigError, DeepSpecError, ServerError
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
 
 CONNECT_SECONDS = 10.0
@@ -30,25 +31,36 @@ class ServerAnswerer:
 
     The server renders the prompts: it must have the target's own chat template, which is told
     `enable_thinking`. What a request leaves out is the server's choice; many take it from the
-    model's generation_config.json, such as a top_k where regenerate.top_k is 0. `first_pause`:
-    seconds before a failed request is tried again, doubled each time.
+    model's generation_config.json, such as a top_k where regenerate.top_k is 0. `api_key` is sent
+    with every request and stands in no error and no file. `first_pause`: seconds before a failed
+    request is tried again, doubled each time.
     """
 
     error: type[DeepSpecError] = ServerError
 
     def __init__(
-        self, server: str, model: str | None, data: DataConfig, first_pause: float = 1.0
+        self,
+        server: str,
+        model: str | None,
+        data: DataConfig,
+        api_key: str | None = None,
+        first_pause: float = 1.0,
     ) -> None:
         self._server = server.rstrip("/")
         self._model = model
         self._data = data
+        self._api_key = api_key
+        self._has_answered = False
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._first_pause = first_pause
 
     @cached_property
     def model(self) -> str:
         """The model's name on the server. Raises ServerError when that is not to be had."""
         try:
-            response = httpx.get(f"{self._server}/models", timeout=CONNECT_SECONDS)
+            response = httpx.get(
+                f"{self._server}/models", timeout=CONNECT_SECONDS, headers=self._headers
+            )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(
                 f"regenerate.server={self._server} cannot be reached ({error}); start the server, "
@@ -57,6 +69,8 @@ class ServerAnswerer:
             ) from None
         if self._model is not None:
             return self._model
+        if self._way_out(response):
+            raise self._refused(response)
         try:
             names = [entry["id"] for entry in response.raise_for_status().json()["data"]]
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
@@ -118,12 +132,14 @@ class ServerAnswerer:
 
         timeout = httpx.Timeout(config.timeout, connect=CONNECT_SECONDS)
         limits = httpx.Limits(max_connections=config.concurrency)
-        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
+        async with httpx.AsyncClient(
+            timeout=timeout, limits=limits, headers=self._headers
+        ) as client:
             try:
                 async with asyncio.TaskGroup() as workers:
                     for _ in range(config.concurrency):
                         workers.create_task(work())
-            except* DeepSpecError as errors:
+            except* (DeepSpecError, OSError) as errors:  # OSError: `done` met a full disk
                 raise errors.exceptions[0] from None
 
     async def _answer_turn(
@@ -147,16 +163,52 @@ class ServerAnswerer:
         try:
             response: httpx.Response = await retrying(post)
         except httpx.HTTPStatusError as error:
-            status, text = error.response.status_code, error.response.text
-            hint = "; regenerate.top_k=0 leaves it out" if "top_k" in text else ""
+            status, text = error.response.status_code, self._excerpt(error.response)
+            if status == 401 or (status == 404 and not self._has_answered):
+                raise self._refused(error.response) from None
+            way_out = "regenerate.top_k=0 leaves it out" if "top_k" in text else ""
+            # a server may forbid (403) one prompt and answer the others
+            way_out = way_out or self._way_out(error.response)
             # 400 is how servers say that a prompt does not fit into the model's context
-            dialogue.give_up(f"HTTP {status}", f"{text[:300]}{hint}", own=status == 400)
+            detail = f"{text}; {way_out}" if way_out else text
+            dialogue.give_up(f"HTTP {status}", detail, own=status == 400)
         except httpx.RequestError as error:
             timed_out = isinstance(error, httpx.TimeoutException)
             reason = "timeout" if timed_out else "no connection"
             dialogue.give_up(reason, f"{type(error).__name__}: {error}", own=False)
         else:
-            _take(dialogue, response)
+            self._has_answered = True
+            _take(dialogue, response, self._excerpt(response))
+
+    def _way_out(self, response: httpx.Response) -> str:
+        """What to change where the server refuses every request, else nothing."""
+        if response.status_code in (401, 403):
+            return (
+                "check the key in the environment variable that regenerate.api_key_env names"
+                if self._api_key
+                else "set regenerate.api_key_env to the name of the environment variable that "
+                "holds the server's API key"
+            )
+        if response.status_code == 404:
+            return (
+                "check regenerate.server_model and the URL"
+                if self._server.endswith("/v1")
+                else f"did you mean regenerate.server={self._server}/v1?"
+            )
+        return ""
+
+    def _refused(self, response: httpx.Response) -> ServerError:
+        return ServerError(
+            f"regenerate.server={self._server} answers HTTP {response.status_code} to "
+            f"{response.url.path} ({self._excerpt(response)}); {self._way_out(response)}"
+        )
+
+    def _excerpt(self, response: httpx.Response) -> str:
+        """The beginning of what the server said, without the key, which some repeat."""
+        text = response.text
+        if self._api_key:
+            text = text.replace(self._api_key, "[API key]")
+        return " ".join(text.split())[:300]
 
     def _request(self, dialogue: Dialogue, config: RegenerateConfig) -> dict[str, Any]:
         messages: list[Message] = list(dialogue.messages)
@@ -175,6 +227,28 @@ class ServerAnswerer:
         }
 
 
+def api_key_of(config: RegenerateConfig) -> str | None:
+    """The key in the environment variable `regenerate.api_key_env`, None where none is named.
+
+    Raises ConfigError where the variable is not set, or holds what is no key.
+    """
+    name = config.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise ConfigError(
+            f"regenerate.api_key_env={name}: this environment variable is not set; set it to the "
+            "server's API key, or regenerate.api_key_env=null to send none"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"regenerate.api_key_env={name}: this environment variable holds signs that no HTTP "
+            "header can carry; set it to the API key alone"
+        )
+    return key
+
+
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, httpx.HTTPStatusError):
@@ -182,7 +256,7 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError)
 
 
-def _take(dialogue: Dialogue, response: httpx.Response) -> None:
+def _take(dialogue: Dialogue, response: httpx.Response, excerpt: str) -> None:
     try:
         body = response.json()
         choice = body["choices"][0]
@@ -190,12 +264,12 @@ def _take(dialogue: Dialogue, response: httpx.Response) -> None:
         text = (message["content"] or "").rstrip(BROKEN if reason == "length" else "")
         tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
     except (ValueError, LookupError, TypeError, AttributeError):
-        dialogue.give_up("not a chat completion", response.text[:300], own=False)
+        dialogue.give_up("not a chat completion", excerpt, own=False)
         return
     if message.get("reasoning_content") or message.get("reasoning"):
         detail = "the server cut the reasoning out; start it without a reasoning parser"
         dialogue.give_up("answer is not whole", detail, own=False)
     elif reason not in ("stop", "length"):
-        dialogue.give_up(f"finish reason {reason}", response.text[:300])
+        dialogue.give_up(f"finish reason {reason}", excerpt)
     else:
         dialogue.answer(text, tokens, truncated=reason == "length")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.atomic import atomic_file
 from deepspec.evaluation.report import Table
 
 
@@ -63,7 +64,7 @@ class Finding:
     def save(self, folder: Path) -> Path:
         """Write the numbers as NAME.csv."""
         path = folder / f"{self.name}.csv"
-        with path.open("w", encoding="utf-8", newline="") as stream:
+        with atomic_file(path) as partial, partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(self.rows[0]) if self.rows else [])
             writer.writeheader()
             writer.writerows(self.rows)

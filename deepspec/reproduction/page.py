@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import __version__
-from deepspec.atomic import atomic_file
+from deepspec.atomic import write_text
 from deepspec.evaluation.report import environment
 from deepspec.machine import describe_machine
 from deepspec.reproduction import confidences, lengths, loads, positions
@@ -54,7 +54,5 @@ def write_page(plan: Plan, found: list[Finding], failed: Mapping[str, Path]) -> 
         "machine": describe_machine(),
     }
     path = plan.out / PAGE
-    with atomic_file(path) as partial:
-        template = environment().get_template(f"{PAGE}.j2")
-        partial.write_text(template.render(context), encoding="utf-8")
+    write_text(path, environment().get_template(f"{PAGE}.j2").render(context))
     return path

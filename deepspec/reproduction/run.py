@@ -22,8 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deepspec.atomic import atomic_file
+from deepspec.atomic import write_text
 from deepspec.errors import ConfigError, Interrupted
+from deepspec.outputs import REPRODUCTION, claim
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.plan import Plan
@@ -36,6 +37,7 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
     """Make the folder and keep it against other processes. Raises ConfigError."""
+    claim(out, REPRODUCTION)
     lock = FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -196,9 +198,8 @@ class Runner:
     def _mark_done(self, job: Job, seconds: float) -> None:
         marker = self._marker(job)
         marker.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(marker) as partial:
-            text = json.dumps({"words": job.words, "seconds": round(seconds, 1)}, indent=2)
-            partial.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"words": job.words, "seconds": round(seconds, 1)}, indent=2)
+        write_text(marker, text + "\n")
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepspec.atomic import atomic_file, sha256
+from deepspec.atomic import sha256, write_text
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.scheduling.calibration import Scaling
 
@@ -129,9 +129,8 @@ class Calibration:
     def save(self, folder: Path) -> Path:
         """Write into `folder`, whole or not at all; gives the file. Raises OSError."""
         path = folder / NAME
-        with atomic_file(path) as partial:
-            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-            partial.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        write_text(path, text + "\n")
         return path
 
 

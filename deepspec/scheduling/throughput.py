@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deepspec.atomic import atomic_file
+from deepspec.atomic import write_text
 from deepspec.errors import ConfigError
 from deepspec.scheduling.calibration import Floats
 
@@ -76,9 +76,8 @@ class Throughput:
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:
-            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-            partial.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        write_text(path, text + "\n")
 
 
 def read_throughput(file: str) -> Throughput:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deepspec.atomic import atomic_file
 from deepspec.decoding import Decoder, Sampling
 from deepspec.progress import Progress
 from deepspec.records import DecodeTrace
@@ -76,7 +77,7 @@ def contest(
 
 def save_rounds(rounds: Iterable[Rounds], path: Path) -> None:
     """One JSON line a round and request: policy, drafter, concurrency, rate, and the trace."""
-    with path.open("w", encoding="utf-8") as stream:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for contender, level, traces in rounds:
             where = {"policy": contender.policy, "drafter": contender.drafter, **asdict(level)}
             for trace in traces:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.atomic import atomic_file
+from deepspec.atomic import atomic_file, write_text
 from deepspec.errors import DataError
 from deepspec.scheduling.schedulers import Ints
 from deepspec.serving.traffic import Arrival
@@ -155,9 +155,8 @@ def write_records(
     """`name`.json with what it is `about`, and `name`.csv, a line a record. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(record) for record in records]
-    with atomic_file(folder / f"{name}.json") as partial:
-        text = json.dumps({"format": FORMAT, "about": dict(about), "records": rows}, indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"format": FORMAT, "about": dict(about), "records": rows}, indent=2)
+    write_text(folder / f"{name}.json", text + "\n")
     with atomic_file(folder / f"{name}.csv") as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(LoadRecord)])
         writer.writeheader()

@@ -268,12 +268,14 @@ def checked_path(config: TargetConfig) -> str:
     """What transformers is to load. Raises TargetError for a folder that holds no checkpoint."""
     if config.dtype not in DTYPES:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = os.path.expanduser(config.path)
-    if looks_local and not Path(path, "config.json").is_file():
+    there = Path(path).exists()
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    if (there or looks_local) and not Path(path, "config.json").is_file():
+        missing = "" if there else " (no such folder)"
         raise TargetError(
-            f"target.path={config.path}: no config.json there; give the folder of a Hugging Face "
-            "checkpoint or the name of one on the hub"
+            f"target.path={config.path}: no config.json there{missing}; give the folder of a "
+            "Hugging Face checkpoint or the name of one on the hub"
         )
     return path
 
@@ -287,7 +289,10 @@ def explained(config: TargetConfig) -> Iterator[None]:
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
+        where = f"target.path={config.path}"
+        if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(config.path)):
+            where += f" is no folder in {Path.cwd()}, and as a name on the hub it"
         raise TargetError(
-            f"target.path={config.path} could not be loaded ({type(error).__name__}: {first}); "
+            f"{where} could not be loaded ({type(error).__name__}: {first}); "
             "check the path or hub name, target.revision, and that its files are complete"
         ) from error

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec.atomic import atomic_folder, sha256
+from deepspec.config.places import located, places_of
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
@@ -49,8 +50,8 @@ FIELDS = {  # of checkpoint.json, with the type each has in JSON
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder's description: `metrics` of the validation at its step, where there was
-    one; hashes of files."""
+    """A checkpoint folder's description: its `config` with paths that lead to where they led when
+    it was saved; `metrics` of the validation at its step, where there was one; hashes of files."""
 
     folder: Path
     step: int
@@ -84,7 +85,8 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     description: dict[str, Any],
 ) -> Path:
-    """Write `folder`/step-N whole or not at all. `description` needs the fields of Checkpoint.
+    """Write `folder`/step-N whole or not at all. `description` needs the fields of Checkpoint;
+    with its config goes where the paths in it lead, to be found from other working folders.
 
     Raises TrainingError when it cannot be written (a full disk); older checkpoints stay as they
     are.
@@ -96,7 +98,8 @@ def save_checkpoint(
             if optimizer:
                 save_file(optimizer, partial / OPTIMIZER)
             hashes = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-            text = json.dumps({"format": FORMAT, **description, "sha256": hashes}, indent=2)
+            own = {"format": FORMAT, "places": places_of(description["config"]), "sha256": hashes}
+            text = json.dumps({**description, **own}, indent=2)
             (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise TrainingError(
@@ -135,7 +138,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{file} is damaged: {', '.join(damaged)} missing or of the wrong type; use another "
             f"checkpoint of {folder.parent}"
         )
-    return Checkpoint(folder, **{name: raw[name] for name in FIELDS})
+    found = {name: raw[name] for name in FIELDS}
+    if isinstance(places := raw.get("places"), dict):  # earlier versions kept none
+        found["config"] = located(raw["config"], places)
+    return Checkpoint(folder, **found)
 
 
 def check_files(checkpoint: Checkpoint) -> None:

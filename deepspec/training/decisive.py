@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import eq
 from typing import Any
 
+from deepspec.config.places import PATHS, same_place
 from deepspec.config.schema import dotted
 
 GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
@@ -15,6 +17,7 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
     "target.offload_folder",
     "drafter.ngram_max",
     "drafter.ngram_min",
+    "regenerate.api_key_env",
     "regenerate.batch_size",
     "regenerate.concurrency",
     "regenerate.retries",
@@ -35,10 +38,12 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
 
 def changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `config` that `before` has otherwise, by dotted key; one that `before` lacks, as a
-    config of an older version may, was null."""
+    config of an older version may, was null. A path written in another way is the same."""
     known = dotted(before)
     return {
         key: value
         for key, value in dotted(config).items()
-        if key.partition(".")[0] in GROUPS and key not in NEUTRAL and known.get(key) != value
+        if key.partition(".")[0] in GROUPS
+        and key not in NEUTRAL
+        and not (same_place if key in PATHS else eq)(known.get(key), value)
     }

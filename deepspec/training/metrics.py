@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.atomic import atomic_file
+from deepspec.atomic import naming, write_text
+from deepspec.errors import TrainingError
 from deepspec.objective import LossOutput
 from deepspec.records import BlockBatch
 
@@ -62,25 +63,33 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        with atomic_file(path) as partial:  # a kill here must not cost what went before
-            partial.write_text(text, encoding="utf-8")
+        # of a training that begins anew nothing is kept, whatever the file holds
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
-        with self._path.open("a", encoding="utf-8") as stream:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a half-written last line is left out."""
+    """Rows of a metrics.jsonl; a half-written last line, which a killed process leaves, is left
+    out. Raises TrainingError for any other line that is no row."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:  # not UTF-8, or not JSON
+            if line.startswith(b"{") and not line.endswith(b"\n"):
+                break
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise TrainingError(
+                f"{path}, line {number}: not a row of metrics, found {line[:40]!r}; delete the "
+                "line, or move the file away: a training goes on without it"
+            )
+        rows.append(row)
     return rows

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from deepspec.config.places import same_place
 from deepspec.config.schema import RunConfig, TrainingConfig, as_dict, dotted
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.progress import say
@@ -32,7 +33,7 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     newest = next(_sound(checkpoints), None)
     different = {} if newest is None else changed(as_dict(config), newest.config)
     if (named := named_start(config.training)) is not None:
-        if newest is not None and not different and _resumed_by(newest) == resume:
+        if newest is not None and not different and same_place(_resumed_by(newest), resume):
             return newest
         if not named.is_dir():
             raise ConfigError(

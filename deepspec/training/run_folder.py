@@ -21,9 +21,10 @@ from typing import Self
 import yaml
 from filelock import FileLock, Timeout
 
-from deepspec.atomic import atomic_file
+from deepspec.atomic import write_text
 from deepspec.config.schema import RunConfig, as_dict
 from deepspec.errors import TrainingError
+from deepspec.outputs import RUN, claim
 from deepspec.processes import rank
 
 
@@ -47,6 +48,8 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> Self:
+        if rank() == 0:  # the others may look while it writes
+            claim(self.path, RUN)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if rank() == 0:
@@ -71,12 +74,11 @@ class RunFolder:
     def save_config(self, config: RunConfig) -> None:
         """Write the resolved config."""
         text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
-        self.config.write_text(text, encoding="utf-8")
+        write_text(self.config, text)
 
     def save_skipped(self, skipped: dict[str, dict[str, int]]) -> None:
         """Write the rows left out, by stage and reason; whole or not at all."""
-        with atomic_file(self.skipped) as partial:
-            partial.write_text(json.dumps(skipped, indent=2) + "\n", encoding="utf-8")
+        write_text(self.skipped, json.dumps(skipped, indent=2) + "\n")
 
     def read_skipped(self) -> dict[str, dict[str, int]]:
         """What `save_skipped` wrote; nothing where it never did."""

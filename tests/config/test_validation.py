@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepspec.config.keys import KEYS
-from deepspec.config.loading import config_from
+from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
 from deepspec.errors import ConfigError
@@ -167,3 +167,11 @@ def test_keys_that_do_not_agree_are_both_named(
     with pytest.raises(ConfigError) as caught:
         validate(changed(**changes))
     assert all(name in str(caught.value) for name in named)
+
+
+@pytest.mark.parametrize("key", ["sk-secret", "hf_secret", "AIzaSecret"])
+def test_an_api_key_is_not_taken_for_the_name_of_its_variable(key: str) -> None:
+    with pytest.raises(ConfigError, match="must be the name of an environment variable") as error:
+        load_config("tiny", [f"regenerate.api_key_env={key}"])
+    assert key not in str(error.value)
+    load_config("tiny", ["regenerate.api_key_env=OPENAI_API_KEY"])

@@ -1,0 +1,212 @@
+"""Where commands write: whose a folder is, and new names where none was given.
+
+A file of ours is known by the keys it holds, so that folders of earlier versions count as ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import yaml
+
+from deepspec.errors import ConfigError
+
+SHOWN = 3
+ANSWER_KEYS = frozenset(("format", "temperature", "max_new_tokens"))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command writes into a folder: the file `mark`, which is ours if it holds `keys`, and
+    `others`, which are ours if that one is. Names are glob patterns."""
+
+    mark: str
+    keys: frozenset[str]
+    others: tuple[str, ...] = ()
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether this library wrote it into `folder`."""
+        return any(self.wrote(file) for file in folder.glob(self.mark))
+
+    def wrote(self, file: Path) -> bool:
+        """Whether `file` has the keys of its mark."""
+        return self.keys <= _keys(file)
+
+    def covers(self, name: str) -> bool:
+        """Whether a file of that name belongs to it."""
+        return any(fnmatchcase(name, pattern) for pattern in (self.mark, *self.others))
+
+
+def answers_output(stem: str) -> Output:
+    """The files beside the answers `stem`.jsonl, which are looked at when they are opened."""
+    name = escape(stem)
+    return Output(f"{name}.json", ANSWER_KEYS, (f"{name}.failed.jsonl",))
+
+
+_RUN = ("metrics.jsonl", "skipped.json", "checkpoints")
+RUN = Output("config.yaml", frozenset(("recipe", "target", "drafter")), _RUN)
+CHECKPOINTS = Output(
+    "checkpoints/step-*/checkpoint.json", frozenset(("format", "step", "config")), _RUN
+)
+REPRODUCTION = Output(RUN.mark, RUN.keys, ("reproduction.html", "*.csv"))
+REPORT = Output(
+    "report.json",
+    frozenset(("format", "drafter", "results")),
+    ("report.md", "report.html", "traces.jsonl"),
+)
+CALIBRATION = Output(
+    "calibration.json",
+    frozenset(("format", "fits")),
+    ("calibration.md", "calibration.html", "traces.jsonl"),
+)
+LOAD = Output("load.json", frozenset(("format", "records")), ("load.csv", "traces.jsonl"))
+SIMULATION = Output("simulate*.json", LOAD.keys, ("simulate*.csv",))
+THROUGHPUT = Output("throughput*.json", frozenset(("format", "points")))
+STORE = Output("store.json", frozenset(("format", "identity", "layer_ids")))
+ANSWERS = Output("*.json", ANSWER_KEYS)
+KNOWN = (RUN, CHECKPOINTS, REPORT, CALIBRATION, LOAD, SIMULATION, THROUGHPUT, STORE, ANSWERS)
+
+
+def claim(folder: Path, *outputs: Output) -> None:
+    """Raises ConfigError where `outputs` cannot go into out=`folder`: it is neither new nor empty
+    nor ours, or holds a file of somebody else's under a name of theirs."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={folder} cannot be written: it is a file, not a folder")
+    found = _contents(folder)
+    if found and not any(known.is_in(folder) for known in KNOWN):
+        raise _not_ours(folder, found)
+    require_own(folder, *outputs)
+
+
+def require_own(folder: Path, *outputs: Output) -> None:
+    """Raises ConfigError where a file in `folder` that `outputs` would replace is not ours."""
+    ours = [output for output in (*KNOWN, *outputs) if output.is_in(folder)]
+    found = [name for name in _contents(folder) if any(each.covers(name) for each in outputs)]
+    if foreign := [name for name in found if not any(each.covers(name) for each in ours)]:
+        raise _not_ours(folder, foreign)
+
+
+def make_folder(folder: Path) -> None:
+    """Make out=`folder`. Raises ConfigError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _no_place(folder, error) from None
+
+
+@contextmanager
+def output_folder(out: str | None, default: str, *outputs: Output) -> Iterator[Path]:
+    """The folder of out=, claimed and made; where it is not given, a new one: `default`, or the
+    first of `default`-2, `default`-3, ... that is not there, so that no result replaces another.
+
+    A new one that is still empty in the end is removed.
+    """
+    if out is not None:
+        folder = Path(out).expanduser()
+        claim(folder, *outputs)
+        make_folder(folder)
+        yield folder
+        return
+    folder = _first_new(Path(default), lambda path: path.mkdir(parents=True))
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+@contextmanager
+def output_file(out: str | None, default: str, output: Output) -> Iterator[Path]:
+    """As `output_folder`, of a single file that has the keys of `output`."""
+    if out is not None:
+        file = Path(out).expanduser()
+        if file.is_dir() or (file.exists() and file.stat().st_size and not output.wrote(file)):
+            raise ConfigError(
+                f"out={file} is there, was not written by deepspec, and is not overwritten; choose "
+                "another name, or move it away"
+            )
+        make_folder(file.parent)
+        yield file
+        return
+    make_folder(Path(default).parent)
+    file = _first_new(Path(default), lambda path: path.touch(exist_ok=False))
+    try:
+        yield file
+    finally:
+        if not file.stat().st_size:
+            file.unlink()
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the first of NAME-2, NAME-3, ... beside it that is not there."""
+    return next(each for each in _numbered(path) if not each.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _first_new(path: Path, make: Callable[[Path], None]) -> Path:
+    """The first of the numbered names that `make` finds free: of two commands one has each."""
+    for place in _numbered(path):
+        try:
+            make(place)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _no_place(place, error) from None
+        return place
+    raise AssertionError("numbers do not end")
+
+
+def _contents(folder: Path) -> list[str]:
+    """Names of what could be lost: neither hidden nor empty."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and entry.name != "lost+found" and not _is_empty(entry)
+    )
+
+
+def _is_empty(entry: Path) -> bool:
+    if entry.is_dir():
+        return not any(entry.iterdir())
+    return entry.is_file() and not entry.stat().st_size
+
+
+def _keys(file: Path) -> set[str]:
+    """Of the mapping in a JSON or YAML file; empty where it holds none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return set()
+    return {key for key in found if isinstance(key, str)} if isinstance(found, dict) else set()
+
+
+def _no_place(place: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"out={place} cannot be written: {error.strerror}; set out= to another place"
+    )
+
+
+def _not_ours(folder: Path, names: list[str]) -> ConfigError:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ConfigError(
+        f"out={folder} holds {', '.join(names[:SHOWN])}{more}, not written by deepspec, and is not "
+        "overwritten; choose another folder, or move these files away"
+    )
