@@ -136,7 +136,7 @@ def _generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] |
 
 def _stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if tokenizer.eos_token_id is not None:
+    if tokenizer is not None and tokenizer.eos_token_id is not None:  # planning goes without
         ids.append(tokenizer.eos_token_id)
     return sorted(set(ids))
 
