@@ -22,6 +22,7 @@ from deepspec.errors import TargetError
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import SUFFIX, GgufFile, alone, is_gguf
 from deepspec.targets.head import FrozenHead
 from deepspec.targets.identity import Identity, differing, identity_of_ends
 
@@ -126,8 +127,8 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
     are one tensor where the files hold one for both: what configs say of it may be two things in a
     multimodal model, and Transformers does not believe it against the files.
     """
-    files = WeightFiles(config)
-    wanted = DTYPES[config.dtype]
+    files = open_files(config)
+    wanted = dtype_of(config)
 
     @functools.cache
     def read(name: str) -> Tensor:
@@ -139,14 +140,21 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
     return replace(parts, embedding=embedding, head=head)
 
 
+def open_files(config: TargetConfig) -> WeightFiles | GgufFile:
+    """The weights at `target.path`, whatever they are saved in. Raises TargetError."""
+    return GgufFile(config.path) if is_gguf(config.path) else WeightFiles(config)
+
+
 def _scaled(weight: Tensor, scale: float) -> Tensor:
     """A copy only where there is a scale, which is rounded to the weight's dtype as models do."""
     return weight if scale == 1 else weight * weight.new_tensor(scale)
 
 
-def _name_of(module: Any, model: Any, files: WeightFiles, config: TargetConfig) -> str:
+def _name_of(module: Any, model: Any, files: WeightFiles | GgufFile, config: TargetConfig) -> str:
     """The name of `module`'s weight in the files, which Transformers may translate while it loads
     them; that of one it is tied to where they do not hold its own."""
+    if isinstance(files, GgufFile):
+        return files.name_of_end(module is model.get_output_embeddings())
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -182,31 +190,59 @@ def _name_of(module: Any, model: Any, files: WeightFiles, config: TargetConfig) 
 
 def meta_model(config: TargetConfig) -> Any:
     """The target's modules and shapes without weights, in a moment at any size."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    path = checked_path(config)
-    options = {"trust_remote_code": config.trust_remote_code}
-    with explained(config), torch.device("meta"):
-        found = AutoConfig.from_pretrained(path, revision=config.revision, **options)
-        wanted = DTYPES[config.dtype]
+    with explained(config):
+        found, wanted = read_config(config), dtype_of(config)
         dtype = getattr(found, "dtype", None) if wanted == "auto" else wanted
-        return AutoModelForCausalLM.from_config(
-            found,
-            dtype=dtype or torch.float32,
-            attn_implementation=attention_of(config),
-            **options,
-        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                found,
+                dtype=dtype or torch.float32,
+                attn_implementation=attention_of(config),
+                trust_remote_code=config.trust_remote_code,
+            )
+        if is_gguf(config.path):
+            GgufFile(config.path).check(model)
+    return model
+
+
+def read_config(config: TargetConfig) -> Any:
+    """Transformers' config of the target. Raises TargetError for a GGUF file that says more."""
+    from transformers import AutoConfig
+
+    with loaded_from(config) as (path, options):
+        found = AutoConfig.from_pretrained(path, **options)
+    if is_gguf(config.path):
+        GgufFile(config.path).complete(found)
+    return found
+
+
+@contextmanager
+def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What Transformers loads the target from: a folder or hub name, and options for it."""
+    path = checked_path(config)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if not is_gguf(path):
+        yield path, options
+        return
+    with alone(path) as (folder, file):
+        yield folder, {**options, "gguf_file": file}
+
+
+def dtype_of(config: TargetConfig) -> Any:
+    """What `target.dtype` means for this target; "auto": as its files say."""
+    if config.dtype == "auto" and is_gguf(config.path):
+        return torch.float32  # so llama.cpp computes, whatever the blocks were quantised from
+    return DTYPES[config.dtype]
 
 
 def load_tokenizer(config: TargetConfig) -> Any:
     """The target's tokenizer. Raises TargetError."""
     from transformers import AutoTokenizer
 
-    path = checked_path(config)
-    with explained(config):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    with explained(config), loaded_from(config) as (path, options):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
         raise TargetError(
             f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
@@ -231,6 +267,12 @@ def checked_path(config: TargetConfig) -> str:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = os.path.expanduser(config.path)
+    if is_gguf(path):
+        if not Path(path).is_file():
+            raise TargetError(
+                f"target.path={config.path}: no such {SUFFIX} file; fetch it and give its path"
+            )
+        return path
     if looks_local and not Path(path, "config.json").is_file():
         raise TargetError(
             f"target.path={config.path}: no config.json there; give the folder of a Hugging Face "

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 
 from deepspec.config.schema import TargetConfig
+from deepspec.errors import TargetError
 from deepspec.targets.ends import (
-    DTYPES,
     attention_of,
-    checked_path,
+    dtype_of,
     explained,
     layers_of,
     load_tokenizer,
+    loaded_from,
     meta_model,
+    open_files,
+    read_config,
     read_ends,
 )
 from deepspec.targets.families import find_parts
-from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import is_gguf
 from deepspec.targets.parallel import (
     TensorParallelTarget,
     check_parallel,
@@ -45,7 +48,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     # the dtype in which DeepSpeed holds it
     zero3 = shapes.dtype if shapes is not None and config.parallel == "zero3" else None
     with explained(config):
-        files = WeightFiles(config)
+        files = open_files(config)
         with zero3_loading(zero3) if zero3 else nullcontext():
             model = _from_pretrained(config)
         if shapes is None:
@@ -62,17 +65,35 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
 def _from_pretrained(config: TargetConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
-    wanted = DTYPES[config.dtype]
-    model = AutoModelForCausalLM.from_pretrained(
-        checked_path(config),
-        dtype=wanted,
-        attn_implementation=attention_of(config),
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        **placement(config),
-    )
+    wanted = dtype_of(config)
+    with loaded_from(config) as (path, options):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=wanted,
+            attn_implementation=attention_of(config),
+            output_loading_info=True,
+            **options,
+            **placement(config),
+            **(_gguf_options(config) if is_gguf(config.path) else {}),
+        )
+    model, info = loaded
+    if is_gguf(config.path) and info["missing_keys"]:
+        raise TargetError(
+            f"target.path={config.path} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which "
+            "Transformers would make up; convert the model again, or give its safetensors"
+        )
     # a quantised checkpoint that had to be dequantised keeps the dtype of what was not quantised
     plain = wanted != "auto" and not getattr(model, "is_quantized", False)
     if plain and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
         model.to(wanted)
     return model
+
+
+def _gguf_options(config: TargetConfig) -> dict[str, Any]:
+    """Config and weights of a GGUF file as plain tensors, also where kernels for blocks exist."""
+    from transformers import GgufConfig
+
+    return {
+        "config": read_config(config),
+        "quantization_config": GgufConfig(dequantize=True),
+    }

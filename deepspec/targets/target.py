@@ -18,6 +18,7 @@ from deepspec.targets.ends import TargetEnds
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import FeatureCapture, Packing
 from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import GgufFile
 from deepspec.targets.identity import Identity, fingerprint_of_model
 
 
@@ -43,7 +44,7 @@ class Target(TargetEnds):
         tokenizer: Any,
         layer_ids: Sequence[int] | int,
         name: str,
-        files: WeightFiles | None = None,
+        files: WeightFiles | GgufFile | None = None,
         parts: Parts | None = None,
         rollback: str = "auto",
     ) -> None:
