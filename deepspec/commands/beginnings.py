@@ -19,6 +19,7 @@ from deepspec.config.schema import DrafterConfig, RunConfig
 from deepspec.data.vocabulary import count_tokens, coverage, frequent_tokens
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
+from deepspec.drafters.mask_token import mask_token_for, mask_token_of
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export import is_export, open_export, weights_to_fetch
@@ -180,6 +181,8 @@ def first_drafter(
     shape = kind.resolve(config.drafter, target)
     if origin is not None and start is not None:
         shape = kind.load(start.shape)  # not all of it is in the config
+    elif hasattr(shape, "mask_token_id") and config.drafter.mask_token_id is None:
+        shape = replace(shape, mask_token_id=_mask_token(target, samples, start))
     size = getattr(shape, "draft_vocab_size", None)
     if size is None:
         return kind.build(shape)
@@ -187,6 +190,20 @@ def first_drafter(
     drafter = kind.build(replace(shape, draft_vocab_coverage=covered))
     drafter.restrict(ids)
     return drafter
+
+
+def _mask_token(target: TargetEnds, samples: Sequence[Sample], start: Checkpoint | None) -> int:
+    """That of `start`, else chosen for `target` and `samples`, and said where it is a token."""
+    if start is not None:
+        return int(start.shape["mask_token_id"])
+    chosen = mask_token_for(target, samples)
+    if mask_token_of(target) is None:
+        name = target.tokenizer.convert_ids_to_tokens(chosen)
+        say(
+            f"mask token: {name} (id {chosen}), a special token that neither the chat template nor "
+            "the data uses"
+        )
+    return chosen
 
 
 def _vocabulary(
