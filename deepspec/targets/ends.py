@@ -115,7 +115,9 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     tokenizer = load_tokenizer(config)
     model = meta_model(config)
     with explained(config):
-        parts = read_ends(find_parts(model), model, config, torch.device(device))
+        parts = find_parts(model)
+        check_tokens(tokenizer, len(parts.embedding), config.path)
+        parts = read_ends(parts, model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
     return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback)
 
@@ -138,6 +140,28 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embedding, head = (read(_name_of(module, model, files, config)) for module in ends)
     return replace(parts, embedding=embedding, head=head)
+
+
+def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
+    """Raises TargetError where text can become ids that an embedding of `rows` rows lacks."""
+    placeholders = set(placeholder_tokens(tokenizer))
+    vocabulary = tokenizer.get_vocab()
+    beyond = {token: index for token, index in vocabulary.items() if index >= rows}
+    if wrong := sorted(beyond.keys() - placeholders, key=beyond.__getitem__):
+        shown = ", ".join(f"{token} ({beyond[token]})" for token in wrong[:3])
+        raise TargetError(
+            f"target.path={name}: the tokenizer has {len(wrong)} token(s) that its embedding of "
+            f"{rows} rows lacks: {shown}{', ...' if len(wrong) > 3 else ''}; resize the model's "
+            "embedding to the tokenizer it was trained with, or take them out of the tokenizer"
+        )
+
+
+def placeholder_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that stand for images or sound, which no text has; the text-only models of a
+    multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
+    named = getattr(tokenizer, "special_tokens_map", {})
+    media = ("image_token", "audio_token", "video_token")
+    return [str(named[key]) for key in media if key in named]
 
 
 def open_files(config: TargetConfig) -> WeightFiles | GgufFile:

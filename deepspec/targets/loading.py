@@ -11,6 +11,7 @@ from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.targets.ends import (
     attention_of,
+    check_tokens,
     dtype_of,
     explained,
     layers_of,
@@ -56,6 +57,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
         parts = find_parts(model)
         if shapes is not None:
             parts = read_ends(parts, shapes, config, device)
+        check_tokens(tokenizer, len(parts.embedding), config.path)
         if zero3:
             zero3_backbone(parts, zero3, device)
     kind = TensorParallelTarget if config.parallel == "tensor" else Target

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
+from deepspec.checks import check_target
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.records import Sample
@@ -21,6 +23,7 @@ from deepspec.targets import (
     load_target,
 )
 from deepspec.targets.identity import differing
+from tests.conftest import make_tokenizer
 
 
 def samples_of(*lengths: int) -> list[Sample]:
@@ -131,6 +134,29 @@ def test_a_folder_without_a_tokenizer_is_named(target_folder: Path, tmp_path: Pa
         (tmp_path / name).symlink_to(target_folder / name)
     with pytest.raises(TargetError, match=r"no tokenizer \(tokenizer.json is missing\)"):
         load_target(TargetConfig(path=str(tmp_path)), "cpu")
+
+
+def test_tokens_beyond_the_embedding_are_refused(target_folder: Path, tmp_path: Path) -> None:
+    """But for those that stand for images, which text-only models of a family keep."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(target_folder / name)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer().backend_tokenizer,
+        eos_token="<|im_end|>",
+        extra_special_tokens={"image_token": "<|image|>"},
+    )
+    assert tokenizer.get_vocab()["<|image|>"] == 260  # of 260 rows
+    tokenizer.save_pretrained(tmp_path)
+    config = TargetConfig(path=str(tmp_path), num_layer_ids=3)
+    load_ends(config, "cpu")
+    (first, *_) = check_target(load_target(config, "cpu"))
+    assert first.holds
+    assert "261 tokens for 260 rows of the embedding; <|image|> without one" in first.detail
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(tmp_path)
+    for load in (load_ends, load_target):
+        with pytest.raises(TargetError, match=r"1 token\(s\) that its embedding of 260 rows lacks"):
+            load(config, "cpu")
 
 
 def test_mistakes_are_named(target_folder: Path, tmp_path: Path) -> None:
