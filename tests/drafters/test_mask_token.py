@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from deepspec.drafters.mask_token import mask_token_for, resolve_mask_token, spa
 from deepspec.errors import ConfigError
 from deepspec.records import Sample
 from deepspec.targets import Target
+from deepspec.training.checkpoint import Checkpoint
 from tests.conftest import SPECIAL, UNMARKED, make_model
 
 TOOL, KEPT, OTHER = "<|tool|>", "<|reserved_7|>", "<|file|>"
@@ -90,5 +92,11 @@ def test_it_is_chosen_by_the_data_said_and_kept(capsys: pytest.CaptureFixture[st
     drafter = first_drafter(config, target, [sample_of(kept, 5)], None)
     assert drafter.config.mask_token_id == other
     assert f"mask token: {OTHER} (id {other})" in capsys.readouterr().err
+    # a checkpoint from before is gone on with as it was, whatever the data and the rules are now
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    before = {**drafter.config.to_dict(), "rope_parameters": rope}
+    start = Checkpoint(Path("step"), 1, "dspark", before, {}, "target", {}, {}, {})
+    shape = first_drafter(config, target, [sample_of(other, 5)], start).config
+    assert (shape.mask_token_id, shape.rope_parameters) == (other, rope)
     own = replace(config, drafter=replace(config.drafter, mask_token_id=9))
     assert first_drafter(own, target, [sample_of(kept, 5)], None).config.mask_token_id == 9
