@@ -25,6 +25,7 @@ from deepspec.targets.files import WeightFiles
 from deepspec.targets.gguf import SUFFIX, GgufFile, alone, is_gguf
 from deepspec.targets.head import FrozenHead
 from deepspec.targets.identity import Identity, differing, identity_of_ends
+from deepspec.targets.rotation import checked_length, kinds_of
 
 DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,7 +36,7 @@ class TargetEnds:
     `embedding` is what the first layer sees and `head` gives the target's logits: the weights of
     the files times `embedding_scale` and `logit_scale`. `identity` is that of the ends until the
     source of the features tells the whole target's. `rollback`: how decoding takes tokens back;
-    None where no way is proven.
+    None where no way is proven. `context_length`: target.context_length.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TargetEnds:
         layer_ids: Sequence[int] | int,
         name: str,
         rollback: str | None,
+        context_length: int | None = None,
     ) -> None:
         rules, config = parts.rules, parts.text_config
         self.tokenizer = tokenizer
@@ -66,6 +68,8 @@ class TargetEnds:
             else check_layer_ids(layer_ids, self.num_layers, rules.last_layer)
         )
         self._identity: Identity | None = None
+        # most tokens that a text may have; None where nothing sets a bound
+        self.context_length = checked_length(context_length, config, name)
 
     @property
     def identity(self) -> Identity:
@@ -80,7 +84,10 @@ class TargetEnds:
         return torch.equal(*self._in_files)
 
     def _fingerprint(self) -> Identity:
-        return identity_of_ends(self.config, self.tokenizer, *self._in_files)
+        length = self.context_length
+        own = length == getattr(self.config, "max_position_embeddings", None)
+        rotated_for = None if own or not kinds_of(self.config) else length
+        return identity_of_ends(self.config, self.tokenizer, *self._in_files, rotated_for)
 
     def adopt(self, identity: Identity, whose: str) -> None:
         """Take `identity` of the target that computed the features, which these are the ends of.
@@ -93,11 +100,6 @@ class TargetEnds:
                 f"{', '.join(different)} differ(s); set target.path to that target"
             )
         self._identity = dict(identity)
-
-    @property
-    def context_length(self) -> int | None:
-        """Most tokens a text may have; None where the target's config sets no bound."""
-        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +121,8 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
         check_tokens(tokenizer, len(parts.embedding), config.path)
         parts = read_ends(parts, model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
-    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback)
+    length = config.context_length
+    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, length)
 
 
 def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.device) -> Parts:

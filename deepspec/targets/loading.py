@@ -42,7 +42,14 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     tokenizer, device = load_tokenizer(config), torch.device(device)
     if device.type == "meta":
         model = meta_model(config)
-        return Target(model, tokenizer, layers_of(config), config.path, rollback=config.rollback)
+        return Target(
+            model,
+            tokenizer,
+            layers_of(config),
+            config.path,
+            rollback=config.rollback,
+            context_length=config.context_length,
+        )
     shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)
@@ -61,7 +68,16 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
         if zero3:
             zero3_backbone(parts, zero3, device)
     kind = TensorParallelTarget if config.parallel == "tensor" else Target
-    return kind(model, tokenizer, layers_of(config), config.path, files, parts, config.rollback)
+    return kind(
+        model,
+        tokenizer,
+        layers_of(config),
+        config.path,
+        files,
+        parts,
+        config.rollback,
+        config.context_length,
+    )
 
 
 def _from_pretrained(config: TargetConfig) -> Any:

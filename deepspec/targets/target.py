@@ -20,6 +20,7 @@ from deepspec.targets.features import FeatureCapture, Packing
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.gguf import GgufFile
 from deepspec.targets.identity import Identity, fingerprint_of_model
+from deepspec.targets.rotation import fix_rotation, kinds_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ class Target(TargetEnds):
         files: WeightFiles | GgufFile | None = None,
         parts: Parts | None = None,
         rollback: str = "auto",
+        context_length: int | None = None,
     ) -> None:
         parts = find_parts(model) if parts is None else parts
         way = resolve_rollback(rollback, model, parts)
-        super().__init__(parts, tokenizer, layer_ids, name, way)
+        super().__init__(parts, tokenizer, layer_ids, name, way, context_length)
         self.model = model.eval().requires_grad_(False)
+        if (kinds := kinds_of(self.config)) and self.context_length and self.device.type != "meta":
+            fix_rotation(model, kinds, self.context_length)
         self._files = files
         self.backbone = parts.backbone
         self._capture = FeatureCapture(parts, self.layer_ids)
