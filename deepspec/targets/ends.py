@@ -19,6 +19,8 @@ from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.machine import lacks_bf16
+from deepspec.progress import say_once
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.files import WeightFiles
@@ -114,7 +116,7 @@ class TargetEnds:
 
 def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     """The ends of the target of `config` on `device`, read alone. Raises TargetError."""
-    tokenizer = load_tokenizer(config)
+    tokenizer, config = load_tokenizer(config), settled(config, device)
     model = meta_model(config)
     with explained(config):
         parts = find_parts(model)
@@ -255,6 +257,26 @@ def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     with alone(path) as (folder, file):
         yield folder, {**options, "gguf_file": file}
+
+
+def settled(config: TargetConfig, device: torch.device | str) -> TargetConfig:
+    """`config` with float32 for target.dtype=auto, where the checkpoint is in 16 bits and `device`
+    is a processor without arithmetic for them."""
+    on_processor = torch.device(device).type == "cpu" and lacks_bf16()
+    if config.dtype != "auto" or is_gguf(config.path) or not on_processor:
+        return config
+    with explained(config):
+        found = read_config(config)
+    saved = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
+    quantised = getattr(found, "quantization_config", None) is not None
+    if quantised or saved not in (torch.bfloat16, torch.float16):
+        return config
+    name = str(saved).removeprefix("torch.")
+    say_once(
+        f"target.dtype=auto: float32, because this processor has no arithmetic for {name}, in "
+        "which the target is saved; target.dtype=bfloat16 takes half the memory and more time"
+    )
+    return replace(config, dtype="float32")
 
 
 def dtype_of(config: TargetConfig) -> Any:

@@ -21,6 +21,7 @@ from deepspec.targets.ends import (
     open_files,
     read_config,
     read_ends,
+    settled,
 )
 from deepspec.targets.families import find_parts
 from deepspec.targets.gguf import is_gguf
@@ -50,6 +51,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
             rollback=config.rollback,
             context_length=config.context_length,
         )
+    config = settled(config, device)
     shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)

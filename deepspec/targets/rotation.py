@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deepspec.errors import TargetError
-from deepspec.progress import say
+from deepspec.progress import say_once
 
 DEPENDENT = ("longrope", "dynamic")
 
@@ -68,7 +68,7 @@ def fix_rotation(model: Any, kinds: set[str], length: int) -> None:
             f"target family {type(model).__name__} rotates by {', '.join(sorted(kinds))}, but not "
             "where Transformers' families do: its texts would depend on their neighbours in a batch"
         )
-    say(
+    say_once(
         f"target: {', '.join(sorted(kinds))} rotation as for texts of {length} tokens, whatever a "
         "text's own length, as engines do; target.context_length sets it"
     )
