@@ -54,6 +54,7 @@ ROPE = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
+FINETUNED = "rope.scaling.finetuned"  # computes nothing
 ROPE_TYPES = {"none": "default", "linear": "linear", "yarn": "yarn"}
 # what Transformers needs besides `factor` to compute Llama 3's scaling; the same in all its models
 LLAMA3 = {
@@ -166,16 +167,18 @@ class GgufFile:
                 f"{', '.join(ARCHITECTURES)} are read: give the safetensors checkpoint instead"
             )
         rope: dict[str, Any] = {}
-        for key in sorted(key for key in self._fields if key.startswith(f"{architecture}.")):
+        said = {key for key in self._fields if key.startswith(f"{architecture}.")}
+        for key in sorted(said - {f"{architecture}.{FINETUNED}"}):
             name, value = key.removeprefix(f"{architecture}."), self.value(key)
+            meaning = MEANING.get(name)
             if name in ROPE:
                 rope[ROPE[name]] = value
-            elif hasattr(text, MEANING.get(name, " ")) and not isinstance(value, list):
-                setattr(text, MEANING[name], value)
-            else:
-                raise self._unread(f"{key}={value}")
+            elif meaning and hasattr(text, meaning) and not isinstance(value, list):
+                setattr(text, meaning, value)
+            elif meaning != "head_dim" or value != text.hidden_size // text.num_attention_heads:
+                raise self._unread(f"{key}={value}")  # Qwen2 has no key for its heads' size
         self._rotate(text, rope)
-        config.eos_token_id = self.end_ids()
+        config.eos_token_id = self.end_ids() or None
 
     def _rotate(self, text: Any, said: dict[str, Any]) -> None:
         """Complete the rotation of `text` by what the file `said` of it."""
@@ -186,8 +189,8 @@ class GgufFile:
             said = {key: value for key, value in said.items() if key == "rope_theta"}
         text.rope_parameters |= {**said, "rope_type": ROPE_TYPES[kind]}
         if ROPE_FACTORS in self._tensors:
-            base, size = text.rope_parameters["rope_theta"], text.head_dim
-            text.rope_parameters = self._llama3(base, size)
+            base = text.rope_parameters["rope_theta"]
+            text.rope_parameters = self._llama3(base, text.head_dim)
 
     def _llama3(self, base: float, head_dim: int) -> dict[str, Any]:
         """Llama 3's scaling where it gives exactly the factors in this file."""

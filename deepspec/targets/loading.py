@@ -111,9 +111,9 @@ def _from_pretrained(config: TargetConfig) -> Any:
 
 def _gguf_options(config: TargetConfig) -> dict[str, Any]:
     """Config and weights of a GGUF file as plain tensors, also where kernels for blocks exist."""
-    from transformers import GgufConfig
+    import transformers
 
-    return {
-        "config": read_config(config),
-        "quantization_config": GgufConfig(dequantize=True),
-    }
+    options = {"config": read_config(config)}
+    if hasattr(transformers, "GgufConfig"):  # older versions know no other way
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options

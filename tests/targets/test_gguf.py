@@ -100,10 +100,10 @@ def write_metadata(writer: gguf.GGUFWriter, config: Any, more: dict[str, Any]) -
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    if hasattr(config, "head_dim"):
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     if hasattr(config, "moe_intermediate_size"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -113,6 +113,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: Any, more: dict[str, Any]) -
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
         original = config.rope_parameters["original_max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_finetuned(True)
     for key, value in more.items():
         writer.add_float32(f"{writer.arch}.{key}", value)
 
