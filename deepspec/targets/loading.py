@@ -24,7 +24,7 @@ from deepspec.targets.ends import (
     settled,
 )
 from deepspec.targets.families import find_parts
-from deepspec.targets.gguf import is_gguf
+from deepspec.targets.gguf import GgufFile, is_gguf
 from deepspec.targets.parallel import (
     TensorParallelTarget,
     check_parallel,
@@ -97,6 +97,8 @@ def _from_pretrained(config: TargetConfig) -> Any:
             **(_gguf_options(config) if is_gguf(config.path) else {}),
         )
     model, info = loaded
+    if is_gguf(config.path):
+        GgufFile(config.path).check(model)
     if is_gguf(config.path) and info["missing_keys"]:
         raise TargetError(
             f"target.path={config.path} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which "

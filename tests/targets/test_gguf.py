@@ -51,10 +51,14 @@ def tokenizer_of(vocabulary: int) -> Any:
 
 
 def write_gguf(
-    folder: Path, name: str, quantise: bool = False, **metadata: Any
+    folder: Path,
+    name: str,
+    quantise: bool = False,
+    extra: dict[str, Tensor] | None = None,
+    **metadata: Any,
 ) -> tuple[Path, Any]:
-    """The random model `name` as folder/model.gguf, as llama.cpp's converter writes it, and the
-    model itself."""
+    """The random model `name` as folder/model.gguf, as llama.cpp's converter writes it with `extra`
+    tensors, and the model itself."""
     config = MODELS[name]
     model = make_causal_lm(config)
     with torch.no_grad():
@@ -73,8 +77,9 @@ def write_gguf(
             kind = gguf.GGMLQuantizationType.Q8_0
             data = gguf.quantize(data, kind)
         writer.add_tensor(f"{names.get_name(base) or base}.{suffix}", data, raw_dtype=kind)
-    if name == "llama":
-        writer.add_tensor("rope_freqs.weight", llama3_factors(config).numpy())
+    factors = {"rope_freqs.weight": llama3_factors(config)} if name == "llama" else {}
+    for key, tensor in (factors | (extra or {})).items():
+        writer.add_tensor(key, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -226,17 +231,22 @@ def test_tokenizer_template_and_ends_are_those_in_the_file(tmp_path: Path) -> No
 
 
 def test_what_transformers_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    def refused(config: TargetConfig, why: str) -> None:
+        for open_target in (load_ends, load_target):
+            with pytest.raises(TargetError, match=why):
+                open_target(config, "cpu")
+
     path, _ = write_gguf(tmp_path, "llama", **{"logit_scale": 4.0})
-    with pytest.raises(TargetError, match=r"holds llama\.logit_scale=4\.0, which Transformers"):
-        load_ends(TargetConfig(path=str(path)), "cpu")
-    writer = gguf.GGUFWriter(path, "falcon")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(TargetError, match="could not be loaded"):
-        load(path)
-    with pytest.raises(TargetError, match=r"no such \.gguf file"):
-        load(tmp_path / "other.gguf")
+    config = TargetConfig(path=str(path), num_layer_ids=1)
+    refused(config, r"holds llama\.logit_scale=4\.0, which Transformers does not read")
+    write_gguf(tmp_path, "llama", extra={"blk.1.attn_q.bias": torch.ones(64)})
+    refused(config, r"holds [\d,]+ weights, where LlamaForCausalLM has")
+    write_gguf(tmp_path, "llama", extra={"rope_freqs.weight": torch.ones(8) * 3})
+    refused(config, r"rope_freqs\.weight is not Llama 3's scaling")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"llama", b"gemma"))
+    refused(config, "could not be loaded|of GGUF files only llama, qwen2, qwen3, qwen3moe are read")
+    refused(TargetConfig(path=str(tmp_path / "other.gguf")), r"no such \.gguf file")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
