@@ -16,6 +16,8 @@ from deepspec.errors import MissingDependencyError
 if TYPE_CHECKING:
     import torch
 
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "hydra-core")
 
 
@@ -69,6 +71,14 @@ def processor_flops(size: int = 512) -> float:
     return 2 * size**3 / best
 
 
+@functools.cache
+def lacks_bf16() -> bool:
+    """Whether this machine's processors emulate bfloat16, which takes several times as long as
+    float32. False where nothing tells."""
+    flags = _cpuinfo("flags") or _cpuinfo("Features")  # x86, ARM
+    return flags is not None and not BF16_FLAGS & set(flags.split())
+
+
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory (GiB), accelerators, and versions of what computes."""
     import torch
@@ -89,9 +99,15 @@ def describe_machine() -> dict[str, Any]:
 
 def _processor() -> str:
     """The processor's name; `platform` does not know it on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    """What Linux says under `key` of the first processor; None where it does not."""
+    if not CPUINFO.is_file():
+        return None
+    for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -93,3 +94,9 @@ def say(line: str) -> None:
     """A line about the work, once, beside the progress; results go to standard output."""
     if rank() == 0:
         tell(line)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """`say`, for what a process would find out again each time that it opens a target."""
+    say(line)

@@ -78,6 +78,7 @@ def check_export(folder: Path, target: TargetEnds | None = None) -> Findings:
             its_own = () if traits.eagle3 is None else (HEAD,)
             faults += _target_faults(folder, config, headers, shape, target, its_own)
             faults += layer_faults(shape.target_layer_ids, target.num_layers, layout.last_layer)
+        doubts += _rotation_doubts(traits)
         if not layout.last_layer:
             doubts += _layer_doubts(config, shape, target)
         if target is not None:
@@ -167,6 +168,15 @@ def _layer_doubts(config: dict[str, Any], shape: Any, target: TargetEnds | None)
                 f"the target's layers {ids} of {layers} are the evenly spaced ones {word} one: "
                 "were they counted otherwise than by a block's output?"
             )
+
+
+def _rotation_doubts(traits: Traits) -> Iterator[str]:
+    if traits.drops_rotation:
+        yield (
+            f"the drafter rotates by {traits.rope_type}, which llama.cpp's converter drops: it "
+            "drafts badly there, without an error; vLLM and SGLang draft as it was trained. A "
+            "drafter that is trained anew takes the plain rotation, which all of them keep"
+        )
 
 
 def _scale_doubts(traits: Traits, target: TargetEnds) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError
+from deepspec.progress import say
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,20 @@ Outcome = tuple[bool, float | None, str]
 
 
 def tried(what: str, check: Callable[[], Outcome]) -> Finding:
-    """What `check` gives; where it raises, it does not hold, and the error is the reason."""
+    """What `check` gives; where it raises, it does not hold, and the error is the reason.
+
+    Prints the result at once: a large target takes minutes per check.
+    """
+    begun = time.monotonic()
     try:
-        return Finding(what, *check())
+        finding = Finding(what, *check())
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         reason = first if isinstance(error, DeepSpecError) else f"{type(error).__name__}: {first}"
-        return Finding(what, False, None, reason)
+        finding = Finding(what, False, None, reason)
+    verdict = "holds" if finding.holds else "does not hold"
+    say(f"{what}: {verdict} ({time.monotonic() - begun:.1f} s)")
+    return finding
 
 
 @dataclass(frozen=True)

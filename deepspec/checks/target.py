@@ -24,6 +24,7 @@ from deepspec.objective import slots_of
 from deepspec.objective.eager import eager_loss
 from deepspec.records import Sample
 from deepspec.targets import Target, attention_kinds
+from deepspec.targets.ends import check_tokens
 
 # relative root mean square; the same computation twice, and one that sums in another order
 SAME = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -45,6 +46,7 @@ def check_target(target: Target, new_tokens: int = 24) -> Iterator[Finding]:
         Sample(torch.tensor(text), torch.ones(len(text), dtype=torch.bool), str(index))
         for index, text in enumerate(texts)
     ]
+    yield tried("tokens", lambda: _tokens(target))
     yield tried("captured features", lambda: _features(target, samples[0]))
     yield tried("embedding", lambda: _embedding(target, samples[3]))
     yield tried("logits", lambda: _logits(target, samples[3]))
@@ -74,6 +76,17 @@ def _borders(config: Any) -> list[int]:
     windowed = attention_kinds(config) != {"full_attention"}
     window = getattr(config, "sliding_window", None) if windowed else None
     return [window or 0, *compressed.values()]
+
+
+def _tokens(target: Target) -> Outcome:
+    """Whether the embedding has a row for every id that text can become."""
+    rows, vocabulary = len(target.embedding), target.tokenizer.get_vocab()
+    check_tokens(target.tokenizer, rows, target.name)
+    beyond = sorted(token for token, index in vocabulary.items() if index >= rows)
+    detail = f"{len(vocabulary)} tokens for {rows} rows of the embedding"
+    if beyond:
+        detail += f"; {', '.join(beyond)} without one, for images or sound: not for text"
+    return True, None, detail
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from deepspec.config.schema import DrafterConfig, RunConfig
 from deepspec.data.vocabulary import count_tokens, coverage, frequent_tokens
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
+from deepspec.drafters.mask_token import mask_token_for, mask_token_of
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.export import is_export, open_export, weights_to_fetch
@@ -41,6 +42,8 @@ from deepspec.training.checkpoint import (
 
 # keys of DrafterConfig that another training may choose anew
 FREE = ("init_from", "confidence_detached")
+# what a training chose when it began, from its data or by the rules of its version
+CHOSEN = ("mask_token_id", "rope_parameters")
 # parts of a target's identity that a fine-tune does not change
 FIRM = ("architecture", "tokenizer")
 
@@ -182,6 +185,12 @@ def first_drafter(
     shape = kind.resolve(config.drafter, target)
     if origin is not None and start is not None:
         shape = kind.load(start.shape)  # not all of it is in the config
+    elif start is not None:
+        free = {key for key in CHOSEN if getattr(config.drafter, key, None) is None}
+        both = free & start.shape.keys() & shape.to_dict().keys()
+        shape = replace(shape, **{key: start.shape[key] for key in both})
+    elif hasattr(shape, "mask_token_id") and config.drafter.mask_token_id is None:
+        shape = replace(shape, mask_token_id=_mask_token(target, samples))
     size = getattr(shape, "draft_vocab_size", None)
     if size is None:
         return kind.build(shape)
@@ -189,6 +198,18 @@ def first_drafter(
     drafter = kind.build(replace(shape, draft_vocab_coverage=covered))
     drafter.restrict(ids)
     return drafter
+
+
+def _mask_token(target: TargetEnds, samples: Sequence[Sample]) -> int:
+    """The one for `target` and `samples`; printed where it is one of the target's tokens."""
+    chosen = mask_token_for(target, samples)
+    if mask_token_of(target) is None:
+        name = target.tokenizer.convert_ids_to_tokens(chosen)
+        say(
+            f"mask token: {name} (id {chosen}), a special token that neither the chat template nor "
+            "the data uses"
+        )
+    return chosen
 
 
 def _vocabulary(

@@ -77,14 +77,11 @@ def print_findings(title: str, findings: Iterable[Finding]) -> bool:
     from rich.markup import escape
     from rich.table import Table
 
-    from deepspec.progress import say
-
     table = Table(title=escape(title), box=None, pad_edge=False, title_justify="left")
     for column in ("", "what", "largest difference", "found"):
         table.add_column(column, overflow="fold")
     failed = 0
     for finding in findings:
-        say(f"{finding.what}: {'holds' if finding.holds else 'does not hold'}")
         state = "[green]holds[/]" if finding.holds else "[red]fails[/]"
         difference = "" if finding.difference is None else f"{finding.difference:.2g}"
         table.add_row(state, *map(escape, (finding.what, difference, finding.detail)))

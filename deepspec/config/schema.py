@@ -35,6 +35,7 @@ class TargetConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16
     layer_ids: list[int] | None = None
     num_layer_ids: int = 5
+    context_length: int | None = None
     attention: str = "auto"
     rollback: str = "auto"  # auto | rows | snapshot
     parallel: str = "replicated"  # replicated | tensor | zero3 | device_map

@@ -39,6 +39,7 @@ COMPILABLE = ("dspark", "dflash")
 RECOMPUTABLE = ("dspark", "dflash", "dspark_v4")  # a step of the others has effects besides
 AT_LEAST_ONE = (
     "target.num_layer_ids",
+    "target.context_length",
     "data.max_length",
     "regenerate.max_new_tokens",
     "regenerate.samples_per_prompt",

@@ -9,6 +9,9 @@ from deepspec.config.schema import DrafterConfig
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.targets.attributes import common
 
+# rotations of a target of which its drafters take the base alone
+BASE_ALONE = ("default", "proportional", "longrope", "llama3", "dynamic")
+
 
 @dataclass(frozen=True)
 class DrafterShape:
@@ -106,7 +109,9 @@ def _rope_parameters(text: Any) -> dict[str, Any]:
 
     A drafter rotates whole heads by one position and one table: no layout can say a part of a head
     (Gemma 4), sections with positions of their own (Qwen3.5's mrope), or a second table for long
-    texts (longrope), for which engines also have different rules. Such a target gives the base.
+    texts (longrope), for which engines also have different rules. Such a target gives the base. So
+    does one with a scaling that llama.cpp's converter drops from a drafter: the drafter learns the
+    plain rotation as well, and then every engine drafts as it was trained.
     """
     parameters = dict(getattr(text, "rope_parameters", None) or {})
     for kind in ("full_attention", "main"):
@@ -114,7 +119,7 @@ def _rope_parameters(text: Any) -> dict[str, Any]:
             parameters = dict(parameters[kind])
     parameters.setdefault("rope_theta", getattr(text, "rope_theta", 10000.0))
     rope_type = parameters.setdefault("rope_type", "default")
-    if rope_type in ("default", "proportional", "longrope"):
+    if rope_type in BASE_ALONE:
         return {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
     ours = parameters.keys() - {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     return {key: parameters[key] for key in sorted(ours)}

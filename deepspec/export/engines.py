@@ -20,6 +20,9 @@ UNTIED = {
 }
 SCALED = "the target scales its embedding, which is then not its LM head; no layout avoids that"
 
+# scalings of the rotation that llama.cpp's converter drops from a drafter, without an error
+DROPPED_ROTATIONS = ("llama3", "dynamic")
+
 
 @dataclass(frozen=True)
 class Eagle3Traits:
@@ -42,8 +45,8 @@ class Eagle3Traits:
 class Traits:
     """What the answer depends on. `reduced`: a draft vocabulary smaller than the target's.
     `embedding`, `lm_head`: whether these are inside. `tied`: whether the target's LM head is its
-    embedding, None where nothing tells; `scaled`: whether the target scales the latter. `eagle3`:
-    None of the other drafters."""
+    embedding, None where nothing tells; `scaled`: whether the target scales the latter.
+    `rope_type`: how the drafter rotates. `eagle3`: None of the other drafters."""
 
     layout: str
     markov_head: str
@@ -53,7 +56,14 @@ class Traits:
     lm_head: bool
     tied: bool | None
     scaled: bool = False
+    rope_type: str = "default"
     eagle3: Eagle3Traits | None = None
+
+    @property
+    def drops_rotation(self) -> bool:
+        """Whether llama.cpp drafts with another rotation than this drafter was trained with."""
+        ours = self.layout != "deepseek_v4" and self.eagle3 is None
+        return ours and self.rope_type in DROPPED_ROTATIONS
 
 
 class Support(NamedTuple):
@@ -91,6 +101,8 @@ def _serving(engine: str, traits: Traits) -> tuple[bool, str]:
         return False, f"reads vanilla Markov heads only, not {head} ones"
     if traits.reduced and traits.layout != "speculators":
         return False, "reads a reduced draft vocabulary in the speculators layout only"
+    if engine == "llama.cpp" and traits.drops_rotation:
+        return False, f"its converter drops the drafter's {traits.rope_type} rotation: drafts badly"
     apart = SCALED if traits.scaled else UNTIED[traits.tied]
     if engine == "llama.cpp" and traits.embedding and apart:
         return False, f"goes wrong with embed_tokens inside where {apart}"

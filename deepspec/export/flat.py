@@ -100,6 +100,17 @@ def rotation_of(shape: Any) -> dict[str, Any]:
     return {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
 
 
+def rotation_in(config: dict[str, Any]) -> Any:
+    """What a backbone's config says of its rotation, older spellings too; no dictionary where the
+    file is wrong."""
+    rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rope, dict):
+        rope = {"rope_type": rope.get("type", "default"), **rope}
+        rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+        rope.pop("type", None)
+    return rope
+
+
 def own_part(shape: Any, target: TargetEnds, profile: str) -> dict[str, Any]:
     """What stands under `deepspec`: for this library alone. Raises ConfigError for a profile that
     there is not."""
@@ -151,11 +162,6 @@ def checked_shape(config: dict[str, Any], file: Path) -> DSparkConfig:
 def shape_of(config: dict[str, Any], kind: type[Shape]) -> Shape:
     """A flat config as a shape of this `kind`. Raises CheckpointError for keys missing or of other
     types."""
-    rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if isinstance(rope, dict):
-        rope = {"rope_type": rope.get("type", "default"), **rope}
-        rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
-        rope.pop("type", None)
     own = deepspec_of(config)
     known = {
         # the public implementation writes these two only where there is such a head
@@ -163,7 +169,7 @@ def shape_of(config: dict[str, Any], kind: type[Shape]) -> Shape:
         "confidence_head_with_markov": False,
         "draft_vocab_size": None,
         **config,
-        "rope_parameters": rope,
+        "rope_parameters": rotation_in(config),
         "confidence_detached": own.get("confidence_detached", False),
         "draft_vocab_coverage": own.get("draft_vocab_coverage"),
         "sample_from_anchor": True,  # else `conventions` says so

@@ -13,7 +13,7 @@ from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.errors import CheckpointError
 from deepspec.export.engines import Traits
 from deepspec.export.files import Headers, deepspec_of
-from deepspec.export.flat import DSPARK, conventions, shape_of
+from deepspec.export.flat import DSPARK, conventions, rotation_in, shape_of
 from deepspec.export.tensors import D2T, EMBEDDING, HEAD, T2D, Form, misfits
 
 INTEGERS = {D2T: "I64", T2D: "BOOL"}
@@ -56,6 +56,7 @@ def traits_of(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
     """What engines' answers depend on; a key that is missing is a fault anyway."""
     size, whole, rank = (flat.get(k) for k in ("draft_vocab_size", "vocab_size", "markov_rank"))
     tied, scaled = (deepspec_of(flat).get(key) for key in ("target_tied", "scaled_embedding"))
+    rope = rotation_in(flat)
     return Traits(
         layout=layout,
         markov_head=str(flat.get("markov_head_type", "vanilla")),
@@ -65,6 +66,7 @@ def traits_of(layout: str, flat: dict[str, Any], headers: Headers) -> Traits:
         lm_head=HEAD in headers,
         tied=tied if isinstance(tied, bool) else None,
         scaled=scaled is True,
+        rope_type=str(rope["rope_type"]) if isinstance(rope, dict) else "default",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.machine import lacks_bf16
+from deepspec.progress import say_once
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import SUFFIX, GgufFile, alone, is_gguf
 from deepspec.targets.head import FrozenHead
 from deepspec.targets.identity import Identity, differing, identity_of_ends
+from deepspec.targets.rotation import checked_length, kinds_of
 
 DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,8 +38,8 @@ class TargetEnds:
     `embedding` is what the first layer sees and `head` gives the target's logits: the weights of
     the files times `embedding_scale` and `logit_scale`. `identity` is that of the ends until the
     source of the features tells the whole target's. `rollback`: how decoding takes tokens back;
-    None where no way is proven. `stop_token_ids`: the tokens at which generation stops, from the
-    generation config (`eos_token_id`) and the tokenizer.
+    None where no way is proven. `context_length`: target.context_length. `stop_token_ids`: the
+    tokens at which generation stops, from the generation config (`eos_token_id`) and the tokenizer.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class TargetEnds:
         layer_ids: Sequence[int] | int,
         name: str,
         rollback: str | None,
+        context_length: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
         rules, config = parts.rules, parts.text_config
@@ -68,6 +73,8 @@ class TargetEnds:
             else check_layer_ids(layer_ids, self.num_layers, rules.last_layer)
         )
         self._identity: Identity | None = None
+        # most tokens that a text may have; None where nothing sets a bound
+        self.context_length = checked_length(context_length, config, name)
 
     @property
     def identity(self) -> Identity:
@@ -82,7 +89,10 @@ class TargetEnds:
         return torch.equal(*self._in_files)
 
     def _fingerprint(self) -> Identity:
-        return identity_of_ends(self.config, self.tokenizer, *self._in_files)
+        length = self.context_length
+        own = length == getattr(self.config, "max_position_embeddings", None)
+        rotated_for = None if own or not kinds_of(self.config) else length
+        return identity_of_ends(self.config, self.tokenizer, *self._in_files, rotated_for)
 
     def adopt(self, identity: Identity, whose: str) -> None:
         """Take `identity` of the target that computed the features, which these are the ends of.
@@ -97,11 +107,6 @@ class TargetEnds:
         self._identity = dict(identity)
 
     @property
-    def context_length(self) -> int | None:
-        """Most tokens a text may have; None where the target's config sets no bound."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
     def device(self) -> torch.device:
         """Where the embedding is, and so where inputs go."""
         return self.embedding.device
@@ -114,13 +119,15 @@ class TargetEnds:
 
 def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     """The ends of the target of `config` on `device`, read alone. Raises TargetError."""
-    tokenizer = load_tokenizer(config)
+    tokenizer, config = load_tokenizer(config), settled(config, device)
     model = meta_model(config)
     with explained(config):
-        parts = read_ends(find_parts(model), model, config, torch.device(device))
+        parts = find_parts(model)
+        check_tokens(tokenizer, len(parts.embedding), config.path)
+        parts = read_ends(parts, model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
-    eos = _generation_eos(config, parts.text_config)
-    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, eos)
+    length, eos = config.context_length, _generation_eos(config, parts.text_config)
+    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, length, eos)
 
 
 def _generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] | None:
@@ -128,10 +135,10 @@ def _generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] |
     from transformers import GenerationConfig
 
     path, revision = os.path.expanduser(config.path), config.revision or "main"
-    try:
-        return GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
-    except OSError:  # it has none
-        return getattr(text_config, "eos_token_id", None)
+    with suppress(OSError):  # it has none
+        if not is_gguf(path):
+            return GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    return getattr(text_config, "eos_token_id", None)
 
 
 def _stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
@@ -148,8 +155,8 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
     are one tensor where the files hold one for both: what configs say of it may be two things in a
     multimodal model, and Transformers does not believe it against the files.
     """
-    files = WeightFiles(config)
-    wanted = DTYPES[config.dtype]
+    files = open_files(config)
+    wanted = dtype_of(config)
 
     @functools.cache
     def read(name: str) -> Tensor:
@@ -161,14 +168,43 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
     return replace(parts, embedding=embedding, head=head)
 
 
+def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
+    """Raises TargetError where text can become ids that an embedding of `rows` rows lacks."""
+    placeholders = set(placeholder_tokens(tokenizer))
+    vocabulary = tokenizer.get_vocab()
+    beyond = {token: index for token, index in vocabulary.items() if index >= rows}
+    if wrong := sorted(beyond.keys() - placeholders, key=beyond.__getitem__):
+        shown = ", ".join(f"{token} ({beyond[token]})" for token in wrong[:3])
+        raise TargetError(
+            f"target.path={name}: the tokenizer has {len(wrong)} token(s) that its embedding of "
+            f"{rows} rows lacks: {shown}{', ...' if len(wrong) > 3 else ''}; resize the model's "
+            "embedding to the tokenizer it was trained with, or take them out of the tokenizer"
+        )
+
+
+def placeholder_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that stand for images or sound, which no text has; the text-only models of a
+    multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
+    named = getattr(tokenizer, "special_tokens_map", {})
+    media = ("image_token", "audio_token", "video_token")
+    return [str(named[key]) for key in media if key in named]
+
+
+def open_files(config: TargetConfig) -> WeightFiles | GgufFile:
+    """The weights at `target.path`, whatever they are saved in. Raises TargetError."""
+    return GgufFile(config.path) if is_gguf(config.path) else WeightFiles(config)
+
+
 def _scaled(weight: Tensor, scale: float) -> Tensor:
     """A copy only where there is a scale, which is rounded to the weight's dtype as models do."""
     return weight if scale == 1 else weight * weight.new_tensor(scale)
 
 
-def _name_of(module: Any, model: Any, files: WeightFiles, config: TargetConfig) -> str:
+def _name_of(module: Any, model: Any, files: WeightFiles | GgufFile, config: TargetConfig) -> str:
     """The name of `module`'s weight in the files, which Transformers may translate while it loads
     them; that of one it is tied to where they do not hold its own."""
+    if isinstance(files, GgufFile):
+        return files.name_of_end(module is model.get_output_embeddings())
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -204,20 +240,71 @@ def _name_of(module: Any, model: Any, files: WeightFiles, config: TargetConfig) 
 
 def meta_model(config: TargetConfig) -> Any:
     """The target's modules and shapes without weights, in a moment at any size."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    path = checked_path(config)
-    options = {"trust_remote_code": config.trust_remote_code}
-    with explained(config), torch.device("meta"):
-        found = AutoConfig.from_pretrained(path, revision=config.revision, **options)
-        wanted = DTYPES[config.dtype]
+    with explained(config):
+        found, wanted = read_config(config), dtype_of(config)
         dtype = getattr(found, "dtype", None) if wanted == "auto" else wanted
-        return AutoModelForCausalLM.from_config(
-            found,
-            dtype=dtype or torch.float32,
-            attn_implementation=attention_of(config),
-            **options,
-        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                found,
+                dtype=dtype or torch.float32,
+                attn_implementation=attention_of(config),
+                trust_remote_code=config.trust_remote_code,
+            )
+        if is_gguf(config.path):
+            GgufFile(config.path).check(model)
+    return model
+
+
+def read_config(config: TargetConfig) -> Any:
+    """Transformers' config of the target. Raises TargetError for a GGUF file that says more."""
+    from transformers import AutoConfig
+
+    with loaded_from(config) as (path, options):
+        found = AutoConfig.from_pretrained(path, **options)
+    if is_gguf(config.path):
+        GgufFile(config.path).complete(found)
+    return found
+
+
+@contextmanager
+def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What Transformers loads the target from: a folder or hub name, and options for it."""
+    path = checked_path(config)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if not is_gguf(path):
+        yield path, options
+        return
+    with alone(path) as (folder, file):
+        yield folder, {**options, "gguf_file": file}
+
+
+def settled(config: TargetConfig, device: torch.device | str) -> TargetConfig:
+    """`config` with float32 for target.dtype=auto, where the checkpoint is in 16 bits and `device`
+    is a processor without arithmetic for them."""
+    on_processor = torch.device(device).type == "cpu" and lacks_bf16()
+    if config.dtype != "auto" or is_gguf(config.path) or not on_processor:
+        return config
+    with explained(config):
+        found = read_config(config)
+    saved = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
+    quantised = getattr(found, "quantization_config", None) is not None
+    if quantised or saved not in (torch.bfloat16, torch.float16):
+        return config
+    name = str(saved).removeprefix("torch.")
+    say_once(
+        f"target.dtype=auto: float32, because this processor has no arithmetic for {name}, in "
+        "which the target is saved; target.dtype=bfloat16 takes half the memory and more time"
+    )
+    return replace(config, dtype="float32")
+
+
+def dtype_of(config: TargetConfig) -> Any:
+    """What `target.dtype` means for this target; "auto": as its files say."""
+    if config.dtype == "auto" and is_gguf(config.path):
+        return torch.float32  # so llama.cpp computes, whatever the blocks were quantised from
+    return DTYPES[config.dtype]
 
 
 def load_text_side(config: TargetConfig) -> tuple[Any, list[int]]:
@@ -225,15 +312,9 @@ def load_text_side(config: TargetConfig) -> tuple[Any, list[int]]:
 
     Raises TargetError.
     """
-    from transformers import AutoConfig
-
     tokenizer = load_tokenizer(config)
     with explained(config):
-        found = AutoConfig.from_pretrained(
-            checked_path(config),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        found = read_config(config)
     return tokenizer, _stop_token_ids(_generation_eos(config, found.get_text_config()), tokenizer)
 
 
@@ -241,11 +322,8 @@ def load_tokenizer(config: TargetConfig) -> Any:
     """The target's tokenizer. Raises TargetError."""
     from transformers import AutoTokenizer
 
-    path = checked_path(config)
-    with explained(config):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    with explained(config), loaded_from(config) as (path, options):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
         raise TargetError(
             f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
@@ -269,6 +347,12 @@ def checked_path(config: TargetConfig) -> str:
     if config.dtype not in DTYPES:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     path = os.path.expanduser(config.path)
+    if is_gguf(path):
+        if not Path(path).is_file():
+            raise TargetError(
+                f"target.path={config.path}: no such {SUFFIX} file; fetch it and give its path"
+            )
+        return path
     there = Path(path).exists()
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if (there or looks_local) and not Path(path, "config.json").is_file():

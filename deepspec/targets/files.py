@@ -39,7 +39,7 @@ class WeightFiles:
         if single is None:
             raise TargetError(
                 f"target.path={config.path} has neither {SINGLE} nor {INDEX}; save the model with "
-                "safe_serialization=True (safetensors is the only weight format that is read)"
+                "safe_serialization=True, or give a GGUF file (no other format is read)"
             )
         with safe_open(single, "pt") as opened:
             self._files = dict.fromkeys(opened.keys(), SINGLE)

@@ -13,13 +13,23 @@ from deepspec.targets.files import update_digest
 Identity = dict[str, str]
 
 
-def identity_of_ends(text_config: Any, tokenizer: Any, embedding: Tensor, head: Tensor) -> Identity:
-    """Fingerprints of architecture, embedding and head, tokenizer, template: no decoder layer."""
+def identity_of_ends(
+    text_config: Any,
+    tokenizer: Any,
+    embedding: Tensor,
+    head: Tensor,
+    rotated_for: int | None = None,
+) -> Identity:
+    """Fingerprints of architecture, embedding and head, tokenizer, template: no decoder layer.
+
+    `rotated_for`: the length of the rotation, where it is not the config's.
+    """
     architecture = {
         "model_type": text_config.model_type,
         "hidden_size": text_config.hidden_size,
         "num_hidden_layers": text_config.num_hidden_layers,
         "vocab_size": text_config.vocab_size,
+        **({} if rotated_for is None else {"rotated_for": rotated_for}),
     }
     ends = hashlib.sha256()
     for name, tensor in (("embedding", embedding), ("head", head)):

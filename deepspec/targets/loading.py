@@ -8,18 +8,23 @@ from typing import Any
 import torch
 
 from deepspec.config.schema import TargetConfig
+from deepspec.errors import TargetError
 from deepspec.targets.ends import (
-    DTYPES,
     attention_of,
-    checked_path,
+    check_tokens,
+    dtype_of,
     explained,
     layers_of,
     load_tokenizer,
+    loaded_from,
     meta_model,
+    open_files,
+    read_config,
     read_ends,
+    settled,
 )
 from deepspec.targets.families import find_parts
-from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import GgufFile, is_gguf
 from deepspec.targets.parallel import (
     TensorParallelTarget,
     check_parallel,
@@ -38,14 +43,22 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
     tokenizer, device = load_tokenizer(config), torch.device(device)
     if device.type == "meta":
         model = meta_model(config)
-        return Target(model, tokenizer, layers_of(config), config.path, rollback=config.rollback)
+        return Target(
+            model,
+            tokenizer,
+            layers_of(config),
+            config.path,
+            rollback=config.rollback,
+            context_length=config.context_length,
+        )
+    config = settled(config, device)
     shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)
     # the dtype in which DeepSpeed holds it
     zero3 = shapes.dtype if shapes is not None and config.parallel == "zero3" else None
     with explained(config):
-        files = WeightFiles(config)
+        files = open_files(config)
         with zero3_loading(zero3) if zero3 else nullcontext():
             model = _from_pretrained(config)
         if shapes is None:
@@ -53,26 +66,56 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
         parts = find_parts(model)
         if shapes is not None:
             parts = read_ends(parts, shapes, config, device)
+        check_tokens(tokenizer, len(parts.embedding), config.path)
         if zero3:
             zero3_backbone(parts, zero3, device)
     kind = TensorParallelTarget if config.parallel == "tensor" else Target
-    return kind(model, tokenizer, layers_of(config), config.path, files, parts, config.rollback)
+    return kind(
+        model,
+        tokenizer,
+        layers_of(config),
+        config.path,
+        files,
+        parts,
+        config.rollback,
+        config.context_length,
+    )
 
 
 def _from_pretrained(config: TargetConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
-    wanted = DTYPES[config.dtype]
-    model = AutoModelForCausalLM.from_pretrained(
-        checked_path(config),
-        dtype=wanted,
-        attn_implementation=attention_of(config),
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        **placement(config),
-    )
+    wanted = dtype_of(config)
+    with loaded_from(config) as (path, options):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=wanted,
+            attn_implementation=attention_of(config),
+            output_loading_info=True,
+            **options,
+            **placement(config),
+            **(_gguf_options(config) if is_gguf(config.path) else {}),
+        )
+    model, info = loaded
+    if is_gguf(config.path):
+        GgufFile(config.path).check(model)
+    if is_gguf(config.path) and info["missing_keys"]:
+        raise TargetError(
+            f"target.path={config.path} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which "
+            "Transformers would make up; convert the model again, or give its safetensors"
+        )
     # a quantised checkpoint that had to be dequantised keeps the dtype of what was not quantised
     plain = wanted != "auto" and not getattr(model, "is_quantized", False)
     if plain and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
         model.to(wanted)
     return model
+
+
+def _gguf_options(config: TargetConfig) -> dict[str, Any]:
+    """Config and weights of a GGUF file as plain tensors, also where kernels for blocks exist."""
+    import transformers
+
+    options = {"config": read_config(config)}
+    if hasattr(transformers, "GgufConfig"):  # older versions know no other way
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options

@@ -24,6 +24,7 @@ from deepspec.machine import import_deepspeed
 from deepspec.processes import world_size
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets.families import Parts
+from deepspec.targets.gguf import is_gguf
 from deepspec.targets.target import Target
 
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # DeepSpeed's names; else it takes float32
@@ -37,6 +38,11 @@ def check_parallel(config: TargetConfig, hf_config: Any) -> None:
     kind, text = config.parallel, hf_config.get_text_config()
     if kind not in COLLECTIVE:
         return
+    if is_gguf(config.path):
+        raise TargetError(
+            f"target.parallel={kind} does not split a GGUF file; set target.parallel=device_map, "
+            "or replicated"
+        )
     if world_size() == 1:
         raise TargetError(
             f"target.parallel={kind} splits the target over several processes, but there is one; "

@@ -18,7 +18,9 @@ from deepspec.targets.ends import TargetEnds
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import FeatureCapture, Packing
 from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import GgufFile
 from deepspec.targets.identity import Identity, fingerprint_of_model
+from deepspec.targets.rotation import fix_rotation, kinds_of
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,18 @@ class Target(TargetEnds):
         tokenizer: Any,
         layer_ids: Sequence[int] | int,
         name: str,
-        files: WeightFiles | None = None,
+        files: WeightFiles | GgufFile | None = None,
         parts: Parts | None = None,
         rollback: str = "auto",
+        context_length: int | None = None,
     ) -> None:
         parts = find_parts(model) if parts is None else parts
         way = resolve_rollback(rollback, model, parts)
         eos = model.generation_config.eos_token_id
-        super().__init__(parts, tokenizer, layer_ids, name, way, eos)
+        super().__init__(parts, tokenizer, layer_ids, name, way, context_length, eos)
         self.model = model.eval().requires_grad_(False)
+        if (kinds := kinds_of(self.config)) and self.context_length and self.device.type != "meta":
+            fix_rotation(model, kinds, self.context_length)
         self._files = files
         self.backbone = parts.backbone
         self._capture = FeatureCapture(parts, self.layer_ids)

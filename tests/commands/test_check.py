@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.checks.decoding import DecodingCheck
+from deepspec.checks.target import check_texts
 from deepspec.cli import main
+from deepspec.targets import Target
 from deepspec.targets.families import Family
 
 
@@ -32,6 +35,15 @@ def test_what_does_not_hold_is_said_and_exits_with_1(
     assert "logits: does not hold" in output.err
     assert "fails" in output.out
     assert output.out.splitlines()[-1].endswith("do not hold")
+
+
+def test_each_result_is_printed_when_it_is_there(
+    target: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoding = DecodingCheck(target, check_texts(target), 3)
+    for finding in decoding.findings():
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{finding.what}: holds (")
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,13 @@ def test_a_drafter_takes_no_sections_of_its_targets_rotation() -> None:
         assert _rope_parameters(SimpleNamespace(rope_parameters=own | sections)) == own
 
 
+@pytest.mark.parametrize("kind", ["llama3", "dynamic", "longrope"])
+def test_of_scalings_that_an_engine_drops_the_base_is_taken(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 5e5, "factor": 8.0}
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    assert _rope_parameters(SimpleNamespace(rope_parameters=rope)) == plain
+
+
 def test_a_block_starts_with_its_anchor_and_masks_follow() -> None:
     drafter = drafter_of(CONFIG)
     assert drafter.inputs(torch.tensor([7, 8])).tolist() == [[7, 49, 49, 49], [8, 49, 49, 49]]

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
+from deepspec import machine
+from deepspec.checks import check_target
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.progress import say_once
 from deepspec.records import Sample
 from deepspec.targets import (
     FrozenHead,
@@ -21,6 +25,7 @@ from deepspec.targets import (
     load_target,
 )
 from deepspec.targets.identity import differing
+from tests.conftest import make_model, make_tokenizer
 
 
 def samples_of(*lengths: int) -> list[Sample]:
@@ -131,6 +136,65 @@ def test_a_folder_without_a_tokenizer_is_named(target_folder: Path, tmp_path: Pa
         (tmp_path / name).symlink_to(target_folder / name)
     with pytest.raises(TargetError, match=r"no tokenizer \(tokenizer.json is missing\)"):
         load_target(TargetConfig(path=str(tmp_path)), "cpu")
+
+
+def test_tokens_beyond_the_embedding_are_refused(target_folder: Path, tmp_path: Path) -> None:
+    """But for those that stand for images, which text-only models of a family keep."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(target_folder / name)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer().backend_tokenizer,
+        eos_token="<|im_end|>",
+        extra_special_tokens={"image_token": "<|image|>"},
+    )
+    assert tokenizer.get_vocab()["<|image|>"] == 260  # of 260 rows
+    tokenizer.save_pretrained(tmp_path)
+    config = TargetConfig(path=str(tmp_path), num_layer_ids=3)
+    load_ends(config, "cpu")
+    (first, *_) = check_target(load_target(config, "cpu"))
+    assert first.holds
+    assert "261 tokens for 260 rows of the embedding; <|image|> without one" in first.detail
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(tmp_path)
+    for load in (load_ends, load_target):
+        with pytest.raises(TargetError, match=r"1 token\(s\) that its embedding of 260 rows lacks"):
+            load(config, "cpu")
+
+
+FLAGS = {
+    "flags\t\t: fpu avx2 avx512f\n": torch.float32,
+    "flags\t\t: fpu avx512f avx512_bf16\n": torch.bfloat16,
+    "Features\t: fp asimd\n": torch.float32,
+    "Features\t: fp asimd bf16\n": torch.bfloat16,
+    "": torch.bfloat16,  # nothing tells
+}
+
+
+@pytest.mark.parametrize(("flags", "expected"), FLAGS.items())
+def test_auto_is_float32_where_a_processor_lacks_bfloat16(
+    flags: str,
+    expected: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "cpuinfo").write_text(f"model name\t: a processor\n{flags}")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    machine.lacks_bf16.cache_clear()
+    say_once.cache_clear()
+    try:
+        capsys.readouterr()
+        for load in (load_target, load_ends):
+            found = load(TargetConfig(path=str(tmp_path), num_layer_ids=3), "cpu")
+            assert found.dtype == expected
+        said = capsys.readouterr().err.count("target.dtype=auto: float32")
+        assert said == (expected == torch.float32)
+        own = TargetConfig(path=str(tmp_path), num_layer_ids=3, dtype="bfloat16")
+        assert load_target(own, "cpu").dtype == torch.bfloat16
+    finally:
+        machine.lacks_bf16.cache_clear()
 
 
 def test_mistakes_are_named(target_folder: Path, tmp_path: Path) -> None:

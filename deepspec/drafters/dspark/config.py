@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from deepspec.config.schema import DrafterConfig
+from deepspec.drafters.mask_token import resolve_mask_token
 from deepspec.drafters.shape import DrafterShape, resolve_draft_vocab_size, resolve_shape
 from deepspec.errors import CheckpointError, ConfigError
 
@@ -62,28 +63,3 @@ def resolve_config(config: DrafterConfig, target: Any) -> DSparkConfig:
         confidence_detached=config.confidence_detached,
         draft_vocab_size=resolve_draft_vocab_size(config.draft_vocab_size, target.vocab_size),
     )
-
-
-def resolve_mask_token(configured: int | None, target: Any) -> int:
-    """The id whose embedding fills the unknown slots: configured, or the tokenizer's mask token.
-
-    Without either, the last row of the embedding that the tokenizer never emits. Raises
-    ConfigError when the id is outside the vocabulary or none can be found.
-    """
-    if configured is None:
-        configured = target.tokenizer.mask_token_id
-    if configured is None:
-        configured = target.tokenizer.get_vocab().get("<|mask|>")
-    if configured is None and len(target.tokenizer) < target.vocab_size:
-        configured = len(target.tokenizer)  # Qwen3: 151669, the first row behind the vocabulary
-    if configured is None:
-        raise ConfigError(
-            "the tokenizer has no mask token and no unused embedding row; set drafter.mask_token_id"
-            " to a token that never occurs in text"
-        )
-    if not 0 <= configured < target.vocab_size:
-        raise ConfigError(
-            f"drafter.mask_token_id={configured} is outside the target's vocabulary of "
-            f"{target.vocab_size}; choose an id from 0 to {target.vocab_size - 1}"
-        )
-    return int(configured)

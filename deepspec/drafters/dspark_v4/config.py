@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from deepspec.config.schema import DrafterConfig
-from deepspec.drafters.dspark.config import resolve_mask_token
+from deepspec.drafters.mask_token import resolve_mask_token
 from deepspec.drafters.shape import check_fields
 from deepspec.errors import ConfigError
 
