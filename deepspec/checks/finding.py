@@ -1,13 +1,9 @@
-"""One line of a check's table, and how two tensors are compared."""
+"""One line of a check's table."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 
@@ -35,23 +31,3 @@ def tried(what: str, check: Callable[[], Outcome]) -> Finding:
         first = (str(error).splitlines() or [""])[0]
         reason = first if isinstance(error, DeepSpecError) else f"{type(error).__name__}: {first}"
         return Finding(what, False, None, reason)
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Two tensors apart: the `largest` difference, and the root mean square of all differences over
-    that of what was expected."""
-
-    largest: float
-    relative: float
-
-
-def gap(found: Tensor, expected: Tensor) -> Gap:
-    """Infinite where the shapes differ or a value is not finite."""
-    if found.shape != expected.shape:
-        return Gap(math.inf, math.inf)
-    expected = expected.to(found.device, torch.float64)
-    difference = found.to(torch.float64) - expected
-    largest = float(difference.abs().max())
-    relative = float(difference.norm() / expected.norm().clamp(min=1e-30))
-    return Gap(largest, relative) if math.isfinite(largest) else Gap(math.inf, math.inf)

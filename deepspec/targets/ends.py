@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.targets.agreement import check_ends
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.files import WeightFiles
@@ -51,11 +52,11 @@ class TargetEnds:
         self.rollback = rollback
         self.family = parts.family
         self.config = config
-        self.embedding_scale = rules.embedding_scale(config)
+        self.embedding_scale = parts.embedding_scale
         self.logit_scale = rules.logit_scale(config)
         self.embedding = _scaled(parts.embedding, self.embedding_scale)
         self.head = FrozenHead(_scaled(parts.head, self.logit_scale), rules.soft_cap(config))
-        self._in_files = (parts.embedding, parts.head)
+        self.in_files = (parts.embedding, parts.head)
         self.hidden_size = int(self.embedding.shape[1])
         self.vocab_size = int(self.head.weight.shape[0])
         self.num_layers = len(parts.layers)
@@ -76,10 +77,10 @@ class TargetEnds:
     @property
     def tied(self) -> bool:
         """Whether embedding and LM head are the same in the files, where nothing is scaled."""
-        return torch.equal(*self._in_files)
+        return torch.equal(*self.in_files)
 
     def _fingerprint(self) -> Identity:
-        return identity_of_ends(self.config, self.tokenizer, *self._in_files)
+        return identity_of_ends(self.config, self.tokenizer, *self.in_files)
 
     def adopt(self, identity: Identity, whose: str) -> None:
         """Take `identity` of the target that computed the features, which these are the ends of.
@@ -116,7 +117,9 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     with explained(config):
         parts = read_ends(find_parts(model), model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
-    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback)
+    ends = TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback)
+    check_ends(ends, model)
+    return ends
 
 
 def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.device) -> Parts:
@@ -140,8 +143,8 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:
-    """A copy only where there is a scale, which is rounded to the weight's dtype as models do."""
-    return weight if scale == 1 else weight * weight.new_tensor(scale)
+    """A copy only where there is a scale."""
+    return weight if scale == 1 else weight * scale
 
 
 def _name_of(module: Any, model: Any, files: WeightFiles, config: TargetConfig) -> str:
@@ -203,16 +206,30 @@ def load_tokenizer(config: TargetConfig) -> Any:
     from transformers import AutoTokenizer
 
     path = checked_path(config)
+    lacking = TargetError(
+        f"target.path={config.path} has no tokenizer (tokenizer.json is missing); copy the "
+        "tokenizer files of the model there"
+    )
     with explained(config):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, TypeError, ValueError) as error:
+            if "trust_remote_code" not in str(error) and not _holds_tokenizer(path):
+                raise lacking from error
+            raise
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
-        raise TargetError(
-            f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
-            "files of the model's tokenizer there"
-        )
+        raise lacking
     return tokenizer
+
+
+def _holds_tokenizer(path: str) -> bool:
+    """Whether a local folder holds any tokenizer's file; of a name on the hub, True."""
+    names = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+    return not Path(path).is_dir() or any(
+        file.name != "tokenizer_config.json" for name in names for file in Path(path).glob(name)
+    )
 
 
 def layers_of(config: TargetConfig) -> list[int] | int:
@@ -231,6 +248,13 @@ def checked_path(config: TargetConfig) -> str:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = os.path.expanduser(config.path)
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        raise TargetError(
+            f"target.path={config.path} is an adapter (adapter_config.json without config.json), "
+            "not a whole model; merge it into the model it was trained on (PeftModel."
+            f'from_pretrained(model, "{config.path}").merge_and_unload().save_pretrained(FOLDER)), '
+            "save that model's tokenizer there too, and set target.path=FOLDER"
+        )
     if looks_local and not Path(path, "config.json").is_file():
         raise TargetError(
             f"target.path={config.path}: no config.json there; give the folder of a Hugging Face "
@@ -248,6 +272,12 @@ def explained(config: TargetConfig) -> Iterator[None]:
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
+        if "trust_remote_code" in str(error):
+            raise TargetError(
+                f"target.path={config.path} comes with Python code of its own (auto_map in its "
+                "config.json), which has to run to load it; read that code, and where you trust "
+                "it set target.trust_remote_code=true"
+            ) from error
         raise TargetError(
             f"target.path={config.path} could not be loaded ({type(error).__name__}: {first}); "
             "check the path or hub name, target.revision, and that its files are complete"
