@@ -58,6 +58,7 @@ RIGHT, REFUSED, WRONG, CRASHED, UNBUILT = (
 # config keys and their value at tiny size
 SIZES = {
     r"\w*vocab_size\w*": 4352,  # more than the tokenizer's entries
+    r"index_n_heads": 32,  # with few, all scores of an entry may be 0, and ties go either way
     r"(num_hidden_layers|num_layers|n_layers?|num_blocks|(num_)?(en|de)coder_layers)": LAYERS,
     r"(hidden_size|d_model|n_embd|dim|embedding_size|embedding_dim|word_embed_proj_dim)": 64,
     r"\w*(intermediate|ffn|inner)\w*_(size|dim)|n_inner|d_ff": 96,
@@ -194,9 +195,9 @@ def tiny(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
                 found[key] = tiny(value, fixed)
         elif isinstance(value, list) and layers and len(value) == layers:
             found[key] = _few(value)
-        elif size := next((s for p, s in SIZES.items() if re.fullmatch(p, key)), None):
+        elif sizes := [size for pattern, size in SIZES.items() if re.fullmatch(pattern, key)]:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found[key] = type(value)(size)
+                found[key] = type(value)(sizes[0])
         elif key == "final_logit_softcapping":
             found[key] = CAP
         elif SCALE.search(key) and value == 1 and isinstance(value, float):

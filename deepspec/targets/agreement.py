@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deepspec.errors import TargetError
 from deepspec.progress import say
 from deepspec.records import Sample
+from deepspec.targets.families import FAMILIES, attention_kinds
 from deepspec.targets.families.base import MULTIPLY_EMBEDDINGS
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 TOKENS = 8
 # relative root mean square; scaling the weight instead of the logits rounds once more
 MOST_APART = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1e-2}
+LAST_NORM = "embedding_norm."  # so LFM2 calls the norm before its LM head, which is the embedding
 # config keys that may scale embeddings (those of logits show when the LM head is run)
 EMBEDDING_KEY = re.compile(r"(?=.*emb)(?=.*(scal|mult|norm))")
 
@@ -68,8 +70,41 @@ def check_agreement(target: Target) -> None:
     `head(final)`, or what enters its first layer is not `embedding`."""
     ids = torch.arange(1, TOKENS + 1) * (len(target.embedding) // (TOKENS + 2))
     sample = Sample(ids, torch.ones(TOKENS, dtype=torch.bool), "")
-    _compare("logits", target, *both_logits(target, sample))
-    _compare("embeddings", target, *both_embeddings(target, sample))
+    try:
+        logits, embeddings = both_logits(target, sample), both_embeddings(target, sample)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise TargetError(
+            f"target family {target.family!r}: a text of {TOKENS} tokens does not run through it "
+            f"({type(error).__name__}: {first}); choose another target, or add what the family "
+            "differs in to deepspec/targets/families"
+        ) from error
+    _compare("logits", target, *logits)
+    _compare("embeddings", target, *embeddings)
+    _check_window(target, sample)
+
+
+def _check_window(target: Target, sample: Sample) -> None:
+    """Raises TargetError where an unlisted family's config has a window that its code does not
+    apply: the decoder, which goes by the config, would see less of the text than training does."""
+    config = target.backbone.config
+    bare = attention_kinds(config) == {"sliding_attention"} and not hasattr(config, "layer_types")
+    masked = config._attn_implementation in ("sdpa", "eager")  # others do not read it again
+    if not (bare and masked) or target.family in FAMILIES:
+        return
+    window = config.sliding_window
+    whole = target.features([sample]).final
+    try:
+        config.sliding_window = 2
+        windowed = target.features([sample]).final
+    finally:
+        config.sliding_window = window
+    if torch.equal(whole, windowed):
+        raise TargetError(
+            f"target family {target.family!r}: its config.json has sliding_window={window}, which "
+            "its code in Transformers does not apply to a whole text; decoding beyond the window "
+            "would follow another distribution; choose another target"
+        )
 
 
 @torch.no_grad()
@@ -104,22 +139,15 @@ def check_ends(ends: TargetEnds, model: Any) -> None:
     """As `check_agreement`, where there are no layers to run: `model` holds shapes alone.
 
     The family's own code makes logits of random final states with the weight of `ends`. Embeddings
-    cannot be run without what precedes the first layer: a key of the config that may scale them
-    and is not known is refused.
+    cannot be run without what precedes the first layer: an unlisted family is refused for what may
+    change them.
     """
-    config, module = ends.config, model.get_input_embeddings()
-    unknown = {
-        key: value
-        for key, value in config.to_dict().items()
-        if EMBEDDING_KEY.search(key) and key not in MULTIPLY_EMBEDDINGS
-        if value is True or value not in (None, False, 0, 1)
-    }
-    if unknown and not hasattr(module, "embed_scale"):
-        listed = ", ".join(f"{key}={value}" for key, value in unknown.items())
+    unknown = _beside_embedding(ends, model)
+    if unknown and ends.family not in FAMILIES:
         raise TargetError(
-            f"target family {ends.family!r}: DeepSpec does not know what {listed} in its "
-            "config.json does to embeddings, which only a whole target shows; set features=online, "
-            "and target.parallel=replicated or device_map"
+            f"target family {ends.family!r}: what {', '.join(unknown)} does to embeddings is not "
+            "known, and only a whole target shows it; set features=online, and "
+            "target.parallel=replicated or device_map"
         )
     generator = torch.Generator().manual_seed(0)
     final = torch.randn(TOKENS, ends.hidden_size, generator=generator).to(ends.device, ends.dtype)
@@ -128,13 +156,30 @@ def check_ends(ends: TargetEnds, model: Any) -> None:
             ids = torch.ones(1, TOKENS, dtype=torch.int64, device="meta")
             expected = model(input_ids=ids, use_cache=False).logits[0]
     except Exception as error:
-        say(
-            f"target family {ends.family!r}: its LM head does not run without layers "
-            f"({type(error).__name__}), so its scale was not checked (logit_scale="
-            f"{ends.logit_scale:g}); deepspec check target={ends.name} does"
-        )
+        if ends.family not in FAMILIES:  # else a test holds it to its own logits
+            say(
+                f"target family {ends.family!r}: its LM head does not run without layers "
+                f"({type(error).__name__}), so its scale was not checked (logit_scale="
+                f"{ends.logit_scale:g}); deepspec check target={ends.name} does"
+            )
         return
     _compare("logits", ends, ends.head(final), expected)
+
+
+def _beside_embedding(ends: TargetEnds, model: Any) -> list[str]:
+    """Config keys and weights by which embeddings may be changed before the first layer."""
+    module, found = model.get_input_embeddings(), []
+    for key, value in ends.config.to_dict().items():
+        neutral = value is not True and value in (None, False, 0, 1)
+        if EMBEDDING_KEY.search(key) and key not in MULTIPLY_EMBEDDINGS and not neutral:
+            found.append(f"{key}={value}")
+    if hasattr(module, "embed_scale"):  # which is known, whatever key it comes from
+        found = []
+    for name, weight in model.get_decoder().named_parameters():
+        own = name.count(".") < 2 and weight is not module.weight  # of no layer, image or sound
+        if own and ("emb" in name or "pos" in name) and not name.startswith(LAST_NORM):
+            found.append(name)
+    return found
 
 
 @contextmanager

@@ -7,6 +7,7 @@ alone out of its files (house plan, decision 4).
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -248,12 +249,14 @@ def checked_path(config: TargetConfig) -> str:
         raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = os.path.expanduser(config.path)
-    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+    adapter = Path(path, "adapter_config.json")
+    if adapter.is_file() and not Path(path, "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
         raise TargetError(
             f"target.path={config.path} is an adapter (adapter_config.json without config.json), "
-            "not a whole model; merge it into the model it was trained on (PeftModel."
-            f'from_pretrained(model, "{config.path}").merge_and_unload().save_pretrained(FOLDER)), '
-            "save that model's tokenizer there too, and set target.path=FOLDER"
+            f"not a whole model; merge it into its base model ({base}) by PEFT's "
+            "merge_and_unload(), write the result and the base model's tokenizer into a folder by "
+            "save_pretrained(FOLDER), and set target.path=FOLDER"
         )
     if looks_local and not Path(path, "config.json").is_file():
         raise TargetError(
