@@ -87,7 +87,7 @@ def check_agreement(target: Target) -> None:
 def _check_window(target: Target, sample: Sample) -> None:
     """Raises TargetError where an unlisted family's config has a window that its code does not
     apply: the decoder, which goes by the config, would see less of the text than training does."""
-    config = target.backbone.config
+    config: Any = target.backbone.config
     bare = attention_kinds(config) == {"sliding_attention"} and not hasattr(config, "layer_types")
     masked = config._attn_implementation in ("sdpa", "eager")  # others do not read it again
     if not (bare and masked) or target.family in FAMILIES:
