@@ -1,14 +1,10 @@
-"""One line of a check's table, and how two tensors are compared."""
+"""One line of a check's table."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 from deepspec.progress import say
@@ -44,23 +40,3 @@ def tried(what: str, check: Callable[[], Outcome]) -> Finding:
     verdict = "holds" if finding.holds else "does not hold"
     say(f"{what}: {verdict} ({time.monotonic() - begun:.1f} s)")
     return finding
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Two tensors apart: the `largest` difference, and the root mean square of all differences over
-    that of what was expected."""
-
-    largest: float
-    relative: float
-
-
-def gap(found: Tensor, expected: Tensor) -> Gap:
-    """Infinite where the shapes differ or a value is not finite."""
-    if found.shape != expected.shape:
-        return Gap(math.inf, math.inf)
-    expected = expected.to(found.device, torch.float64)
-    difference = found.to(torch.float64) - expected
-    largest = float(difference.abs().max())
-    relative = float(difference.norm() / expected.norm().clamp(min=1e-30))
-    return Gap(largest, relative) if math.isfinite(largest) else Gap(math.inf, math.inf)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspec.checks.decoding import BLOCK, DecodingCheck, check_rollback
-from deepspec.checks.finding import Finding, Outcome, gap, tried
+from deepspec.checks.finding import Finding, Outcome, tried
 from deepspec.config.schema import DrafterConfig, ObjectiveConfig
 from deepspec.data.anchors import draw_anchors
 from deepspec.data.blocks import build_blocks
@@ -24,6 +24,7 @@ from deepspec.objective import slots_of
 from deepspec.objective.eager import eager_loss
 from deepspec.records import Sample
 from deepspec.targets import Target, attention_kinds
+from deepspec.targets.agreement import both_logits, gap, variation
 from deepspec.targets.ends import check_tokens
 
 # relative root mean square; the same computation twice, and one that sums in another order
@@ -114,11 +115,14 @@ def _embedding(target: Target, sample: Sample) -> Outcome:
 @torch.no_grad()
 def _logits(target: Target, sample: Sample) -> Outcome:
     """Head, scale and soft cap on `final` against the model's own logits."""
-    found = target.head(target.features([sample]).final)
-    expected = target.model(sample.input_ids[None].to(target.device)).logits[0]
+    found, expected = both_logits(target, sample)
     apart = gap(found, expected)
-    cap = target.head.soft_cap
-    detail = f"head of the last norm's output, {f'capped at {cap:g}' if cap else 'no soft cap'}"
+    scale, cap = target.logit_scale, target.head.soft_cap
+    detail = (
+        f"{f'scaled by {scale:g}' if scale != 1 else 'no scale'}, "
+        f"{f'capped at {cap:g}' if cap else 'no soft cap'}, against the model's own; "
+        f"{variation(found, expected):.2g} in total variation"
+    )
     return apart.relative <= SAME[target.dtype], apart.largest, detail
 
 

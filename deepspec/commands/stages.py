@@ -78,8 +78,8 @@ def open_ends(config: RunConfig) -> TargetEnds:
     return load_ends(config.target, choose_device(config.engine.device))
 
 
-def open_target(config: RunConfig, training: bool = False) -> Target:
-    """The frozen target, on the device that `engine.device` asks for.
+def open_target(config: RunConfig, training: bool = False, checked: bool = True) -> Target:
+    """The frozen target, on the device that `engine.device` asks for; `checked`: see `load_target`.
 
     Raises ConfigError where it is split so that only `training` can use it.
     """
@@ -89,7 +89,7 @@ def open_target(config: RunConfig, training: bool = False) -> Target:
             "equally many forwards; set target.parallel=device_map, or replicated"
         )
     quiet_libraries()
-    return load_target(config.target, choose_device(config.engine.device))
+    return load_target(config.target, choose_device(config.engine.device), checked)
 
 
 def check_trained(config: RunConfig) -> None:

@@ -89,21 +89,27 @@ def own_attention(config: Any, packing: Packing | None) -> Iterator[None]:
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """As Transformers' attention functions: output [B, Q, H, E]; `mask` [B, 1, Q, C].
+    """As Transformers' attention functions: output [B, Q, H, E]; `attention_mask` [B, 1, Q, C],
+    which some families pass by this name.
 
     Transformers' own repeats the keys of a group for each of its heads, because CUDA's kernels want
     it so where there is a mask; the CPU's does not.
     """
     special = any(options.get(name) is not None for name in ("position_bias", "softcap"))
     if query.device.type != "cpu" or special:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     output = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
+        attn_mask=attention_mask,
         scale=options.get("scaling"),
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -111,12 +117,17 @@ def _attend(
 
 
 def _attend_packed(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """The same for packed queries: output [1, N, H, E]."""
     packing = _current.get()
     queries = packing.unpack(query[0].transpose(0, 1)).transpose(1, 2)
-    output, _ = _attend(module, queries, key, value, mask, **options)
+    output, _ = _attend(module, queries, key, value, attention_mask, **options)
     return packing.pack(output)[None], None
 
 

@@ -7,6 +7,7 @@ alone out of its files (house plan, decision 4).
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.machine import lacks_bf16
 from deepspec.progress import say_once
+from deepspec.targets.agreement import check_ends
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.files import WeightFiles
@@ -59,11 +61,11 @@ class TargetEnds:
         self.rollback = rollback
         self.family = parts.family
         self.config = config
-        self.embedding_scale = rules.embedding_scale(config)
+        self.embedding_scale = parts.embedding_scale
         self.logit_scale = rules.logit_scale(config)
         self.embedding = _scaled(parts.embedding, self.embedding_scale)
         self.head = FrozenHead(_scaled(parts.head, self.logit_scale), rules.soft_cap(config))
-        self._in_files = (parts.embedding, parts.head)
+        self.in_files = (parts.embedding, parts.head)
         self.hidden_size = int(self.embedding.shape[1])
         self.vocab_size = int(self.head.weight.shape[0])
         self.num_layers = len(parts.layers)
@@ -86,13 +88,13 @@ class TargetEnds:
     @property
     def tied(self) -> bool:
         """Whether embedding and LM head are the same in the files, where nothing is scaled."""
-        return torch.equal(*self._in_files)
+        return torch.equal(*self.in_files)
 
     def _fingerprint(self) -> Identity:
         length = self.context_length
         own = length == getattr(self.config, "max_position_embeddings", None)
         rotated_for = None if own or not kinds_of(self.config) else length
-        return identity_of_ends(self.config, self.tokenizer, *self._in_files, rotated_for)
+        return identity_of_ends(self.config, self.tokenizer, *self.in_files, rotated_for)
 
     def adopt(self, identity: Identity, whose: str) -> None:
         """Take `identity` of the target that computed the features, which these are the ends of.
@@ -127,7 +129,9 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
         parts = read_ends(parts, model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
     length, eos = config.context_length, _generation_eos(config, parts.text_config)
-    return TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, length, eos)
+    ends = TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, length, eos)
+    check_ends(ends, model)
+    return ends
 
 
 def _generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] | None:
@@ -196,8 +200,8 @@ def open_files(config: TargetConfig) -> WeightFiles | GgufFile:
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:
-    """A copy only where there is a scale, which is rounded to the weight's dtype as models do."""
-    return weight if scale == 1 else weight * weight.new_tensor(scale)
+    """A copy only where there is a scale."""
+    return weight if scale == 1 else weight * scale
 
 
 def _name_of(module: Any, model: Any, files: WeightFiles | GgufFile, config: TargetConfig) -> str:
@@ -322,14 +326,28 @@ def load_tokenizer(config: TargetConfig) -> Any:
     """The target's tokenizer. Raises TargetError."""
     from transformers import AutoTokenizer
 
+    lacking = TargetError(
+        f"target.path={config.path} has no tokenizer (tokenizer.json is missing); copy the "
+        "tokenizer files of the model there"
+    )
     with explained(config), loaded_from(config) as (path, options):
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, TypeError, ValueError) as error:
+            if "trust_remote_code" not in str(error) and not _holds_tokenizer(path):
+                raise lacking from error
+            raise
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
-        raise TargetError(
-            f"target.path={config.path} has no tokenizer (tokenizer.json is missing); put the "
-            "files of the model's tokenizer there"
-        )
+        raise lacking
     return tokenizer
+
+
+def _holds_tokenizer(path: str) -> bool:
+    """Whether a local folder holds any tokenizer's file; of a name on the hub, True."""
+    names = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+    return not Path(path).is_dir() or any(
+        file.name != "tokenizer_config.json" for name in names for file in Path(path).glob(name)
+    )
 
 
 def layers_of(config: TargetConfig) -> list[int] | int:
@@ -353,6 +371,15 @@ def checked_path(config: TargetConfig) -> str:
                 f"target.path={config.path}: no such {SUFFIX} file; fetch it and give its path"
             )
         return path
+    adapter = Path(path, "adapter_config.json")
+    if adapter.is_file() and not Path(path, "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        raise TargetError(
+            f"target.path={config.path} is an adapter (adapter_config.json without config.json), "
+            f"not a whole model; merge it into its base model ({base}) by PEFT's "
+            "merge_and_unload(), write the result and the base model's tokenizer into a folder by "
+            "save_pretrained(FOLDER), and set target.path=FOLDER"
+        )
     there = Path(path).exists()
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if (there or looks_local) and not Path(path, "config.json").is_file():
@@ -373,6 +400,12 @@ def explained(config: TargetConfig) -> Iterator[None]:
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
+        if "trust_remote_code" in str(error):
+            raise TargetError(
+                f"target.path={config.path} comes with Python code of its own (auto_map in its "
+                "config.json), which has to run to load it; read that code, and where you trust "
+                "it set target.trust_remote_code=true"
+            ) from error
         where = f"target.path={config.path}"
         if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(config.path)):
             where += f" is no folder in {Path.cwd()}, and as a name on the hub it"

@@ -9,6 +9,7 @@ import torch
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.targets.agreement import check_agreement, check_ends
 from deepspec.targets.ends import (
     attention_of,
     check_tokens,
@@ -35,10 +36,12 @@ from deepspec.targets.parallel import (
 from deepspec.targets.target import Target
 
 
-def load_target(config: TargetConfig, device: torch.device | str) -> Target:
+def load_target(config: TargetConfig, device: torch.device | str, checked: bool = True) -> Target:
     """The target of `config` on `device`, frozen. Raises TargetError with what to change.
 
     On "meta" only its config and tokenizer are read: shapes without weights, at any size.
+    `checked`: whether a target whose logits or embedding are not what DeepSpec takes them for is
+    refused (`deepspec check` reports it instead).
     """
     tokenizer, device = load_tokenizer(config), torch.device(device)
     if device.type == "meta":
@@ -70,7 +73,7 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
         if zero3:
             zero3_backbone(parts, zero3, device)
     kind = TensorParallelTarget if config.parallel == "tensor" else Target
-    return kind(
+    target = kind(
         model,
         tokenizer,
         layers_of(config),
@@ -80,6 +83,11 @@ def load_target(config: TargetConfig, device: torch.device | str) -> Target:
         config.rollback,
         config.context_length,
     )
+    if checked and zero3:  # its LM head is in pieces
+        check_ends(target, shapes)
+    elif checked:
+        check_agreement(target)
+    return target
 
 
 def _from_pretrained(config: TargetConfig) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -131,11 +134,43 @@ def test_the_ends_are_the_targets(target_folder: Path) -> None:
         assert getattr(ends, name) == getattr(whole, name)
 
 
-def test_a_folder_without_a_tokenizer_is_named(target_folder: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(target_folder / name)
-    with pytest.raises(TargetError, match=r"no tokenizer \(tokenizer.json is missing\)"):
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "Mistral", "GPT2"])
+def test_a_folder_without_a_tokenizer_is_named(family: str, tmp_path: Path) -> None:
+    """What Transformers makes of it differs by family: an error of many lines, or nothing."""
+    getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
+    with pytest.raises(TargetError) as raised:
         load_target(TargetConfig(path=str(tmp_path)), "cpu")
+    assert str(raised.value) == (
+        f"target.path={tmp_path} has no tokenizer (tokenizer.json is missing); copy the tokenizer "
+        "files of the model there"
+    )
+
+
+def test_an_adapter_is_to_be_merged(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    with pytest.raises(TargetError, match=r"is an adapter .*someone/model.*merge_and_unload\(\)"):
+        load_target(TargetConfig(path=str(tmp_path)), "cpu")
+
+
+def test_a_checkpoint_with_code_of_its_own(target_folder: Path, tmp_path: Path) -> None:
+    """The code runs only when its key says so."""
+    shutil.copytree(target_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {"AutoConfig": "Own", "AutoModelForCausalLM": "OwnForCausalLM"}
+    config |= {"model_type": "own", "auto_map": {key: f"own.{name}" for key, name in names.items()}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class Own(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = Own\n"
+    )
+    wanted = TargetConfig(path=str(tmp_path), num_layer_ids=3)
+    for load in (load_target, load_ends):
+        with pytest.raises(
+            TargetError, match=r"code of its own.*set target\.trust_remote_code=true"
+        ):
+            load(wanted, "cpu")
+        assert load(replace(wanted, trust_remote_code=True), "cpu").family == "own"
 
 
 def test_tokens_beyond_the_embedding_are_refused(target_folder: Path, tmp_path: Path) -> None:

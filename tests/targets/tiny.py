@@ -122,6 +122,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         residual_multiplier=0.22,
         attention_multiplier=0.1,
     ),
+    "hyperclovax": lambda: hf.HyperCLOVAXConfig(
+        **DENSE,
+        embedding_multiplier=10.0,
+        logits_scaling=0.125,
+        residual_multiplier=0.5,
+        attention_multiplier=0.25,
+    ),
     "qwen3_next": lambda: hf.Qwen3NextConfig(
         **DENSE, **EXPERTS, **LINEAR, shared_expert_intermediate_size=32, mlp_only_layers=[0]
     ),

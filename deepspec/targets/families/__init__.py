@@ -20,8 +20,7 @@ from deepspec.targets.families.base import (
     attention_kinds,
 )
 from deepspec.targets.families.deepseek_v4 import DeepseekV4
-from deepspec.targets.families.gemma import Gemma
-from deepspec.targets.families.granite import Granite
+from deepspec.targets.families.hyperclovax import HyperClovaX
 
 __all__ = [
     "FAMILIES",
@@ -57,10 +56,11 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": GENERIC,
     "deepseek_v3": GENERIC,
     "gpt_oss": Windowed(),
-    "gemma3_text": Gemma(),
-    "gemma4_text": Gemma(),
-    "gemma4_unified_text": Gemma(),
-    "granite": Granite(),
+    "gemma3_text": Windowed(),
+    "gemma4_text": Windowed(),
+    "gemma4_unified_text": Windowed(),
+    "granite": GENERIC,
+    "hyperclovax": HyperClovaX(),
     "qwen3_next": Recurrent(),
     "qwen3_5_text": Recurrent(),
     "qwen3_5_moe_text": Recurrent(),
@@ -85,18 +85,21 @@ def find_parts(model: Any) -> Parts:
             f"target family {family!r} ({type(model).__name__}): no decoder layers or LM head "
             "found where Hugging Face causal LMs keep them; is target.path a causal language model?"
         )
-    if getattr(output, "bias", None) is not None:
+    if more := sorted({name for name, _ in output.named_parameters()} - {"weight"}):
         raise TargetError(
-            f"target family {family!r}: its LM head has a bias, which no draft layout can carry"
+            f"target family {family!r}: its LM head holds {', '.join(more)} besides its weight, "
+            "which no draft layout can carry; choose another target"
         )
+    embedding = model.get_input_embeddings()
     return Parts(
         family=family,
         rules=rules,
         text_config=text_config,
         backbone=backbone,
         layers=layers,
-        embedding=model.get_input_embeddings().weight.detach(),
+        embedding=embedding.weight.detach(),
         head=output.weight.detach(),
+        embedding_scale=rules.embedding_scale(text_config, embedding),
     )
 
 

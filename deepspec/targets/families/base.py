@@ -5,15 +5,25 @@ Legend: B rows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
 
 ROWS, SNAPSHOT = "rows", "snapshot"
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
+
+# Config keys of Hugging Face families. One that gives a key another meaning overrides the method;
+# every loaded target is held to its own logits and embedding (targets/agreement.py).
+MULTIPLY_LOGITS = ("logit_scale", "lm_head_multiplier")
+DIVIDE_LOGITS = ("logits_scaling", "logits_mup_width_multiplier")
+MULTIPLY_EMBEDDINGS = ("embedding_multiplier", "embedding_scale")
+CAP_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Family:
@@ -29,17 +39,32 @@ class Family:
     needs: tuple[str, ...] = ()
     last_layer: bool = False
 
-    def embedding_scale(self, config: Any) -> float:
-        """What the target multiplies embeddings by before its first layer."""
-        return 1.0
+    def embedding_scale(self, config: Any, module: nn.Module) -> float:
+        """What the target multiplies embeddings by before its first layer.
+
+        `module`: its embedding, which in some families (Gemma) scales by itself. A drafter is given
+        the scaled embedding; so do serving engines with a Gemma drafter. One that shares the
+        target's table with a Qwen3 drafter does not scale it, so an export in such a layout has to
+        carry the scaled table itself.
+        """
+        scale = math.prod(_numbers(config, MULTIPLY_EMBEDDINGS))
+        if getattr(config, "mup_enabled", False):
+            scale *= config.hidden_size**0.5
+        own = getattr(module, "scalar_embed_scale", None)
+        if own is None:
+            return float(scale * getattr(module, "embed_scale", 1.0))
+        # such a module keeps its scale as a buffer, which it rounds to the dtype of the weight
+        dtype: Any = module.weight.dtype
+        return scale * torch.tensor(own, device="cpu").to(dtype).item()
 
     def logit_scale(self, config: Any) -> float:
         """What the target multiplies the LM head's products by."""
-        return 1.0
+        divisor = math.prod(_numbers(config, DIVIDE_LOGITS))
+        return math.prod(_numbers(config, MULTIPLY_LOGITS)) / divisor
 
     def soft_cap(self, config: Any) -> float | None:
         """Logits become cap * tanh(logits / cap)."""
-        return getattr(config, "final_logit_softcapping", None)
+        return next(iter(_numbers(config, CAP_LOGITS)), None)
 
     def feature(self, output: Tensor) -> Tensor:
         """A decoder layer's output (or the first one's input) as a feature [B, T, D]."""
@@ -61,12 +86,18 @@ class Family:
             )
 
 
+def _numbers(config: Any, keys: Sequence[str]) -> list[float]:
+    """The values of those `keys` that `config` sets."""
+    found = (getattr(config, key, None) for key in keys)
+    return [float(value) for value in found if isinstance(value, (int, float))]
+
+
 @dataclass(frozen=True)
 class Parts:
     """The pieces of one loaded model.
 
     `backbone` runs everything but the LM head; `layers` are its decoder layers; `embedding` and
-    `head` [V, D] are the weights as the files hold them, before what `rules` says of scales.
+    `head` [V, D] are the weights as the files hold them, before they are scaled.
     """
 
     family: str
@@ -76,6 +107,7 @@ class Parts:
     layers: nn.ModuleList
     embedding: Tensor
     head: Tensor
+    embedding_scale: float
 
 
 def attention_kinds(config: Any) -> set[str]:
