@@ -25,7 +25,7 @@ from deepspec.objective.eager import eager_loss
 from deepspec.records import Sample
 from deepspec.targets import Target, attention_kinds
 from deepspec.targets.agreement import both_logits, gap, variation
-from deepspec.targets.ends import check_tokens
+from deepspec.targets.checkpoint import check_tokens
 
 # relative root mean square; the same computation twice, and one that sums in another order
 SAME = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}

@@ -15,7 +15,13 @@ from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.hub import look_at_hub
 from deepspec.targets import Target, load_target
-from deepspec.targets.ends import checked_path, explained, layers_of, load_tokenizer, meta_model
+from deepspec.targets.checkpoint import (
+    checked_path,
+    explained,
+    layers_of,
+    load_tokenizer,
+    meta_model,
+)
 
 CONFIG = "config.json"
 

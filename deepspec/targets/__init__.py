@@ -1,6 +1,7 @@
 """The frozen target model and its features."""
 
-from deepspec.targets.ends import TargetEnds, load_ends, load_text_side
+from deepspec.targets.checkpoint import load_text_side
+from deepspec.targets.ends import TargetEnds, load_ends
 from deepspec.targets.families import attention_kinds
 from deepspec.targets.features import check_layer_ids, default_layer_ids
 from deepspec.targets.head import FrozenHead

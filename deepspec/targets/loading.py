@@ -10,7 +10,7 @@ import torch
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.targets.agreement import check_agreement, check_ends
-from deepspec.targets.ends import (
+from deepspec.targets.checkpoint import (
     attention_of,
     check_tokens,
     dtype_of,
@@ -21,9 +21,9 @@ from deepspec.targets.ends import (
     meta_model,
     open_files,
     read_config,
-    read_ends,
     settled,
 )
+from deepspec.targets.ends import read_ends
 from deepspec.targets.families import find_parts
 from deepspec.targets.gguf import GgufFile, is_gguf
 from deepspec.targets.parallel import (

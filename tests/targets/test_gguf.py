@@ -14,7 +14,7 @@ from torch import Tensor
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
 from deepspec.targets import Target, load_ends, load_target
-from deepspec.targets.ends import load_tokenizer
+from deepspec.targets.checkpoint import load_tokenizer
 from deepspec.targets.identity import differing
 from tests.conftest import UNMARKED, make_tokenizer
 from tests.targets.test_target import samples_of

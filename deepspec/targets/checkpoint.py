@@ -1,0 +1,242 @@
+"""The target's files as Transformers reads them: config, tokenizer and shapes, in any format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspec.config.schema import TargetConfig
+from deepspec.errors import TargetError
+from deepspec.machine import lacks_bf16
+from deepspec.progress import say_once
+from deepspec.targets.files import WeightFiles
+from deepspec.targets.gguf import SUFFIX, GgufFile, alone, is_gguf
+
+DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def checked_path(config: TargetConfig) -> str:
+    """What transformers is to load. Raises TargetError for a folder that holds no checkpoint."""
+    if config.dtype not in DTYPES:
+        raise TargetError(f"target.dtype={config.dtype} is not one of {', '.join(DTYPES)}")
+    path = os.path.expanduser(config.path)
+    if is_gguf(path):
+        if not Path(path).is_file():
+            raise TargetError(
+                f"target.path={config.path}: no such {SUFFIX} file; fetch it and give its path"
+            )
+        return path
+    adapter = Path(path, "adapter_config.json")
+    if adapter.is_file() and not Path(path, "config.json").is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        raise TargetError(
+            f"target.path={config.path} is an adapter (adapter_config.json without config.json), "
+            f"not a whole model; merge it into its base model ({base}) by PEFT's "
+            "merge_and_unload(), write the result and the base model's tokenizer into a folder by "
+            "save_pretrained(FOLDER), and set target.path=FOLDER"
+        )
+    there = Path(path).exists()
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    if (there or looks_local) and not Path(path, "config.json").is_file():
+        missing = "" if there else " (no such folder)"
+        raise TargetError(
+            f"target.path={config.path}: no config.json there{missing}; give the folder of a "
+            "Hugging Face checkpoint or the name of one on the hub"
+        )
+    return path
+
+
+@contextmanager
+def explained(config: TargetConfig) -> Iterator[None]:
+    """Turns what transformers, safetensors and the hub raise into TargetError."""
+    try:
+        yield
+    except TargetError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        if "trust_remote_code" in str(error):
+            raise TargetError(
+                f"target.path={config.path} comes with Python code of its own (auto_map in its "
+                "config.json), which has to run to load it; read that code, and where you trust "
+                "it set target.trust_remote_code=true"
+            ) from error
+        where = f"target.path={config.path}"
+        if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(config.path)):
+            where += f" is no folder in {Path.cwd()}, and as a name on the hub it"
+        raise TargetError(
+            f"{where} could not be loaded ({type(error).__name__}: {first}); "
+            "check the path or hub name, target.revision, and that its files are complete"
+        ) from error
+
+
+@contextmanager
+def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What Transformers loads the target from: a folder or hub name, and options for it."""
+    path = checked_path(config)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if not is_gguf(path):
+        yield path, options
+        return
+    with alone(path) as (folder, file):
+        yield folder, {**options, "gguf_file": file}
+
+
+def read_config(config: TargetConfig) -> Any:
+    """Transformers' config of the target. Raises TargetError for a GGUF file that says more."""
+    from transformers import AutoConfig
+
+    with loaded_from(config) as (path, options):
+        found = AutoConfig.from_pretrained(path, **options)
+    if is_gguf(config.path):
+        GgufFile(config.path).complete(found)
+    return found
+
+
+def dtype_of(config: TargetConfig) -> Any:
+    """What `target.dtype` means for this target; "auto": as its files say."""
+    if config.dtype == "auto" and is_gguf(config.path):
+        return torch.float32  # so llama.cpp computes, whatever the blocks were quantised from
+    return DTYPES[config.dtype]
+
+
+def settled(config: TargetConfig, device: torch.device | str) -> TargetConfig:
+    """`config` with float32 for target.dtype=auto, where the checkpoint is in 16 bits and `device`
+    is a processor without arithmetic for them."""
+    on_processor = torch.device(device).type == "cpu" and lacks_bf16()
+    if config.dtype != "auto" or is_gguf(config.path) or not on_processor:
+        return config
+    with explained(config):
+        found = read_config(config)
+    saved = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
+    quantised = getattr(found, "quantization_config", None) is not None
+    if quantised or saved not in (torch.bfloat16, torch.float16):
+        return config
+    name = str(saved).removeprefix("torch.")
+    say_once(
+        f"target.dtype=auto: float32, because this processor has no arithmetic for {name}, in "
+        "which the target is saved; target.dtype=bfloat16 takes half the memory and more time"
+    )
+    return replace(config, dtype="float32")
+
+
+def meta_model(config: TargetConfig) -> Any:
+    """The target's modules and shapes without weights, in a moment at any size."""
+    from transformers import AutoModelForCausalLM
+
+    with explained(config):
+        found, wanted = read_config(config), dtype_of(config)
+        dtype = getattr(found, "dtype", None) if wanted == "auto" else wanted
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                found,
+                dtype=dtype or torch.float32,
+                attn_implementation=attention_of(config),
+                trust_remote_code=config.trust_remote_code,
+            )
+        if is_gguf(config.path):
+            GgufFile(config.path).check(model)
+    return model
+
+
+def open_files(config: TargetConfig) -> WeightFiles | GgufFile:
+    """The weights at `target.path`, whatever they are saved in. Raises TargetError."""
+    return GgufFile(config.path) if is_gguf(config.path) else WeightFiles(config)
+
+
+def layers_of(config: TargetConfig) -> list[int] | int:
+    """The layer ids of `config`, or how many are to be spaced evenly."""
+    return config.num_layer_ids if config.layer_ids is None else list(config.layer_ids)
+
+
+def attention_of(config: TargetConfig) -> str | None:
+    """What Transformers is asked for; None lets it take what the family has."""
+    return None if config.attention == "auto" else config.attention
+
+
+def load_tokenizer(config: TargetConfig) -> Any:
+    """The target's tokenizer. Raises TargetError."""
+    from transformers import AutoTokenizer
+
+    lacking = TargetError(
+        f"target.path={config.path} has no tokenizer (tokenizer.json is missing); copy the "
+        "tokenizer files of the model there"
+    )
+    with explained(config), loaded_from(config) as (path, options):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, TypeError, ValueError) as error:
+            held = is_gguf(config.path) or _holds_tokenizer(path)
+            if held or "trust_remote_code" in str(error):
+                raise
+            raise lacking from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise lacking
+    return tokenizer
+
+
+def _holds_tokenizer(path: str) -> bool:
+    """Whether a local folder holds any tokenizer's file; of a name on the hub, True."""
+    names = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+    return not Path(path).is_dir() or any(
+        file.name != "tokenizer_config.json" for name in names for file in Path(path).glob(name)
+    )
+
+
+def load_text_side(config: TargetConfig) -> tuple[Any, list[int]]:
+    """The target's tokenizer and the tokens at which its generation stops, without any weights.
+
+    Raises TargetError.
+    """
+    tokenizer = load_tokenizer(config)
+    with explained(config):
+        found = read_config(config)
+    return tokenizer, stop_token_ids(generation_eos(config, found.get_text_config()), tokenizer)
+
+
+def generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] | None:
+    """The ids at which generation stops, as `GenerationConfig` beside the weights has them."""
+    from transformers import GenerationConfig
+
+    path, revision = os.path.expanduser(config.path), config.revision or "main"
+    with suppress(OSError):  # it has none
+        if not is_gguf(path):
+            return GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    return getattr(text_config, "eos_token_id", None)
+
+
+def stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    """Return `eos` and the end of the tokenizer, sorted; `tokenizer` may be None."""
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:  # planning goes without
+        ids.append(tokenizer.eos_token_id)
+    return sorted(set(ids))
+
+
+def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
+    """Raises TargetError where text can become ids that an embedding of `rows` rows lacks."""
+    placeholders = set(placeholder_tokens(tokenizer))
+    vocabulary = tokenizer.get_vocab()
+    beyond = {token: index for token, index in vocabulary.items() if index >= rows}
+    if wrong := sorted(beyond.keys() - placeholders, key=beyond.__getitem__):
+        shown = ", ".join(f"{token} ({beyond[token]})" for token in wrong[:3])
+        raise TargetError(
+            f"target.path={name}: the tokenizer has {len(wrong)} token(s) that its embedding of "
+            f"{rows} rows lacks: {shown}{', ...' if len(wrong) > 3 else ''}; resize the model's "
+            "embedding to the tokenizer it was trained with, or take them out of the tokenizer"
+        )
+
+
+def placeholder_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that stand for images or sound, which no text has; the text-only models of a
+    multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
+    named = getattr(tokenizer, "special_tokens_map", {})
+    media = ("image_token", "audio_token", "video_token")
+    return [str(named[key]) for key in media if key in named]
