@@ -1,3 +1,3 @@
 """DeepSpec: distill a speculative-decoding drafter from your own frozen target model."""
 
-__version__ = "0.1.1"
+__version__ = "0.2.0"
