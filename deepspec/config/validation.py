@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from deepspec.config.keys import KEYS
-from deepspec.config.schema import COLLECTIVE, FIGURES, RunConfig
+from deepspec.config.schema import COLLECTIVE, FIGURES, ROLES, RunConfig
 from deepspec.errors import ConfigError
 
 CHOICES: dict[str, Sequence[str]] = {
@@ -170,6 +171,10 @@ def validate(config: RunConfig) -> None:
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
     _require(all(config.data.path), config, "data.path", "one or several paths")
+    _require(_is_day(config.data.date), config, "data.date", "a day, such as 2026-01-01")
+    key = "data.fields.roles"
+    fine = set(value_of(config, key).values()) <= set(ROLES)
+    _require(fine, config, key, f"a mapping to {', '.join(ROLES)}")
     trackers = config.tracking.trackers
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
@@ -195,6 +200,13 @@ def _reproduction(config: RunConfig) -> None:
 def is_temperature(value: float) -> bool:
     """Whether logits can be sampled at `value`; 0 is greedy."""
     return value == 0 or LEAST_TEMPERATURE <= value < math.inf
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _once(values: Sequence[object]) -> bool:

@@ -14,8 +14,8 @@ from deepspec.data.conversations import (
     Conversation,
     SkipCounts,
     load_conversations,
-    local_files,
 )
+from deepspec.data.files import is_local
 from deepspec.errors import TemplateRefusal
 from deepspec.planning.shapes import MicroBatch
 
@@ -73,7 +73,7 @@ def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None)
     if config.regenerate.enabled and answers.is_file():
         data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
         return _measured(config, data, encoder, "answers of the run")
-    if any(local_files(path) is None for path in data.path):
+    if not all(is_local(path, data) for path in data.path):
         each = min(assumed or data.max_length, data.max_length)
         source = f"not here: {each} each, as " + ("assumed" if assumed else "data.max_length says")
         answers_each = config.regenerate.samples_per_prompt if config.regenerate.enabled else 1

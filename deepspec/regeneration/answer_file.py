@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from deepspec.data.conversations import read_jsonl
+from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
 from deepspec.regeneration.dialogue import Dialogue
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepspec.config.schema import dotted
+from deepspec.config.schema import RunConfig, as_dict, dotted
 
 GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
 NEUTRAL = {  # of these groups, what the weights do not depend on
@@ -35,8 +35,8 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
 
 def changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `config` that `before` has otherwise, by dotted key; one that `before` lacks, as a
-    config of an older version may, was null."""
-    known = dotted(before)
+    config of an older version may, had its default."""
+    known = dotted(as_dict(RunConfig())) | dotted(before)
     return {
         key: value
         for key, value in dotted(config).items()
