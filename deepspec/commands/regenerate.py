@@ -65,7 +65,7 @@ def _on_answers(config: RunConfig, words: Sequence[str], answers: Path) -> list[
     if config.data.limit is not None:
         rows.append("data.limit=null")
     for name, ours in as_dict(FieldsConfig()).items():
-        if getattr(config.data.fields, name) != ours:
+        if isinstance(ours, list) and getattr(config.data.fields, name) != ours:
             rows.append(f"data.fields.{name}=[{', '.join(ours)}]")
     same = [word for word in words if not word.startswith(prompts)]
     return [*same, *rows, "regenerate.enabled=false"]

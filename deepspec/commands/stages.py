@@ -7,6 +7,7 @@ folder, so a run that was stopped anywhere goes on from there.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,8 +19,8 @@ from deepspec.atomic import naming
 from deepspec.commands.beginnings import first_drafter
 from deepspec.commands.confidences import calibration_of, require_scheduled
 from deepspec.commands.sources import Source
-from deepspec.config.schema import COLLECTIVE, FieldsConfig, RunConfig, as_dict
-from deepspec.data.batching import hold_out
+from deepspec.config.schema import COLLECTIVE, RunConfig, as_dict
+from deepspec.data.batching import cut_samples, hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.decoding import require_rollback, require_state
@@ -47,6 +48,7 @@ from deepspec.regeneration import (
     ServerAnswerer,
     TargetAnswerer,
     api_key_of,
+    load_answers,
     regenerate,
     regenerate_together,
 )
@@ -151,11 +153,7 @@ def make_answers(
     wait()
     if counts is None:
         return {}
-    say(
-        f"answers: {counts.rows} rows, {counts.resumed} from before; {counts.truncated} were cut "
-        f"at max_new_tokens, {counts.altered} tokenize differently; {counts.tokens} tokens in "
-        f"{counts.seconds:.0f} s"
-    )
+    say(f"answers: {counts}")
     return {"prompts": dict(skips), "answers": counts.failed}
 
 
@@ -166,14 +164,19 @@ def load_samples(
 
     In a `store` they lie beside their features.
     """
-    skips, data = SkipCounts(), config.data
+    skips, data, each = SkipCounts(), config.data, config.regenerate.samples_per_prompt
     if store is not None:
         samples = list(store.samples())
     else:
+        # cut here, where it is counted
+        whole = replace(data, max_length=sys.maxsize)
+        encoder = ChatEncoder.of(whole, target.tokenizer, target.stop_token_ids)
         if config.regenerate.enabled:
-            data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
-        encoder = ChatEncoder.of(data, target.tokenizer, target.stop_token_ids)
-        samples = encode_all(load_conversations(data, skips), encoder, skips)
+            conversations = load_answers(data, each, answers, skips)
+        else:
+            conversations = load_conversations(data, skips)
+        samples = encode_all(conversations, encoder, skips)
+        samples = cut_samples(samples, data.max_length, target.context_length, skips)
     training, validation = hold_out(samples, config.training.validation_samples, config.seed)
     return TrainingData(training, validation, {"training samples": dict(skips)})
 

@@ -19,6 +19,8 @@ TYPES: dict[Any, str] = {
     list[str]: "a list of texts",
     list[int]: "a list of whole numbers",
     list[float]: "a list of numbers",
+    dict[str, str]: "a mapping of texts, written {a: b}",
+    dict[str, Any]: "a mapping, written {a: b}",
 }
 
 
@@ -41,6 +43,11 @@ def is_group(hint: Any) -> bool:
 def is_list(hint: Any) -> bool:
     """Whether a key of this type holds a list."""
     return get_origin(hint) is list
+
+
+def is_mapping(hint: Any) -> bool:
+    """Whether a key of this type holds a mapping as its value."""
+    return get_origin(hint) is dict
 
 
 # {"training": TrainingConfig, "training.epochs": float, ...}; an optional key has its inner type

@@ -19,7 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from deepspec.config.keys import KEYS, is_group, is_list, members, nearest, unknown_key, wrong_type
+from deepspec.config.keys import (
+    KEYS,
+    is_group,
+    is_list,
+    is_mapping,
+    members,
+    nearest,
+    unknown_key,
+    wrong_type,
+)
 from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
@@ -119,7 +128,8 @@ def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} is not key=value")
         if key not in KEYS:
             raise unknown_key(key)
-        OmegaConf.update(changes, key, _literal(read_value(word), key))
+        typed = KEYS[key] == dict[str, Any]  # nobody else knows the types of its values
+        OmegaConf.update(changes, key, _literal(read_value(word, typed), key))
     return OmegaConf.to_container(changes, resolve=False)  # type: ignore[return-value]
 
 
@@ -147,7 +157,7 @@ def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
             if not isinstance(value, Mapping):
                 raise wrong_type(key, value)
             value = _shaped(value, f"{key}.")
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) != is_mapping(KEYS[key]):
             raise wrong_type(key, value)
         elif is_list(KEYS[key]):
             value = [value] if isinstance(value, str | int | float) else value

@@ -11,6 +11,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+# keys that hold a mapping, which is a value as lists are and no group of keys
+MAPPINGS = ("data.fields.roles", "data.template_options")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 COLLECTIVE = ("tensor", "zero3")  # target.parallel: each forward is one of all processes
 
 # the paper's table 1 and figures 2 to 8
@@ -51,7 +54,32 @@ class FieldsConfig:
     messages: list[str] = field(default_factory=lambda: ["messages", "conversations", "turns"])
     role: list[str] = field(default_factory=lambda: ["role", "from"])
     content: list[str] = field(default_factory=lambda: ["content", "value"])
+    reasoning: list[str] = field(
+        default_factory=lambda: ["reasoning_content", "reasoning", "thinking"]
+    )
+    tool_calls: list[str] = field(default_factory=lambda: ["tool_calls"])
+    tools: list[str] = field(default_factory=lambda: ["tools", "functions"])
     id: list[str] = field(default_factory=lambda: ["id", "sample_id", "question_id", "uid"])
+    roles: dict[str, str] = field(
+        default_factory=lambda: {
+            "system": "system",
+            "developer": "developer",
+            "user": "user",
+            "human": "user",
+            "prompter": "user",
+            "assistant": "assistant",
+            "gpt": "assistant",
+            "chatgpt": "assistant",
+            "bot": "assistant",
+            "model": "assistant",
+            "tool": "tool",
+            "function": "tool",
+            "ipython": "tool",
+            "observation": "tool",
+            "tool_response": "tool",
+            "function_response": "tool",
+        }
+    )
 
 
 @dataclass
@@ -67,6 +95,8 @@ class DataConfig:
     max_length: int = 4096
     thinking: bool = False
     system_prompt: str | None = None
+    date: str = "2026-01-01"
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -302,10 +332,10 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"training.learning_rate": 6e-4, ...}; lists stay values."""
+    """Nested settings as {"training.learning_rate": 6e-4, ...}; lists and MAPPINGS stay values."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in MAPPINGS:
             flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

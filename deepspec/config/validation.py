@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from deepspec.config.keys import KEYS
-from deepspec.config.schema import COLLECTIVE, FIGURES, RunConfig
+from deepspec.config.schema import COLLECTIVE, FIGURES, ROLES, RunConfig
 from deepspec.errors import ConfigError
 
 CHOICES: dict[str, Sequence[str]] = {
@@ -178,6 +179,10 @@ def validate(config: RunConfig) -> None:
             "regenerate.api_key_env must be the name of an environment variable (capital letters, "
             "digits and _), such as OPENAI_API_KEY, not the API key itself"
         )
+    _require(_is_day(config.data.date), config, "data.date", "a day, such as 2026-01-01")
+    key = "data.fields.roles"
+    fine = set(value_of(config, key).values()) <= set(ROLES)
+    _require(fine, config, key, f"a mapping to {', '.join(ROLES)}")
     trackers = config.tracking.trackers
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
@@ -203,6 +208,13 @@ def _reproduction(config: RunConfig) -> None:
 def is_temperature(value: float) -> bool:
     """Whether logits can be sampled at `value`; 0 is greedy."""
     return value == 0 or LEAST_TEMPERATURE <= value < math.inf
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _once(values: Sequence[object]) -> bool:

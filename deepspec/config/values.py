@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -20,9 +20,19 @@ _Texts.add_implicit_resolver(NULL, re.compile("null$"), ["n"])
 _Texts.add_constructor(NULL, lambda loader, node: None)
 
 
-def read_value(word: str) -> Any:
+class _Values(yaml.SafeLoader):
+    """YAML without dates, which no key has."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, signs) for tag, signs in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_value(word: str, typed: bool = False) -> Any:
     """What stands behind the `=` of `word`: as it stands, so that a path or a prompt may hold any
     sign; what begins like a list, a mapping or a quoted text is YAML, and null is None.
+    `typed`: a scalar inside YAML has the type that YAML gives it; else it is a text.
 
     Raises ConfigError for YAML that cannot be read.
     """
@@ -30,7 +40,7 @@ def read_value(word: str) -> Any:
     if not text.startswith(("[", "{", "'", '"')):
         return None if text == "null" else text
     try:
-        return yaml.load(text, _Texts)
+        return yaml.load(text, _Values if typed else _Texts)
     except yaml.YAMLError as error:
         problem = str(getattr(error, "problem", error)).splitlines()[0]
         raise ConfigError(f"{word} is not readable: {problem}") from None

@@ -1,13 +1,38 @@
-"""Which samples make up which optimizer step: a pure function of (seed, epoch)."""
+"""Which samples are trained on, and which make up which optimizer step: pure functions."""
 
 from __future__ import annotations
 
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from deepspec.data.conversations import SkipCounts
 from deepspec.records import Sample
+
+
+def cut_samples(
+    samples: Iterable[Sample], max_length: int, context: int | None, skips: SkipCounts
+) -> list[Sample]:
+    """`samples` of at most `max_length` tokens, and of at most the target's `context`.
+
+    `skips` counts what is cut off, and samples that have no two supervised tokens in a row left.
+    """
+    most, limit = max_length, f"data.max_length={max_length}"
+    if context is not None and context < max_length:
+        most, limit = context, f"the end of the target's context, {context}"
+    kept = []
+    for sample in samples:
+        if len(sample) > most:
+            ids, mask = sample.input_ids[:most].clone(), sample.loss_mask[:most].clone()
+            if not bool((mask[1:] & mask[:-1]).any()):
+                skips[f"answers behind {limit}"] += 1
+                continue
+            skips[f"the rest of a sample behind {limit}"] += 1
+            sample = replace(sample, input_ids=ids, loss_mask=mask)
+        kept.append(sample)
+    return kept
 
 
 def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -20,9 +20,9 @@ from deepspec.data.conversations import (
     Conversation,
     SkipCounts,
     parse_row,
-    read_jsonl,
     with_distinct_ids,
 )
+from deepspec.data.files import read_rows
 from deepspec.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -197,7 +197,7 @@ def _hub_rows(benchmark: Benchmark) -> Iterable[Any]:
 
 
 def _file_prompts(path: Path, fields: FieldsConfig, skips: SkipCounts) -> Iterable[Conversation]:
-    for number, row in read_jsonl(path):
+    for number, row in read_rows(path):
         reason, conversation = parse_row(row, fields, f"{path.stem}-{number}")
         prompt = conversation and first_turn(conversation)
         if prompt is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deepspec.data.conversations import read_jsonl
+from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
 
 DRAWS = 10_000

@@ -14,8 +14,8 @@ from deepspec.data.conversations import (
     Conversation,
     SkipCounts,
     load_conversations,
-    local_files,
 )
+from deepspec.data.files import is_local
 from deepspec.errors import TemplateRefusal
 from deepspec.planning.shapes import MicroBatch
 
@@ -78,7 +78,7 @@ def read_workload(config: RunConfig, tokenizer: Any | None, assumed: int | None 
         source = "prompts, and answers of regenerate.max_new_tokens"
     answers_each = config.regenerate.samples_per_prompt if prompts else 1
     encoder = None if tokenizer is None else ChatEncoder.of(data, tokenizer)
-    if any(local_files(path) is None for path in data.path):
+    if not all(is_local(path, data) for path in data.path):
         return _assumed(config, "not here", data.limit, answers_each, assumed)
     if encoder is None:
         count = sum(1 for _ in load_conversations(data, SkipCounts()))

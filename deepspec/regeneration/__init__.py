@@ -1,6 +1,11 @@
 """Answers by the target, in process or through an OpenAI-compatible server."""
 
-from deepspec.regeneration.answers import Answerer, RegenerationCounts, regenerate
+from deepspec.regeneration.answers import (
+    Answerer,
+    RegenerationCounts,
+    load_answers,
+    regenerate,
+)
 from deepspec.regeneration.in_process import TargetAnswerer
 from deepspec.regeneration.server import ServerAnswerer, api_key_of
 from deepspec.regeneration.together import regenerate_together
@@ -11,6 +16,7 @@ __all__ = [
     "ServerAnswerer",
     "TargetAnswerer",
     "api_key_of",
+    "load_answers",
     "regenerate",
     "regenerate_together",
 ]

@@ -13,15 +13,44 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from deepspec.data.conversations import read_jsonl
+from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
-from deepspec.regeneration.dialogue import Dialogue
+from deepspec.regeneration.dialogue import Dialogue, is_answer, prompts_of
 
-FORMAT = 1
+FORMAT = 2  # since answers have their token ids
+
+
+@dataclass
+class RowCounts:
+    """What stands in the rows of a file.
+
+    `truncated` of the `rows` were cut by a length limit, `called` end at the target's own call of a
+    tool though the data go on, and `as_text` have answers without token ids. They hold `answers` of
+    the target, and `kept` assistant turns of the data.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    called: int = 0
+    as_text: int = 0
+    answers: int = 0
+    kept: int = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count `row`."""
+        spoken = [message for message in row["messages"] if message["role"] == "assistant"]
+        own = [message for message in spoken if is_answer(message)]
+        self.rows += 1
+        self.truncated += row["finish_reason"] == "length"
+        self.called += row["finish_reason"] == "tool_calls"
+        self.as_text += any("token_ids" not in message for message in own)
+        self.answers += len(own)
+        self.kept += len(spoken) - len(own)
 
 
 class AnswerFile:
@@ -36,7 +65,8 @@ class AnswerFile:
             raise DataError(f"out={out}: the file of answers must be named *.jsonl")
         self.path = out
         self._settings = settings
-        self.rows = self.truncated = self.altered = 0
+        self.counts = RowCounts()
+        self.unused = 0  # rows that `resume` found to answer nothing in the data
         self.failed: Counter[str] = Counter()
         self.first_failure = ""
         self.failed_path = out.with_suffix(".failed.jsonl")
@@ -70,9 +100,9 @@ class AnswerFile:
         return dialogue.id in self._prompts
 
     def resume(self, dialogues: Iterable[Dialogue]) -> int:
-        """How many of `dialogues`, the whole data, the file holds.
+        """How many of `dialogues`, the whole data, the file holds; `unused` is the rest of it.
 
-        Raises DataError when it holds any other sample: the data has changed since.
+        Raises DataError when it holds one of them with other prompts: the data have changed since.
         """
         held = 0
         for dialogue in filter(self.holds, dialogues):
@@ -81,13 +111,9 @@ class AnswerFile:
             if hash(dialogue.prompts[:count]) != digest:
                 raise DataError(
                     f"{self.path} holds a sample {dialogue.id} with other prompts than the data "
-                    "has under that id; give another out, or delete it to ask again"
+                    "have under that id; give another out, or delete it to answer again"
                 )
-        if held < self.rows:
-            raise DataError(
-                f"{self.path} holds {self.rows - held} samples that are not in the data "
-                "(data.path, data.limit or data.fields changed); give another out, or delete it"
-            )
+        self.unused = self.counts.rows - held
         return held
 
     def append(self, dialogue: Dialogue) -> None:
@@ -96,7 +122,7 @@ class AnswerFile:
             row = dialogue.row()
             self._answers.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._answers.flush()
-            self._count(row)
+            self.counts.add(row)
             return
         failure = dialogue.failure
         self.failed[failure.reason] += 1
@@ -143,14 +169,9 @@ class AnswerFile:
                 ) from None
 
     def _remember(self, row: dict[str, Any]) -> None:
-        self._count(row)
-        prompts = tuple(m["content"] for m in row["messages"] if m["role"] == "user")
+        self.counts.add(row)
+        prompts = prompts_of(row["messages"])
         self._prompts[row["id"]] = (len(prompts), hash(prompts))
-
-    def _count(self, row: dict[str, Any]) -> None:
-        self.rows += 1
-        self.truncated += row["finish_reason"] == "length"
-        self.altered += row.get("altered", False)
 
     def _settle(self, path: Path, settings: dict[str, Any]) -> None:
         """Hold `settings` against those on file, or put them there before the first row."""

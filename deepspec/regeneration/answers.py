@@ -1,23 +1,28 @@
 """Answers by the target: a drafter learns the target's text, so the data's own answers go.
 
 The assistant turns of each conversation are dropped and written anew by the target, turn by turn,
-with its own earlier answers as history.
+with its own earlier answers as history. `Dialogue` says which turns of the data stay.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from deepspec.config.schema import RegenerateConfig
-from deepspec.data.conversations import Conversation
+from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
+from deepspec.data.conversations import (
+    Conversation,
+    SkipCounts,
+    load_conversations,
+    with_distinct_ids,
+)
 from deepspec.errors import DeepSpecError
 from deepspec.progress import Progress
-from deepspec.regeneration.answer_file import AnswerFile
-from deepspec.regeneration.dialogue import Dialogue, make_dialogues
+from deepspec.regeneration.answer_file import AnswerFile, RowCounts
+from deepspec.regeneration.dialogue import Dialogue, make_dialogues, sample_ids
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "samples_per_prompt")
 
@@ -49,19 +54,37 @@ class Answerer(Protocol):
 class RegenerationCounts:
     """What came of `samples` that were asked for.
 
-    `resumed` of them stood in the output before, `failed` ones got no answer (by reason). Of the
-    output's `rows` now, `truncated` hit the length limit and `altered` encode to other token ids
-    than were sampled. `tokens` were generated in `seconds`, by this process.
+    `resumed` of them stood in the output before, `failed` ones got no answer (by reason). `file`
+    counts the rows of the output now, `unused` of which answer nothing in the data as it is now.
+    `tokens` were generated in `seconds`, by this process.
     """
 
     samples: int
     resumed: int
     failed: dict[str, int]
-    rows: int
-    truncated: int
-    altered: int
+    file: RowCounts
+    unused: int
     tokens: int
     seconds: float
+
+    def __str__(self) -> str:
+        """One line for people."""
+        file = self.file
+        notes = (
+            (self.unused, "rows are not used, because the data no longer have their prompts"),
+            (
+                file.truncated,
+                "rows were cut at regenerate.max_new_tokens or the end of the context",
+            ),
+            (file.kept, "assistant turns were kept from the data and are not supervised"),
+            (file.called, "rows end early, at a tool call of the target without a result"),
+            (file.as_text, "rows as text: the server returns no token ids"),
+        )
+        found = "".join(f"; {count} {note}" for count, note in notes if count)
+        return (
+            f"{file.rows} rows, {self.resumed} from before, with {file.answers} answers by the "
+            f"target{found}; {self.tokens} tokens in {self.seconds:.0f} s"
+        )
 
 
 def regenerate(
@@ -74,16 +97,16 @@ def regenerate(
     """Write conversations with the target's own answers to `out` (.jsonl), in completion order.
 
     A row has `id`, `domain` where known, `conversation_id` where several rows answer one prompt,
-    `messages`, and `finish_reason`: "stop", or "length" when the last answer hit `max_new_tokens`.
-    Rows that `out` has already are not asked for again, so a killed run is resumed by starting it
-    again; samples that failed before are tried again.
+    `tools` where there are some, `messages`, and `finish_reason`: "stop"; "length" when the last
+    answer was cut by `max_new_tokens` or the end of the context; "tool_calls" when the conversation
+    ends early because the target called a tool. Rows that `out` has already are not asked for
+    again, so a killed run is resumed by starting it again; samples that failed before are tried
+    again. Rows that answer nothing in `conversations` stay and are counted; `load_answers` passes
+    over them.
 
-    An answer is stored as text, without its end of turn, and training tokenizes it again. That
-    gives other ids than the target sampled where those are not the tokenizer's own way to write
-    the text. Such rows are kept, for the text is the target's and its features are computed on the
-    new ids; they are marked `"altered": true` and counted (in process only: a server does not
-    tell). Of 512 answers of the embedded target, 21 % of the rows and 1.5 % of the tokens are
-    altered at temperature 1; 4 % and 0.2 % at 0.7 with top_p 0.8 and top_k 20.
+    An answer has the ids that the target sampled, as `token_ids` beside its text, with the stop
+    token unless a length limit cut it. Training takes the ids; the text is history for later turns.
+    Every answer is supervised. A turn that was kept from the data has `supervised: false`.
 
     Raises DataError when `out` was made with other settings, and the answerer's error when it
     cannot be reached or not one sample got an answer.
@@ -99,6 +122,19 @@ def regenerate(
     counts = counts_of(file, samples, resumed, tokens, time.monotonic() - begun)
     require_some(counts, answerer, file)
     return counts
+
+
+def load_answers(
+    data: DataConfig, samples_per_prompt: int, path: Path, skips: SkipCounts
+) -> Iterator[Conversation]:
+    """The rows of the answers at `path` that answer `data` as it is now.
+
+    The file may hold more: data.limit may have been lowered since. Those are passed over.
+    """
+    asked = with_distinct_ids(load_conversations(data, SkipCounts()))
+    wanted = {name for each in asked for name in sample_ids(each.id, samples_per_prompt)}
+    ours = replace(data, path=[str(path)], fields=FieldsConfig(), limit=None)
+    return (row for row in load_conversations(ours, skips) if row.id in wanted)
 
 
 def settings_of(config: RegenerateConfig, answerer: Answerer) -> dict[str, Any]:
@@ -144,9 +180,8 @@ def counts_of(
         samples=samples,
         resumed=resumed,
         failed=dict(file.failed),
-        rows=file.rows,
-        truncated=file.truncated,
-        altered=file.altered,
+        file=file.counts,
+        unused=file.unused,
         tokens=tokens,
         seconds=seconds,
     )

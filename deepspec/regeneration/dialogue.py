@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deepspec.data.conversations import (
     NOT_UNICODE,
     Conversation,
-    Message,
     is_unicode,
     with_distinct_ids,
 )
+from deepspec.data.turns import Message
 
 # What a decoder writes for bytes that are no character. At the end of an answer that hit the
-# length limit it is a character cut in two, and is left away.
+# length limit it is a character cut in two, and is left away from the text (not from the ids).
 BROKEN = "\N{REPLACEMENT CHARACTER}"
+GIVEN = ("user", "tool")  # roles that an answer may be expected from
 
 
 @dataclass(frozen=True)
@@ -32,24 +34,30 @@ class Failure:
 
 
 class Dialogue:
-    """System and user turns of one conversation, with an answer behind each user turn so far.
+    """The turns of one conversation that the data give, and the target's answers so far.
 
-    While `open`, `messages` ends with the user turn to be answered next. Consecutive user turns
-    (prompts without answers) are answered one by one.
+    The target answers each user turn (consecutive ones, which are prompts without answers, one by
+    one) and each tool's result. Two kinds of assistant turn stay as the data have them, marked
+    `supervised: false`: one that a tool's result follows, because the result would not fit another
+    call; and one before the first user turn, because it answers nothing. All other assistant turns
+    of the data are dropped.
+
+    While `open`, `messages` ends with the turn to be answered next.
     """
 
     def __init__(
         self, sample_id: str, conversation: Conversation, conversation_id: str | None
     ) -> None:
         self.id = sample_id
-        self.prompts = tuple(m["content"] for m in conversation.messages if m["role"] == "user")
+        self.prompts = prompts_of(conversation.messages)
+        self.tools = conversation.tools
         self.messages: list[Message] = []
         self.open = True
         self.failure: Failure | None = None
         self.tokens = 0
         self._domain = conversation.domain
         self._conversation_id = conversation_id
-        self._truncated = self._altered = False
+        self._finish_reason = "stop"
         self._answered = 0
         self._turns = _turns(conversation.messages)
         self.messages += next(self._turns)
@@ -59,26 +67,46 @@ class Dialogue:
         """A name of the open turn that no other turn has; its randomness is seeded by it."""
         return f"{self.id}/{self._answered}"
 
-    def answer(self, text: str, tokens: int, *, truncated: bool, altered: bool = False) -> None:
+    def answer(self, message: Message, tokens: int, *, truncated: bool) -> None:
         """Take the target's answer (`tokens` long, end of turn included) to the open turn.
 
-        `truncated`: it hit the length limit. That ends the conversation: what follows would answer
-        a broken turn. `altered`: the template and tokenizer give other token ids for it than the
-        target sampled.
+        `message`: `content`, with `token_ids` where they are known, and what a server parsed out of
+        the text. `truncated`: a length limit cut it. That ends the conversation, because what
+        follows would answer a broken turn. So does a call of one of the conversation's tools,
+        because the data have no result for it.
         """
         self.tokens += tokens
-        if not text.strip():
+        text = message["content"] + message.get("reasoning_content", "")
+        if not text.strip() and not message.get("tool_calls"):
             self.give_up("empty answer", f"{tokens} tokens, none of them text")
             return
         if not is_unicode(text):  # a server's JSON may spell what no tokenizer writes
             self.give_up(NOT_UNICODE, ascii(text)[:300])
             return
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append({"role": "assistant", **message})
         self._answered += 1
-        self._truncated, self._altered = truncated, self._altered or altered
-        following = None if truncated else next(self._turns, None)
-        self.messages += following or []
-        self.open = following is not None
+        following = next(self._turns, None)
+        if truncated:
+            self._finish_reason = "length"
+        elif following is not None and self._calls_a_tool(message):
+            self._finish_reason = "tool_calls"
+        self.open = following is not None and self._finish_reason == "stop"
+        if self.open:
+            self.messages += following or []
+
+    def _calls_a_tool(self, message: Message) -> bool:
+        """Whether it is a call, as far as the text shows it in any of the formats of templates.
+
+        They write the tool's name behind a quotation mark, a tag or a separator, or in front of a
+        bracket: {"name": "add"}, <function=add>, functions.add:0, add(a=1), call:add{a:1}.
+        """
+        names = (_name_of(tool) for tool in self.tools)
+        patterns = (
+            rf"[\"'=>.:|\N{{FULLWIDTH VERTICAL LINE}}]{name}\b|\b{name}[({{]"
+            for name in map(re.escape, filter(None, names))
+        )
+        called = (re.search(pattern, message["content"]) for pattern in patterns)
+        return bool(message.get("tool_calls")) or any(called)
 
     def give_up(self, reason: str, detail: str, *, own: bool = True) -> None:
         """The open turn gets no answer.
@@ -88,7 +116,7 @@ class Dialogue:
         """
         self.open = False
         if own and self._answered:
-            while self.messages[-1]["role"] != "assistant":
+            while not is_answer(self.messages[-1]):
                 self.messages.pop()
         else:
             self.failure = Failure(reason, detail, own)
@@ -101,33 +129,69 @@ class Dialogue:
             "id": self.id,
             **({"domain": self._domain} if self._domain is not None else {}),
             **({"conversation_id": whose} if (whose := self._conversation_id) else {}),
+            **({"tools": self.tools} if self.tools else {}),
             "messages": self.messages,
-            "finish_reason": "length" if self._truncated else "stop",
-            **({"altered": True} if self._altered else {}),
+            "finish_reason": self._finish_reason,
         }
+
+
+def prompts_of(messages: Iterable[Message]) -> tuple[str, ...]:
+    """What was said to the target: the texts of users and tools."""
+    return tuple(message["content"] for message in messages if message["role"] in GIVEN)
+
+
+def is_answer(message: Message) -> bool:
+    """Whether it is the target's own turn, not one of the data's that was kept."""
+    return message["role"] == "assistant" and message.get("supervised", True)
+
+
+def sample_ids(name: str, samples_per_prompt: int) -> list[str]:
+    """The ids of the samples of conversation `name`: ID#0, ID#1, ... where there are several."""
+    several = samples_per_prompt > 1
+    return [f"{name}#{index}" for index in range(samples_per_prompt)] if several else [name]
 
 
 def make_dialogues(
     conversations: Iterable[Conversation], samples_per_prompt: int
 ) -> Iterator[Dialogue]:
-    """`samples_per_prompt` dialogues a conversation, with ids that no two share.
-
-    Several samples of conversation ID are ID#0, ID#1, ...
-    """
-    several = samples_per_prompt > 1
+    """`samples_per_prompt` dialogues per conversation, with ids that no two share."""
     for conversation in with_distinct_ids(conversations):
-        name = conversation.id
-        whose = conversation.conversation_id or (name if several else None)
-        for index in range(samples_per_prompt):
-            yield Dialogue(f"{name}#{index}" if several else name, conversation, whose)
+        names = sample_ids(conversation.id, samples_per_prompt)
+        whose = conversation.conversation_id or (conversation.id if len(names) > 1 else None)
+        for name in names:
+            yield Dialogue(name, conversation, whose)
 
 
-def _turns(messages: Iterable[Message]) -> Iterator[list[Message]]:
-    """What is said before each answer: up to and with the next user turn; old answers dropped."""
+def _turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """What comes before each answer of the target; the data's own answers dropped."""
     turn: list[Message] = []
-    for message in messages:
+    begun = False  # whether a user has spoken
+    for index, message in enumerate(messages):
+        begun = begun or message["role"] == "user"
         if message["role"] != "assistant":
             turn.append(message)
-        if message["role"] == "user":
+        elif not begun or _has_result(messages, index):
+            kept = {key: value for key, value in message.items() if key != "token_ids"}
+            turn.append({**kept, "supervised": False})
+        if begun and message["role"] in GIVEN and not _continues(messages, index):
             yield turn
             turn = []
+
+
+def _has_result(messages: Sequence[Message], index: int) -> bool:
+    """Whether a tool's result follows the turn at `index`."""
+    return index + 1 < len(messages) and messages[index + 1]["role"] == "tool"
+
+
+def _continues(messages: Sequence[Message], index: int) -> bool:
+    """Whether another result, or a call that is kept, comes next instead of an answer."""
+    following = range(index + 1, len(messages))
+    place = next((i for i in following if messages[i]["role"] in ("user", "assistant", "tool")), -1)
+    if place < 0 or messages[place]["role"] == "user":
+        return False
+    return messages[place]["role"] == "tool" or _has_result(messages, place)
+
+
+def _name_of(tool: dict[str, Any]) -> str:
+    function = tool.get("function", tool)
+    return str(function.get("name") or "") if isinstance(function, dict) else ""

@@ -40,6 +40,8 @@ class TargetAnswerer:
             **self._target.identity,
             "thinking": self._data.thinking,
             "system_prompt": self._data.system_prompt,
+            "date": self._data.date,
+            "template_options": self._data.template_options,
         }
 
     def answer(
@@ -68,11 +70,11 @@ class TargetAnswerer:
         prompts = {}
         for dialogue in batch:
             try:
-                prompt = self._encoder.prompt(dialogue.messages)
+                prompt = self._encoder.prompt(dialogue.messages, dialogue.tools)
             except TemplateRefusal as error:  # some templates take no system prompts, for one
                 dialogue.give_up(error.reason, str(error))
                 continue
-            if problem := self._too_long(len(prompt), config.max_new_tokens):
+            if problem := self._too_long(len(prompt)):
                 dialogue.give_up("prompt too long", problem)
             else:
                 prompts[dialogue] = prompt
@@ -87,34 +89,22 @@ class TargetAnswerer:
             requests=[dialogue.turn for dialogue in prompts],
             batch_size=len(prompts),
         )
-        for (dialogue, prompt), completion in zip(prompts.items(), result.completions, strict=True):
-            self._take(dialogue, prompt, completion)
+        for dialogue, completion in zip(prompts, result.completions, strict=True):
+            self._take(dialogue, completion)
 
-    def _too_long(self, length: int, new: int) -> str:
+    def _too_long(self, length: int) -> str:
         if length >= self._data.max_length:
             return f"{length} tokens, data.max_length={self._data.max_length}"
         context = self._target.context_length
-        if context is not None and length + new > context:
-            return (
-                f"{length} tokens and regenerate.max_new_tokens={new} do not fit into the target's "
-                f"context of {context}"
-            )
+        if context is not None and length >= context:
+            return f"{length} tokens leave no room in the target's context of {context}"
         return ""
 
-    def _take(self, dialogue: Dialogue, prompt: list[int], completion: Completion) -> None:
-        sampled = list(completion.tokens)
-        stopped = completion.finish_reason == "stop"
-        text = self._decode(sampled[:-1] if stopped else sampled)
-        while not stopped and text.endswith(BROKEN):
-            sampled.pop()
-            text = self._decode(sampled)
-        encoded = prompt + sampled
-        dialogue.answer(
-            text,
-            len(completion.tokens),
-            truncated=not stopped,
-            altered=encoded != prompt + sampled,
-        )
+    def _take(self, dialogue: Dialogue, completion: Completion) -> None:
+        sampled, stopped = list(completion.tokens), completion.finish_reason == "stop"
+        text = self._decode(sampled[:-1]) if stopped else self._decode(sampled).rstrip(BROKEN)
+        answer = {"content": text, "token_ids": sampled}
+        dialogue.answer(answer, len(sampled), truncated=not stopped)
 
     def _decode(self, tokens: list[int]) -> str:
         # special tokens in mid-answer stay: rendering the text gives them back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -17,23 +18,31 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from deepspec.config.schema import DataConfig, RegenerateConfig
-from deepspec.data.conversations import Message
+from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
+from deepspec.data.chat_template import SWITCHES
+from deepspec.data.turns import Message, Unusable, parse_turn
 from deepspec.errors import ConfigError, DeepSpecError, ServerError
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
+OURS = ("token_ids", "supervised")  # keys of a turn that are not sent
+IDS = "return_token_ids"  # vLLM's; other servers ignore or refuse it
 
 
 class ServerAnswerer:
     """The target behind `{server}/chat/completions`, as `model` (None asks the server).
 
-    The server renders the prompts: it must have the target's own chat template, which is told
-    `enable_thinking`. What a request leaves out is the server's choice; many take it from the
-    model's generation_config.json, such as a top_k where regenerate.top_k is 0. `api_key` is sent
-    with every request and stands in no error and no file. `first_pause`: seconds before a failed
-    request is tried again, doubled each time.
+    The server renders the prompts: it must have the target's own chat template, which receives
+    `enable_thinking` and `data.template_options`. A template that reads today's date gets the
+    server's, unless it takes a date from `data.template_options`. What a request leaves out is the
+    server's choice; many take it from the model's generation_config.json, such as a top_k where
+    regenerate.top_k is 0. `api_key` is sent with every request and stands in no error and no
+    file. `first_pause`: seconds before a failed request is tried again, doubled each time.
+
+    Answers have the ids that were sampled where the server returns them (vLLM does), else only
+    their text. With tools, `tool_choice` is "none": vLLM then shows the tools to the model and
+    leaves its calls in the text, as the target wrote them.
     """
 
     error: type[DeepSpecError] = ServerError
@@ -53,6 +62,8 @@ class ServerAnswerer:
         self._has_answered = False
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._first_pause = first_pause
+        self._unknown: set[str] = set()  # fields that the server does not know
+        self._known: set[str] = set()
 
     @cached_property
     def model(self) -> str:
@@ -70,7 +81,7 @@ class ServerAnswerer:
         if self._model is not None:
             return self._model
         if self._way_out(response):
-            raise self._refused(response)
+            raise self._refusal(response)
         try:
             names = [entry["id"] for entry in response.raise_for_status().json()["data"]]
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
@@ -92,6 +103,7 @@ class ServerAnswerer:
             "model": self.model,
             "thinking": self._data.thinking,
             "system_prompt": self._data.system_prompt,
+            "template_options": self._data.template_options,
         }
 
     def answer(
@@ -145,27 +157,12 @@ class ServerAnswerer:
     async def _answer_turn(
         self, client: httpx.AsyncClient, dialogue: Dialogue, config: RegenerateConfig
     ) -> None:
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(config.retries + 1),
-            wait=wait_exponential_jitter(
-                initial=self._first_pause, max=LONGEST_PAUSE, jitter=self._first_pause / 2
-            ),
-            retry=retry_if_exception(_may_pass),
-            reraise=True,
-        )
-
-        async def post() -> httpx.Response:
-            response = await client.post(
-                f"{self._server}/chat/completions", json=self._request(dialogue, config)
-            )
-            return response.raise_for_status()
-
         try:
-            response: httpx.Response = await retrying(post)
+            response = await self._ask(client, self._request(dialogue, config), config.retries)
         except httpx.HTTPStatusError as error:
             status, text = error.response.status_code, self._excerpt(error.response)
             if status == 401 or (status == 404 and not self._has_answered):
-                raise self._refused(error.response) from None
+                raise self._refusal(error.response) from None
             way_out = "regenerate.top_k=0 leaves it out" if "top_k" in text else ""
             # a server may forbid (403) one prompt and answer the others
             way_out = way_out or self._way_out(error.response)
@@ -197,7 +194,7 @@ class ServerAnswerer:
             )
         return ""
 
-    def _refused(self, response: httpx.Response) -> ServerError:
+    def _refusal(self, response: httpx.Response) -> ServerError:
         return ServerError(
             f"regenerate.server={self._server} answers HTTP {response.status_code} to "
             f"{response.url.path} ({self._excerpt(response)}); {self._way_out(response)}"
@@ -210,20 +207,76 @@ class ServerAnswerer:
             text = text.replace(self._api_key, "[API key]")
         return " ".join(text.split())[:300]
 
+    async def _ask(
+        self, client: httpx.AsyncClient, request: dict[str, Any], retries: int
+    ) -> httpx.Response:
+        """The response to `request`, or to what is left of it without fields that are refused."""
+        while True:
+            try:
+                response = await self._post(client, request, retries)
+                break
+            except httpx.HTTPStatusError as error:
+                field = self._refused_field(error.response, request)
+                if field is None:
+                    raise
+                request = {name: value for name, value in request.items() if name != field}
+        if IDS in request:
+            self._known.add(IDS)
+        else:
+            self._unknown.add(IDS)
+        return response
+
+    def _refused_field(self, response: httpx.Response, request: dict[str, Any]) -> str | None:
+        """The field to leave out of `request`, after an error that its presence may explain."""
+        text = response.text
+        if response.status_code not in (400, 422):
+            return None
+        # a prompt that leaves less room in the context: without the field, that is the limit
+        lengths = ("max_tokens", "max_completion_tokens", "in the completion", "for the completion")
+        if "max_tokens" in request and any(words in text for words in lengths):
+            return "max_tokens"
+        # not every server says which field it does not know
+        return IDS if IDS in request and (IDS in text or IDS not in self._known) else None
+
+    async def _post(
+        self, client: httpx.AsyncClient, request: dict[str, Any], retries: int
+    ) -> httpx.Response:
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(retries + 1),
+            wait=wait_exponential_jitter(
+                initial=self._first_pause, max=LONGEST_PAUSE, jitter=self._first_pause / 2
+            ),
+            retry=retry_if_exception(_may_pass),
+            reraise=True,
+        )
+
+        async def post() -> httpx.Response:
+            response = await client.post(f"{self._server}/chat/completions", json=request)
+            return response.raise_for_status()
+
+        answered: httpx.Response = await retrying(post)
+        return answered
+
     def _request(self, dialogue: Dialogue, config: RegenerateConfig) -> dict[str, Any]:
-        messages: list[Message] = list(dialogue.messages)
-        if self._data.system_prompt and messages[0]["role"] != "system":
+        messages = [_as_openai(message) for message in dialogue.messages]
+        if self._data.system_prompt and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self._data.system_prompt})
         digest = hashlib.blake2b(f"{config.seed}/{dialogue.turn}".encode(), digest_size=4).digest()
+        tools = {"tools": list(dialogue.tools), "tool_choice": "none"} if dialogue.tools else {}
         return {
             "model": self.model,
             "messages": messages,
+            **tools,
             "temperature": config.temperature,
             "top_p": config.top_p,
             **({"top_k": config.top_k} if config.top_k else {}),
             "max_tokens": config.max_new_tokens,
             "seed": int.from_bytes(digest, "big") >> 1,  # some servers take 31 bits
-            "chat_template_kwargs": {"enable_thinking": self._data.thinking},
+            "chat_template_kwargs": {
+                **dict.fromkeys(SWITCHES, self._data.thinking),
+                **self._data.template_options,
+            },
+            **({IDS: True} if IDS not in self._unknown else {}),
         }
 
 
@@ -256,20 +309,45 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError)
 
 
+def _as_openai(message: Message) -> Message:
+    """`message` with the arguments of its tool calls as text, and without our own keys."""
+    sent = {key: value for key, value in message.items() if key not in OURS}
+    if calls := sent.get("tool_calls"):
+        sent["tool_calls"] = [_with_text(call, place) for place, call in enumerate(calls)]
+    return sent
+
+
+def _with_text(call: dict[str, Any], place: int) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {"id": f"call_{place}", **call, "function": {**function, "arguments": arguments}}
+
+
 def _take(dialogue: Dialogue, response: httpx.Response, excerpt: str) -> None:
+    """Give the answer to `dialogue`: its ids where the server returned them, else its text."""
     try:
         body = response.json()
         choice = body["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
-        text = (message["content"] or "").rstrip(BROKEN if reason == "length" else "")
-        tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+        content = (message["content"] or "").rstrip(BROKEN if reason == "length" else "")
+        ids = [int(token) for token in choice.get("token_ids") or ()]
+        tokens = int((body.get("usage") or {}).get("completion_tokens") or len(ids))
     except (ValueError, LookupError, TypeError, AttributeError):
         dialogue.give_up("not a chat completion", excerpt, own=False)
         return
-    if message.get("reasoning_content") or message.get("reasoning"):
+    parsed = message.get("reasoning_content") or message.get("reasoning")
+    if parsed and not ids:
         detail = "the server cut the reasoning out; start it without a reasoning parser"
         dialogue.give_up("answer is not whole", detail, own=False)
-    elif reason not in ("stop", "length"):
+    elif reason not in ("stop", "length", *(["tool_calls"] if ids else [])):
         dialogue.give_up(f"finish reason {reason}", excerpt)
-    else:
-        dialogue.answer(text, tokens, truncated=reason == "length")
+    elif not ids:
+        dialogue.answer({"content": content}, tokens, truncated=reason == "length")
+    else:  # the ids are the whole answer, whatever the server parsed out of the text
+        try:
+            answer, _ = parse_turn({**message, "role": "assistant"}, FieldsConfig())
+        except Unusable as why:
+            dialogue.give_up(str(why), excerpt)
+            return
+        answer |= {"content": content, "token_ids": ids}
+        dialogue.answer(answer, tokens, truncated=reason == "length")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspec.data.conversations import read_jsonl
+from deepspec.data.files import read_jsonl
 from deepspec.evaluation import metrics
 from deepspec.evaluation.report import Table
 from deepspec.records import DecodeTrace

@@ -7,7 +7,7 @@ from operator import eq
 from typing import Any
 
 from deepspec.config.places import PATHS, same_place
-from deepspec.config.schema import dotted
+from deepspec.config.schema import RunConfig, as_dict, dotted
 
 GROUPS = ("seed", "target", "data", "regenerate", "drafter", "objective", "training")
 NEUTRAL = {  # of these groups, what the weights do not depend on
@@ -38,8 +38,8 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
 
 def changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `config` that `before` has otherwise, by dotted key; one that `before` lacks, as a
-    config of an older version may, was null. A path written in another way is the same."""
-    known = dotted(before)
+    config of an older version may, had its default. A path written in another way is the same."""
+    known = dotted(as_dict(RunConfig())) | dotted(before)
     return {
         key: value
         for key, value in dotted(config).items()

@@ -238,7 +238,10 @@ def test_device_that_is_not_there(refused: Refused) -> None:
             b'\xef\xbb\xbf[{"turns": ["a"]}]',
             "line 1: expected a JSON object, found [{'turns': ['a']}]; one",
         ),
-        (b'{"text": "a"}\n{"turns": []}\n', "(1 x no messages field, 1 x empty conversation)"),
+        (
+            b'{"text": "a"}\n{"turns": []}\n',
+            "(1 x no messages field (first in rows-1), 1 x empty conversation (first in ",
+        ),
         (b"", "(no rows)"),
         pytest.param(
             '{"turns": ["a"]}\n{"turns": ["caf\u00e9"]}\n'.encode("latin1"),

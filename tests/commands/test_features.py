@@ -14,7 +14,7 @@ import pytest
 from deepspec.cli import main
 from deepspec.commands.stages import TrainingData, extract_features
 from deepspec.config.loading import config_from
-from deepspec.data.conversations import read_jsonl
+from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
 from deepspec.targets import Target
 from tests.jobs import LAST, assert_same_weights, kill_all, open_process, train_command

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from deepspec.config.keys import KEYS, is_group, unknown_key
+from deepspec.config.keys import KEYS, is_group, is_mapping, unknown_key
 from deepspec.config.loading import config_from, list_recipes, load_config
 from deepspec.config.resources import resource
-from deepspec.config.schema import RunConfig, as_dict
+from deepspec.config.schema import MAPPINGS, RunConfig, as_dict, dotted
 from deepspec.errors import ConfigError
 
 SHIPPED = [name for name, _ in list_recipes()]
@@ -271,6 +271,11 @@ def test_a_later_word_wins_and_a_saved_config_is_changed_by_key() -> None:
         ("out=[a]", "out=['a'] must be text"),
         ("data.path=[[a]]", "data.path[0]=['a'] must be text"),
         ("data.fields=x", "data.fields.messages=..."),
+        ("data.template_options=low", "options=low must be a mapping, written {a: b}"),
+        ("data.template_options=null", "=null must be a mapping, written {a: b}"),
+        ("data.template_options={a: [}", "data.template_options={a: [} is not readable"),
+        ("data.fields.roles=[a]", "data.fields.roles=['a'] must be a mapping of texts"),
+        ("data.fields.roles={critic: judge}", "a mapping to system, developer, user, assistant"),
         ("seed=${recipe}", "seed=${recipe} must be a whole number"),
         ("evaluation.seeds=['${x}']", "evaluation.seeds[0]=${x} must be a whole number"),
         ("data.path=['\x01']", "is not readable: unacceptable character #x0001"),
@@ -285,6 +290,28 @@ def test_wrong_types(word: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config_from(RAW, [word])
     assert expected in str(caught.value)
+
+
+def test_mappings_are_values(tmp_path: Path) -> None:
+    """Roles are added to those that are known; options of templates have the types of YAML, but for
+    dates, in a word as in a recipe; both are one setting to whoever compares settings."""
+    options = {"reasoning_effort": "low", "strict": False, "depth": 3, "today": "2026-01-02"}
+    text = "{reasoning_effort: low, strict: false, depth: 3, today: 2026-01-02}"
+    words = [f"data.template_options={text}", "data.fields.roles={Critic: user}"]
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "defaults: [tiny, _self_]\ndata:\n  date: 2026-01-02\n  fields: {roles: {Critic: user}}\n"
+        f"  template_options: {text}\n"
+    )
+    for config in (config_from(RAW, words), load_config(str(recipe))):
+        assert config.data.template_options == options
+        assert config.data.fields.roles["Critic"] == config.data.fields.roles["human"] == "user"
+        flat = dotted(as_dict(config))
+        assert flat["data.template_options"] == options
+        assert flat["data.fields.roles"] == config.data.fields.roles
+        assert config_from(as_dict(config)) == config
+    assert config.data.date == "2026-01-02"
+    assert {key for key, hint in KEYS.items() if is_mapping(hint)} == set(MAPPINGS)
 
 
 def test_groups_and_their_files() -> None:
@@ -330,7 +357,8 @@ def test_a_dropped_letter_names_the_key_that_was_meant() -> None:
         if len(name) > 3 and not is_group(kind):
             for place in range(len(name)):
                 meant.setdefault(f"{group}{dot}{name[:place]}{name[place + 1 :]}", set()).add(key)
-    for typo, keys in meant.items():  # regenerate.top_ may be top_k and top_p
+    # regenerate.top_ may be top_k and top_p; data.fields.role(s) are both keys
+    for typo, keys in ((typo, keys) for typo, keys in meant.items() if typo not in KEYS):
         assert any(f"did you mean {key}?" in str(unknown_key(typo)) for key in keys), typo
 
 

@@ -3,11 +3,13 @@ held out of all steps."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspec.data.batching import hold_out, split_batch
+from deepspec.data.batching import cut_samples, hold_out, split_batch
+from deepspec.data.conversations import SkipCounts
 from deepspec.records import Sample
 
 
@@ -62,3 +64,28 @@ def test_no_conversation_is_trained_and_validated_on(
     assert len(held) <= len(sizes) // 5
     assert len(validation) >= count or len(held) == len(sizes) // 5
     assert len(validation) < count + max(sizes, default=1)
+
+
+@pytest.mark.parametrize(
+    ("context", "limit"),
+    [
+        (None, "data.max_length=10"),
+        (99, "data.max_length=10"),
+        (8, "the end of the target's context, 8"),
+    ],
+)
+def test_long_samples_are_cut_and_counted(context: int | None, limit: str) -> None:
+    """Answers of 3 tokens behind prompts of 4, 6 and 20; the first fits either way."""
+    samples, skips = [], SkipCounts()
+    for prompt in (4, 6, 20):
+        mask = torch.arange(prompt + 3) >= prompt
+        samples.append(Sample(torch.arange(prompt + 3), mask, f"{prompt}"))
+    cut = cut_samples(samples, 10, context, skips)
+    most = min(10, context or 10)
+    assert [(each.sample_id, len(each)) for each in cut] == [("4", 7), ("6", min(9, most))]
+    assert cut[1].input_ids.tolist() == list(range(len(cut[1])))
+    assert cut[1].loss_mask.tolist() == [place >= 6 for place in range(len(cut[1]))]
+    expected = {f"answers behind {limit}": 1}
+    if most == 8:
+        expected[f"the rest of a sample behind {limit}"] = 1
+    assert skips == expected

@@ -19,7 +19,7 @@ import pytest
 
 from deepspec.config.loading import config_from
 from deepspec.config.schema import FieldsConfig
-from deepspec.data.conversations import read_jsonl
+from deepspec.data.files import read_jsonl
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluation.benchmarks import BENCHMARKS, load_prompts
 from deepspec.evaluation.evaluate import load_benchmark

@@ -57,3 +57,25 @@ def questions(count: int) -> list[Conversation]:
 def chats(count: int) -> list[Conversation]:
     """Three turns of the user, with two answers of the data's own."""
     return [talk(f"chat {i}", f"Name {i}", "one", f"And {i}", "two", "More") for i in range(count)]
+
+
+TOOLS = ({"type": "function", "function": {"name": "add"}},)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def agentic(name: str) -> Conversation:
+    """A greeting, two calls with their results, an answer, a last question and its call."""
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL], "token_ids": [7]}
+    messages = (
+        {"role": "assistant", "content": "Ask me."},
+        {"role": "user", "content": f"Add {name}"},
+        call,
+        {"role": "tool", "content": "2"},
+        call,
+        {"role": "tool", "content": "3"},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "the data's answer"},
+        {"role": "user", "content": "More?"},
+        call,
+    )
+    return Conversation(name, messages, tools=TOOLS)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from deepspec.config.schema import DataConfig, RegenerateConfig, TargetConfig
+from deepspec.data.conversations import SkipCounts
 from deepspec.errors import DataError
-from deepspec.regeneration import RegenerationCounts, TargetAnswerer, regenerate
+from deepspec.regeneration import RegenerationCounts, TargetAnswerer, load_answers, regenerate
 from deepspec.targets import Target, load_target
 from tests.regeneration.conftest import questions, talk
 
@@ -39,7 +40,7 @@ def whole(writer: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run that nothing stopped."""
     out = tmp_path_factory.mktemp("whole") / "a.jsonl"
     counts = run(writer, out)
-    assert counts.rows == len(ids(out.read_text())) == 40
+    assert counts.file.rows == len(ids(out.read_text())) == 40
     return out
 
 
@@ -74,10 +75,10 @@ def test_a_half_written_line_is_cut(writer: Target, whole: Path, tmp_path: Path)
     out.write_bytes(b"".join(rows[:5]) + rows[5][:-1])
     (tmp_path / "a.json").write_text(whole.with_suffix(".json").read_text())
     counts = run(writer, out)
-    assert (counts.resumed, counts.samples, counts.rows) == (5, 40, 40)
+    assert (counts.resumed, counts.samples, counts.file.rows) == (5, 40, 40)
     assert sorted(out.read_bytes().splitlines()) == sorted(whole.read_bytes().splitlines())
     again = run(writer, out)
-    assert (again.resumed, again.tokens, again.truncated) == (40, 0, counts.truncated)
+    assert (again.resumed, again.tokens, again.file.truncated) == (40, 0, counts.file.truncated)
 
 
 def copy_of(whole: Path, folder: Path) -> Path:
@@ -114,28 +115,46 @@ def test_another_target_or_rendering_is_refused(
     strict = TargetAnswerer(writer, replace(DATA, system_prompt="Be strict."))
     with pytest.raises(DataError, match=r"system_prompt is None there and 'Be strict\.' here"):
         regenerate(CONVERSATIONS, strict, CONFIG, out, show=False)
-
-
-@pytest.mark.parametrize(
-    ("conversations", "found"),
-    [
-        (CONVERSATIONS[:-1], "holds 2 samples that are not in the data"),
-        ([*CONVERSATIONS[:-1], talk("q019", "new")], "sample q019#[01] with other prompts"),
-    ],
-)
-def test_other_data_is_refused(
-    writer: Target, whole: Path, tmp_path: Path, conversations: list, found: str
-) -> None:
-    out = copy_of(whole, tmp_path)
+    options = {"reasoning_effort": "low"}
+    later = TargetAnswerer(writer, replace(DATA, date="2026-07-26", template_options=options))
+    found = r"date is '2026-01-01' there and '2026-07-26' here; template_options is \{\} there and"
     with pytest.raises(DataError, match=found):
+        regenerate(CONVERSATIONS, later, CONFIG, out, show=False)
+
+
+def test_other_prompts_under_an_id_are_refused(writer: Target, whole: Path, tmp_path: Path) -> None:
+    out = copy_of(whole, tmp_path)
+    conversations = [*CONVERSATIONS[:-1], talk("q019", "new")]
+    with pytest.raises(DataError, match=r"sample q019#[01] with other prompts"):
         regenerate(conversations, TargetAnswerer(writer, DATA), CONFIG, out, show=False)
+
+
+def test_a_lower_limit_uses_the_answers_that_are_wanted(
+    writer: Target, whole: Path, tmp_path: Path
+) -> None:
+    """The others stay in the file, are counted, and are not read for the training; with the old
+    limit all are used again, and nothing is answered twice."""
+    out, prompts = copy_of(whole, tmp_path), tmp_path / "prompts.jsonl"
+    rows = [{"id": each.id, "turns": [each.messages[0]["content"]]} for each in CONVERSATIONS]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for limit, used in ((8, 16), (20, 40)):
+        data = DataConfig(path=[str(prompts)], limit=limit)
+        counts = regenerate(
+            CONVERSATIONS[:limit], TargetAnswerer(writer, data), CONFIG, out, show=False
+        )
+        assert (counts.samples, counts.resumed, counts.tokens) == (used, used, 0)
+        assert (counts.file.rows, counts.unused) == (40, 40 - used)
+        assert (f"{40 - used} rows are not used" in str(counts)) == (used < 40)
+        found = {row.id for row in load_answers(data, 2, out, SkipCounts())}
+        assert found == {f"q{i:03d}#{n}" for i in range(limit) for n in range(2)}
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_more_data_is_added(writer: Target, whole: Path, tmp_path: Path) -> None:
     out = copy_of(whole, tmp_path)
     more = [*CONVERSATIONS, talk("new", "What else?")]
     counts = regenerate(more, TargetAnswerer(writer, DATA), CONFIG, out, show=False)
-    assert (counts.resumed, counts.samples, counts.rows) == (40, 42, 42)
+    assert (counts.resumed, counts.samples, counts.file.rows) == (40, 42, 42)
     assert out.read_bytes().startswith(whole.read_bytes())
     assert set(ids(out.read_text())[40:]) == {"new#0", "new#1"}
 

@@ -31,7 +31,7 @@ from deepspec.regeneration import (
     regenerate,
 )
 from deepspec.targets import Target
-from tests.regeneration.conftest import chats, questions, talk
+from tests.regeneration.conftest import TOOLS, agentic, chats, questions, talk
 
 DATA = DataConfig(path=["-"], max_length=400)
 PAUSE = 0.02
@@ -149,6 +149,7 @@ def test_what_is_asked(tmp_path: Path) -> None:
     """Every sampling key reaches the server; history holds the server's own answers."""
     conversation = talk("a", "one", "dropped", "two", "dropped")
     data = DataConfig(path=["-"], system_prompt="Be brief.", thinking=True)
+    data.template_options["reasoning_effort"] = "low"
     with Scripted(echo) as server:
         options = {"temperature": 0.3, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}
         counts, rows, _ = run(
@@ -163,7 +164,8 @@ def test_what_is_asked(tmp_path: Path) -> None:
             "top_p": 0.9,
             "top_k": 5,
             "max_tokens": 7,
-            "chat_template_kwargs": {"enable_thinking": True},
+            "chat_template_kwargs": {"enable_thinking": True, "reasoning_effort": "low"},
+            "return_token_ids": True,
             "messages": [
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": "one"},
@@ -198,7 +200,7 @@ def test_passing_failures_are_tried_again_with_growing_pauses(tmp_path: Path) ->
         pauses = [after - before for before, after in itertools.pairwise(server.times)]
     assert len(pauses) == 4
     assert all(pause >= PAUSE * 2**index for index, pause in enumerate(pauses))
-    assert (counts.rows, counts.failed, failed) == (1, {}, {})
+    assert (counts.file.rows, counts.failed, failed) == (1, {}, {})
     assert rows["a"]["finish_reason"] == "stop"
 
 
@@ -255,7 +257,12 @@ def test_lasting_failures_are_written_and_tried_again_at_the_next_start(tmp_path
 
         healthy, already = True, len(server.requests)
         counts, rows, failed = run(server.url, out, conversations)
-        assert (counts.resumed, counts.rows, counts.failed, failed) == (6, 6 + len(broken), {}, {})
+        assert (counts.resumed, counts.file.rows, counts.failed, failed) == (
+            6,
+            6 + len(broken),
+            {},
+            {},
+        )
         assert len(server.requests) - already == len(broken)
 
 
@@ -274,7 +281,101 @@ def test_a_later_turn_that_does_not_fit_keeps_the_earlier_ones(tmp_path: Path) -
     assert rows["a"]["finish_reason"] == "stop"
     assert [m["content"] for m in rows["cut"]["messages"]] == ["cut", "cut "]
     assert rows["cut"]["finish_reason"] == "length"
-    assert counts.truncated == 1
+    assert counts.file.truncated == 1
+
+
+def with_ids(message: dict[str, Any], reason: str, ids: list[int]) -> Reply:
+    """As vLLM answers `return_token_ids`."""
+    choice = {"message": message, "finish_reason": reason, "token_ids": ids}
+    return 200, {"choices": [choice], "prompt_token_ids": [1, 2, 3]}
+
+
+def test_token_ids_are_kept_where_the_server_returns_them(tmp_path: Path) -> None:
+    """With them an answer is whole, even where the server parsed the text to pieces."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    replies = {
+        "plain": with_ids({"content": "4"}, "stop", [23, 2]),
+        "cut": with_ids({"content": "half \ufffd"}, "length", [75, 76, 161]),
+        "thinks": with_ids({"content": "4", "reasoning": "2 + 2"}, "stop", [9, 23, 2]),
+        "calls": with_ids({"content": None, "tool_calls": [call]}, "tool_calls", [8, 2]),
+        "text": completion("4"),
+        "silent": with_ids({"content": ""}, "stop", [2]),
+    }
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        assert request["return_token_ids"] is True
+        return replies[request["messages"][0]["content"]]
+
+    with Scripted(reply) as server:
+        talks = [talk(name, name) for name in replies]
+        counts, rows, _ = run(server.url, tmp_path / "a.jsonl", talks)
+    answers = {name: row["messages"][-1] for name, row in rows.items()}
+    nested = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    own = {"role": "assistant"}
+    assert answers == {
+        "plain": {**own, "content": "4", "token_ids": [23, 2]},
+        "cut": {**own, "content": "half ", "token_ids": [75, 76, 161]},
+        "thinks": {**own, "content": "4", "reasoning_content": "2 + 2", "token_ids": [9, 23, 2]},
+        "calls": {**own, "content": "", "tool_calls": [nested], "token_ids": [8, 2]},
+        "text": {**own, "content": "4"},
+    }
+    assert {name for name, row in rows.items() if row["finish_reason"] == "length"} == {"cut"}
+    assert counts.failed == {"empty answer": 1}
+    assert counts.file.as_text == 1
+    assert "1 rows as text: the server returns no token ids" in str(counts)
+
+
+@pytest.mark.parametrize(
+    "refusal", [(400, {"error": "bad request"}), (422, {"detail": "extra: return_token_ids"})]
+)
+def test_a_server_that_refuses_the_ids_is_asked_for_text(tmp_path: Path, refusal: Reply) -> None:
+    """Once, whether or not it says which field it does not know."""
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        return refusal if "return_token_ids" in request else echo(request, asked)
+
+    with Scripted(reply) as server:
+        counts, _, failed = run(server.url, tmp_path / "a.jsonl", questions(12), concurrency=1)
+        assert len(server.requests) == 13
+    assert (counts.file.rows, counts.file.as_text, failed) == (12, 12, {})
+
+
+def test_an_answer_may_end_at_the_servers_context(tmp_path: Path) -> None:
+    """vLLM refuses a max_tokens that does not fit behind the prompt; without, the context is it."""
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        if "max_tokens" in request:
+            return 400, {"error": "'max_tokens' is too large: 7. This model's maximum context ..."}
+        return with_ids({"content": "to the end"}, "length", [1, 2, 3])
+
+    with Scripted(reply) as server:
+        counts, rows, failed = run(
+            server.url, tmp_path / "a.jsonl", [talk("a", "x")], max_new_tokens=7
+        )
+        assert len(server.requests) == 2
+    assert rows["a"]["finish_reason"] == "length"
+    assert (counts.file.truncated, counts.file.as_text, failed) == (1, 0, {})
+
+
+def test_tools_and_calls_are_sent_as_openai_has_them(tmp_path: Path) -> None:
+    """The arguments as text; no key of ours; calls are to stay in the text."""
+    with Scripted(echo) as server:
+        _, rows, _ = run(server.url, tmp_path / "a.jsonl", [agentic("1")])
+        first, second = server.requests
+    sent = {"id": "call_0", "type": "function"}
+    sent["function"] = {"name": "add", "arguments": '{"a": 1}'}  # type: ignore[assignment]
+    assert first["tools"] == list(TOOLS)
+    assert first["tool_choice"] == "none"
+    assert first["messages"][:3] == [
+        {"role": "assistant", "content": "Ask me."},
+        {"role": "user", "content": "Add 1"},
+        {"role": "assistant", "content": "", "tool_calls": [sent]},
+    ]
+    assert [m["role"] for m in second["messages"][3:]] == (
+        "tool assistant tool tool assistant user".split()
+    )
+    assert second["messages"][7]["content"] == "answer to 4"
+    assert rows["1"]["tools"] == list(TOOLS)
 
 
 def test_requests_run_side_by_side(tmp_path: Path) -> None:
@@ -285,7 +386,7 @@ def test_requests_run_side_by_side(tmp_path: Path) -> None:
     with Scripted(reply) as server:
         counts, _, _ = run(server.url, tmp_path / "a.jsonl", questions(30), concurrency=6)
         assert server.most_running == 6
-    assert counts.rows == 30
+    assert counts.file.rows == 30
 
 
 def test_a_server_that_dies_is_noticed_and_the_run_resumed(tmp_path: Path) -> None:
@@ -304,7 +405,7 @@ def test_a_server_that_dies_is_noticed_and_the_run_resumed(tmp_path: Path) -> No
     with Scripted(echo) as again:
         counts, rows, failed = run(again.url, out, conversations)
         assert len(again.requests) == 180
-    assert (counts.resumed, counts.rows, failed) == (20, 200, {})
+    assert (counts.resumed, counts.file.rows, failed) == (20, 200, {})
     assert set(rows) == {conversation.id for conversation in conversations}
 
 
@@ -379,7 +480,7 @@ def test_transformers_serve_gives_the_answers_of_the_process(
     )
     assert rows == rows_of(local)
     assert set(failed) == set(rows_of(local.with_suffix(".failed.jsonl")))
-    assert (counts.truncated, counts.tokens) == (own.truncated, own.tokens)
+    assert (counts.file.truncated, counts.tokens) == (own.file.truncated, own.tokens)
     assert any(len(row["messages"]) == 6 for row in rows.values())
 
 

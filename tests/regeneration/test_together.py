@@ -91,10 +91,10 @@ def test_failures_of_a_killed_job_are_not_those_of_the_next(tmp_path: Path) -> N
 
     with Scripted(reply) as server:
         counts, _, failed = ask(server.url, tmp_path / "a.part-0001.jsonl", questions(4))
-        assert (counts.rows, counts.failed, len(failed)) == (1, {"HTTP 422": 3}, 3)
+        assert (counts.file.rows, counts.failed, len(failed)) == (1, {"HTTP 422": 3}, 3)
         healthy = True
         counts, _, failed = ask(server.url, tmp_path / "a.jsonl", questions(4))
-    assert (counts.resumed, counts.rows, counts.failed, failed) == (1, 4, {}, {})
+    assert (counts.resumed, counts.file.rows, counts.failed, failed) == (1, 4, {}, {})
 
 
 def test_processes_name_doubles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,5 +116,5 @@ def test_processes_name_doubles_alike(tmp_path: Path, monkeypatch: pytest.Monkey
         for resumed in (0, 4):
             counts, _ = processes.map(process, range(2))
             assert counts is not None
-            assert (counts.resumed, counts.rows) == (resumed, 4)
+            assert (counts.resumed, counts.file.rows) == (resumed, 4)
             assert rows_of(out) == alone
