@@ -104,7 +104,9 @@ def some_prompts(
         if "user" not in roles:
             continue
         try:
-            tokens = encoder.prompt(conversation.messages[: roles.index("user") + 1])
+            tokens = encoder.prompt(
+                conversation.messages[: roles.index("user") + 1], conversation.tools
+            )
         except TemplateRefusal:
             continue
         if len(tokens) < encoder.max_length:

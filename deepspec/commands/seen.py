@@ -83,7 +83,7 @@ def _token_keys(
     """By the tokens in front of the first answer: all that a store of features has."""
     for each in conversations:
         try:
-            yield _digest(str(encoder.prompt(each.messages))), f"{short}/{each.id}"
+            yield _digest(str(encoder.prompt(each.messages, each.tools))), f"{short}/{each.id}"
         except TemplateRefusal:  # it is not decoded either
             continue
 

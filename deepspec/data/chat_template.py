@@ -23,7 +23,7 @@ from deepspec.data.stops import ASKED, Tools
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
-TODAY = datetime.date(2026, 1, 1)
+TODAY = datetime.date.fromisoformat(DataConfig().date)
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 OURS = ("token_ids", "supervised")  # keys of a turn that no template sees
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
@@ -71,7 +71,15 @@ class ChatEncoder:
     @classmethod
     def of(cls, data: DataConfig, tokenizer: Any, stop_token_ids: Iterable[int] = ()) -> Self:
         """Return the encoder that `data` describes; see the class for `stop_token_ids`."""
-        return cls(tokenizer, data.max_length, data.thinking, data.system_prompt, stop_token_ids)
+        return cls(
+            tokenizer,
+            data.max_length,
+            data.thinking,
+            data.system_prompt,
+            stop_token_ids,
+            data.template_options,
+            datetime.date.fromisoformat(data.date),
+        )
 
     def encode(self, conversation: Conversation, skips: SkipCounts | None = None) -> list[Sample]:
         """Return token ids and loss masks; nothing where `max_length` cuts every answer away.
