@@ -164,7 +164,7 @@ def test_answers_end_at_the_context(writer_folder: Path, tmp_path: Path) -> None
     """A prompt that leaves room for a token is answered, as decoding would: up to the context."""
     config = TargetConfig(path=str(writer_folder), dtype="float32", num_layer_ids=3)
     target = load_target(config, "cpu")
-    target.config.max_position_embeddings = 100
+    target.context_length = 100
     target.stop_token_ids = []  # nothing else ends an answer
     conversations = [talk(f"{room}", "x" * (100 - room - FRAME)) for room in (40, 3, 1, 0)]
     data = replace(DATA, max_length=4096)

@@ -164,7 +164,11 @@ def test_what_is_asked(tmp_path: Path) -> None:
             "top_p": 0.9,
             "top_k": 5,
             "max_tokens": 7,
-            "chat_template_kwargs": {"enable_thinking": True, "reasoning_effort": "low"},
+            "chat_template_kwargs": {
+                "enable_thinking": True,
+                "thinking": True,
+                "reasoning_effort": "low",
+            },
             "return_token_ids": True,
             "messages": [
                 {"role": "system", "content": "Be brief."},
