@@ -3,7 +3,6 @@
 from deepspec.regeneration.answers import (
     Answerer,
     RegenerationCounts,
-    load_answers,
     regenerate,
 )
 from deepspec.regeneration.in_process import TargetAnswerer
@@ -15,7 +14,6 @@ __all__ = [
     "RegenerationCounts",
     "ServerAnswerer",
     "TargetAnswerer",
-    "load_answers",
     "regenerate",
     "regenerate_together",
 ]
