@@ -21,7 +21,7 @@ from deepspec.commands.sources import Source
 from deepspec.config.schema import COLLECTIVE, RunConfig, as_dict
 from deepspec.data.batching import cut_samples, hold_out
 from deepspec.data.chat_template import ChatEncoder, encode_all
-from deepspec.data.conversations import SkipCounts, load_answers, load_conversations
+from deepspec.data.conversations import SkipCounts, load_conversations
 from deepspec.decoding import require_rollback, require_state
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind, open_proposer
@@ -45,6 +45,7 @@ from deepspec.regeneration import (
     RegenerationCounts,
     ServerAnswerer,
     TargetAnswerer,
+    load_answers,
     regenerate,
     regenerate_together,
 )

@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from deepspec.config.schema import DataConfig, FieldsConfig
@@ -141,25 +140,6 @@ def with_distinct_ids(conversations: Iterable[Conversation]) -> Iterator[Convers
             name = f"{conversation.id}~{counts[conversation.id]}"
         counts[name] = 1
         yield replace(conversation, id=name)
-
-
-def sample_ids(name: str, samples_per_prompt: int) -> list[str]:
-    """The ids of the samples of conversation `name`: ID#0, ID#1, ... where there are several."""
-    several = samples_per_prompt > 1
-    return [f"{name}#{index}" for index in range(samples_per_prompt)] if several else [name]
-
-
-def load_answers(
-    data: DataConfig, samples_per_prompt: int, path: Path, skips: SkipCounts
-) -> Iterator[Conversation]:
-    """The rows of the answers at `path` that answer `data` as it is now.
-
-    The file may hold more: data.limit may have been lowered since. Those are passed over.
-    """
-    asked = with_distinct_ids(load_conversations(data, SkipCounts()))
-    wanted = {name for each in asked for name in sample_ids(each.id, samples_per_prompt)}
-    ours = replace(data, path=[str(path)], fields=FieldsConfig(), limit=None)
-    return (row for row in load_conversations(ours, skips) if row.id in wanted)
 
 
 def is_unicode(text: str) -> bool:

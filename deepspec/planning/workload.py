@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepspec.config.schema import RunConfig
+from deepspec.config.schema import FieldsConfig, RunConfig
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import (
     Conversation,
     SkipCounts,
-    load_answers,
     load_conversations,
 )
 from deepspec.data.files import is_local
@@ -72,9 +71,8 @@ def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None)
     data, answers = config.data, Path(config.out) / "answers.jsonl"
     encoder = ChatEncoder.of(data, tokenizer)
     if config.regenerate.enabled and answers.is_file():
-        each = config.regenerate.samples_per_prompt
-        rows = load_answers(data, each, answers, SkipCounts())
-        return _measured(config, rows, encoder, "answers of the run")
+        data = replace(data, path=[str(answers)], fields=FieldsConfig(), limit=None)
+        return _measured(config, data, encoder, "answers of the run")
     if not all(is_local(path, data) for path in data.path):
         each = min(assumed or data.max_length, data.max_length)
         source = f"not here: {each} each, as " + ("assumed" if assumed else "data.max_length says")
@@ -82,18 +80,15 @@ def read_workload(config: RunConfig, tokenizer: Any, assumed: int | None = None)
         samples = None if data.limit is None else _training(config, data.limit * answers_each)
         return Workload(samples, ((each, each),), False, source)
     if not config.regenerate.enabled:
-        return _measured(config, load_conversations(data, SkipCounts()), encoder, "data")
-    rows, bound = load_conversations(data, SkipCounts()), "answers of regenerate.max_new_tokens"
-    return _measured(config, rows, encoder, f"prompts, and {bound}")
+        return _measured(config, data, encoder, "data")
+    return _measured(config, data, encoder, "prompts, and answers of regenerate.max_new_tokens")
 
 
-def _measured(
-    config: RunConfig, rows: Iterable[Conversation], encoder: ChatEncoder, source: str
-) -> Workload:
+def _measured(config: RunConfig, data: Any, encoder: ChatEncoder, source: str) -> Workload:
     """Lengths of at most `TOKENISED` conversations, drawn evenly; all of them counted."""
     draw, count = random.Random(0), 0
     kept: list[Conversation] = []
-    for conversation in rows:
+    for conversation in load_conversations(data, SkipCounts()):
         count += 1
         if len(kept) < TOKENISED:
             kept.append(conversation)

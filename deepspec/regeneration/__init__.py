@@ -3,6 +3,7 @@
 from deepspec.regeneration.answers import (
     Answerer,
     RegenerationCounts,
+    load_answers,
     regenerate,
 )
 from deepspec.regeneration.in_process import TargetAnswerer
@@ -14,6 +15,7 @@ __all__ = [
     "RegenerationCounts",
     "ServerAnswerer",
     "TargetAnswerer",
+    "load_answers",
     "regenerate",
     "regenerate_together",
 ]

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from deepspec.config.schema import RegenerateConfig
-from deepspec.data.conversations import Conversation
+from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
+from deepspec.data.conversations import (
+    Conversation,
+    SkipCounts,
+    load_conversations,
+    with_distinct_ids,
+)
 from deepspec.errors import DeepSpecError
 from deepspec.progress import Progress
 from deepspec.regeneration.answer_file import AnswerFile, RowCounts
-from deepspec.regeneration.dialogue import Dialogue, make_dialogues
+from deepspec.regeneration.dialogue import Dialogue, make_dialogues, sample_ids
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "samples_per_prompt")
 
@@ -117,6 +122,19 @@ def regenerate(
     counts = counts_of(file, samples, resumed, tokens, time.monotonic() - begun)
     require_some(counts, answerer, file)
     return counts
+
+
+def load_answers(
+    data: DataConfig, samples_per_prompt: int, path: Path, skips: SkipCounts
+) -> Iterator[Conversation]:
+    """The rows of the answers at `path` that answer `data` as it is now.
+
+    The file may hold more: data.limit may have been lowered since. Those are passed over.
+    """
+    asked = with_distinct_ids(load_conversations(data, SkipCounts()))
+    wanted = {name for each in asked for name in sample_ids(each.id, samples_per_prompt)}
+    ours = replace(data, path=[str(path)], fields=FieldsConfig(), limit=None)
+    return (row for row in load_conversations(ours, skips) if row.id in wanted)
 
 
 def settings_of(config: RegenerateConfig, answerer: Answerer) -> dict[str, Any]:

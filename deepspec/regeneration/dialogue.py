@@ -11,7 +11,6 @@ from deepspec.data.conversations import (
     NOT_UNICODE,
     Conversation,
     is_unicode,
-    sample_ids,
     with_distinct_ids,
 )
 from deepspec.data.turns import Message
@@ -144,6 +143,12 @@ def prompts_of(messages: Iterable[Message]) -> tuple[str, ...]:
 def is_answer(message: Message) -> bool:
     """Whether it is the target's own turn, not one of the data's that was kept."""
     return message["role"] == "assistant" and message.get("supervised", True)
+
+
+def sample_ids(name: str, samples_per_prompt: int) -> list[str]:
+    """The ids of the samples of conversation `name`: ID#0, ID#1, ... where there are several."""
+    several = samples_per_prompt > 1
+    return [f"{name}#{index}" for index in range(samples_per_prompt)] if several else [name]
 
 
 def make_dialogues(

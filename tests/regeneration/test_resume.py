@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from deepspec.config.schema import DataConfig, RegenerateConfig, TargetConfig
-from deepspec.data.conversations import SkipCounts, load_answers
+from deepspec.data.conversations import SkipCounts
 from deepspec.errors import DataError
-from deepspec.regeneration import RegenerationCounts, TargetAnswerer, regenerate
+from deepspec.regeneration import RegenerationCounts, TargetAnswerer, load_answers, regenerate
 from deepspec.targets import Target, load_target
 from tests.regeneration.conftest import questions, talk
 
