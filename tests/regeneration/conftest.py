@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,14 @@ def writer(writer_folder: Path) -> Target:
     """That checkpoint, loaded."""
     config = TargetConfig(path=str(writer_folder), dtype="float32", num_layer_ids=3)
     return load_target(config, "cpu")
+
+
+def shortened(folder: Path, copy: Path, length: int) -> Target:
+    """The checkpoint of `folder` with a context of `length` tokens, through `copy`."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": length}))
+    return load_target(TargetConfig(path=str(copy), dtype="float32", num_layer_ids=3), "cpu")
 
 
 def talk(sample_id: str, *turns: str, system: str | None = None) -> Conversation:

@@ -19,7 +19,7 @@ from deepspec.errors import DataError
 from deepspec.regeneration import TargetAnswerer, regenerate
 from deepspec.regeneration.dialogue import make_dialogues
 from deepspec.targets import Target, load_target
-from tests.regeneration.conftest import END, TOOLS, agentic, chats, questions, talk
+from tests.regeneration.conftest import END, TOOLS, agentic, chats, questions, shortened, talk
 
 DATA = DataConfig(path=["-"], max_length=400)
 FRAME = len("IuserN" + "EN" + "IassistantN")  # tokens that the template puts around a prompt
@@ -162,9 +162,7 @@ def test_answers_keep_the_ids_that_were_sampled(target: Target, tmp_path: Path) 
 
 def test_answers_end_at_the_context(writer_folder: Path, tmp_path: Path) -> None:
     """A prompt that leaves room for a token is answered, as decoding would: up to the context."""
-    config = TargetConfig(path=str(writer_folder), dtype="float32", num_layer_ids=3)
-    target = load_target(config, "cpu")
-    target.context_length = 100
+    target = shortened(writer_folder, tmp_path / "short", 100)
     target.stop_token_ids = []  # nothing else ends an answer
     conversations = [talk(f"{room}", "x" * (100 - room - FRAME)) for room in (40, 3, 1, 0)]
     data = replace(DATA, max_length=4096)

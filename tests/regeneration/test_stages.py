@@ -12,7 +12,7 @@ from deepspec.config.loading import load_config
 from deepspec.config.schema import RunConfig
 from deepspec.records import Sample
 from deepspec.targets import Target
-from tests.regeneration.conftest import CALL, TOOLS
+from tests.regeneration.conftest import CALL, TOOLS, shortened
 
 
 def config_of(recipe: Path, data: Path, out: Path, *words: str) -> RunConfig:
@@ -45,7 +45,7 @@ def test_a_lower_limit_trains_on_what_is_wanted(
 
 
 def test_samples_end_at_the_context_and_say_so(
-    recipe: Path, writer: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, writer: Target, writer_folder: Path, tmp_path: Path
 ) -> None:
     turns = [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "Well " * 20}]
     data = write(tmp_path / "data.jsonl", [{"messages": turns}, {"turns": ["x"]}])
@@ -54,8 +54,8 @@ def test_samples_end_at_the_context_and_say_so(
     assert len(sample) == 80
     cut = "the rest of a sample behind "
     assert skipped == {cut + "data.max_length=80": 1, "no answer": 1}
-    monkeypatch.setattr(writer.config, "max_position_embeddings", 64)
-    (sample,), skipped = samples_of(config, writer)
+    short = shortened(writer_folder, tmp_path / "short", 64)
+    (sample,), skipped = samples_of(config, short)
     assert len(sample) == 64
     assert skipped == {cut + "the end of the target's context, 64": 1, "no answer": 1}
 
