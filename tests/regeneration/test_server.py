@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -21,8 +22,14 @@ import httpx
 import pytest
 
 from deepspec.config.schema import DataConfig, RegenerateConfig
-from deepspec.errors import ServerError
-from deepspec.regeneration import RegenerationCounts, ServerAnswerer, TargetAnswerer, regenerate
+from deepspec.errors import ConfigError, ServerError
+from deepspec.regeneration import (
+    RegenerationCounts,
+    ServerAnswerer,
+    TargetAnswerer,
+    api_key_of,
+    regenerate,
+)
 from deepspec.targets import Target
 from tests.regeneration.conftest import TOOLS, agentic, chats, questions, talk
 
@@ -48,6 +55,8 @@ class Scripted:
 
     def __init__(self, reply: Callable[[dict[str, Any], int], Reply], port: int = 0) -> None:
         self.models = ["tiny"]
+        self.headers: list[str | None] = []
+        self.refuse: Callable[[str], Reply | None] = lambda path: None
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.running = self.most_running = 0
@@ -59,10 +68,13 @@ class Scripted:
             wbufsize = -1  # one packet a reply: many small ones wait for each other
 
             def do_GET(self) -> None:
-                self.send(200, {"data": [{"id": name} for name in scripted.models]})
+                if not self.refused():
+                    self.send(200, {"data": [{"id": name} for name in scripted.models]})
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.refused():
+                    return
                 with lock:
                     scripted.requests.append(request)
                     scripted.times.append(time.monotonic())
@@ -74,6 +86,12 @@ class Scripted:
                 with lock:
                     scripted.running -= 1
                 self.send(status, body)
+
+            def refused(self) -> bool:
+                scripted.headers.append(self.headers["Authorization"])
+                if (answer := scripted.refuse(self.path)) is not None:
+                    self.send(*answer)
+                return answer is not None
 
             def send(self, status: int, body: Any) -> None:
                 self.close_connection = (status, body) == CUT
@@ -106,11 +124,16 @@ def echo(request: dict[str, Any], asked: int) -> Reply:
 
 
 def run(
-    url: str, out: Path, conversations: list, data: DataConfig = DATA, **options: Any
+    url: str,
+    out: Path,
+    conversations: list,
+    data: DataConfig = DATA,
+    key: str | None = None,
+    **options: Any,
 ) -> tuple[RegenerationCounts, dict[str, Any], dict[str, Any]]:
     """Counts, rows by id, failures by id."""
     config = RegenerateConfig(**{"timeout": 5.0, "retries": 2, "concurrency": 4, **options})
-    answerer = ServerAnswerer(url, config.server_model, data, first_pause=PAUSE)
+    answerer = ServerAnswerer(url, config.server_model, data, key, first_pause=PAUSE)
     counts = regenerate(conversations, answerer, config, out, show=False)
     return counts, rows_of(out), rows_of(out.with_suffix(".failed.jsonl"))
 
@@ -464,3 +487,125 @@ def test_transformers_serve_gives_the_answers_of_the_process(
     assert set(failed) == set(rows_of(local.with_suffix(".failed.jsonl")))
     assert (counts.file.truncated, counts.tokens) == (own.file.truncated, own.tokens)
     assert any(len(row["messages"]) == 6 for row in rows.values())
+
+
+# ----------------------------------------------------------------------- keys and wrong addresses
+
+KEY = "sk-very-secret"
+
+
+def wants_key(server: Scripted) -> Callable[[str], Reply | None]:
+    """Refuses what comes without `KEY`, in words that repeat what came, as some servers do."""
+
+    def refuse(path: str) -> Reply | None:
+        said = server.headers[-1]
+        return None if said == f"Bearer {KEY}" else (401, {"error": f"Incorrect key: {said}"})
+
+    return refuse
+
+
+def test_the_key_is_sent_and_kept_nowhere(tmp_path: Path) -> None:
+    with Scripted(echo) as server:
+        server.refuse = wants_key(server)
+        counts, rows, _ = run(server.url, tmp_path / "a.jsonl", questions(3), key=KEY)
+        assert server.headers == [f"Bearer {KEY}"] * 4
+    assert counts.failed == {}
+    assert len(rows) == 3
+    assert not any(KEY in file.read_text() for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [None, "tiny"])
+@pytest.mark.parametrize("key", [None, "sk-of-another"])
+def test_a_refused_key(model: str | None, key: str | None, tmp_path: Path) -> None:
+    with Scripted(echo) as server:
+        server.refuse = wants_key(server)
+        with pytest.raises(ServerError) as error:
+            run(server.url, tmp_path / "a.jsonl", questions(30), key=key, server_model=model)
+        assert len(server.headers) < 10  # the first answer is enough
+    message = str(error.value)
+    assert f"regenerate.server={server.url} answers HTTP 401" in message
+    assert "regenerate.api_key_env" in message
+    assert ("check the key" if key else "set regenerate.api_key_env") in message
+    assert "sk-of-another" not in message
+    assert not any("sk-of-another" in file.read_text() for file in tmp_path.iterdir())
+
+
+def test_a_key_without_rights(tmp_path: Path) -> None:
+    """403 is of a model, or of one prompt: the others are asked all the same."""
+    with Scripted(echo) as server:
+        server.refuse = lambda path: (403, f"no rights for {KEY}".encode())
+        with pytest.raises(ServerError, match=r"HTTP 403 to /v1/models .*check the key"):
+            run(server.url, tmp_path / "a.jsonl", questions(2), key=KEY)
+        with pytest.raises(ServerError, match=r"HTTP 403.*check the key") as error:
+            run(server.url, tmp_path / "a.jsonl", questions(2), key=KEY, server_model="tiny")
+    assert KEY not in str(error.value)
+    assert KEY not in (tmp_path / "a.failed.jsonl").read_text()
+
+    def forbid(request: dict[str, Any], asked: int) -> Reply:
+        return (403, b"moderated") if "What is 1 " in str(request) else echo(request, asked)
+
+    (tmp_path / "a.failed.jsonl").unlink()
+    with Scripted(forbid) as server:
+        counts, rows, _ = run(server.url, tmp_path / "b.jsonl", questions(4))
+    assert (counts.failed, len(rows)) == ({"HTTP 403": 1}, 3)
+
+
+@pytest.mark.parametrize("model", [None, "tiny"])
+def test_a_url_without_v1(model: str | None, tmp_path: Path) -> None:
+    with Scripted(echo) as server:
+        server.refuse = lambda path: None if path.startswith("/v1/") else (404, b"Not Found")
+        url = server.url.removesuffix("/v1")
+        with pytest.raises(ServerError) as error:
+            run(url, tmp_path / "a.jsonl", questions(30), server_model=model)
+        assert f"HTTP 404 to /{'chat/completions' if model else 'models'}" in str(error.value)
+        assert f"did you mean regenerate.server={url}/v1?" in str(error.value)
+        server.refuse = lambda path: None if path == "/v1/models" else (404, b"no such model")
+        with pytest.raises(ServerError, match=r"no such model.*check regenerate.server_model"):
+            run(server.url, tmp_path / "b.jsonl", questions(3), server_model="tyni")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("OUR_KEY", KEY, KEY),
+        ("OUR_KEY", f" {KEY}\n", KEY),
+        ("OUR_KEY", None, "regenerate.api_key_env=OUR_KEY: this environment variable is not set"),
+        ("OUR_KEY", "  ", "is not set"),
+        ("OUR_KEY", f"{KEY}\nX-Other: 1", "holds signs that no HTTP header can carry"),
+    ],
+)
+def test_the_key_is_in_the_environment(
+    name: str, value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    config = RegenerateConfig(api_key_env=name)
+    if expected == KEY:
+        assert api_key_of(config) == KEY
+        return
+    with pytest.raises(ConfigError) as error:
+        api_key_of(config)
+    assert expected in str(error.value)
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("reply", [echo, lambda *_: (400, b"too long " * 30)])
+def test_a_full_disk_while_answering(
+    reply: Callable[[dict[str, Any], int], Reply], tmp_path: Path
+) -> None:
+    """One error, as from any other writer, and not a group of them: of answers and of failures."""
+    conversations, out = questions(40), tmp_path / "a.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Scripted(reply) as server:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                run(server.url, out, conversations)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if reply is not echo:
+            return
+        counts, rows, _ = run(server.url, out, conversations)  # with room again, it goes on
+    assert 0 < counts.resumed < 40
+    assert len(rows) == 40
