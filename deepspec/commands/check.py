@@ -295,11 +295,6 @@ def _prompts(source: Source, tokenizer: object) -> list[list[int]]:
 
 
 MODES: dict[str, tuple[str, Callable[[str, Sequence[str], str | None], bool]]] = {
-    "data": (
-        "PATH (what is learnt from it? needs target=PATH or recipe=R; takes data.* and target.* "
-        "keys, and out=PAGE.html)",
-        _check_data,
-    ),
     "target": (
         "PATH (does DeepSpec read, train and decode this model rightly? takes target.* keys)",
         _check_target,
@@ -312,6 +307,11 @@ MODES: dict[str, tuple[str, Callable[[str, Sequence[str], str | None], bool]]] =
         "DIR (does this run, checkpoint or export decode as it was trained? takes config keys, and "
         "recipe=R for an export)",
         _check_run,
+    ),
+    "data": (
+        "PATH (what is learnt from it? needs target=PATH or recipe=R; takes data.* and target.* "
+        "keys, and out=PAGE.html)",
+        _check_data,
     ),
 }
 SETTINGS = "one of " + ", ".join(f"{mode}={what}" for mode, (what, _) in MODES.items())

@@ -293,11 +293,13 @@ def test_scaled_ends_read_alone(name: str, tmp_path: Path) -> None:
     assert all(identity == identities[0] for identity in identities)
 
 
-def test_all_end_tokens_of_a_generation_config_stop() -> None:
-    target = make_target("gpt_oss")
-    target.model.generation_config.eos_token_id = [7, 9]
-    assert target.stop_token_ids == [2, 7, 9]  # 2 is the tokenizer's
-    target.model.generation_config.eos_token_id = 7
-    assert target.stop_token_ids == [2, 7]
-    target.model.generation_config.eos_token_id = None
-    assert target.stop_token_ids == [2]
+@pytest.mark.parametrize(
+    ("eos", "stops"),
+    [([7, 9], [2, 7, 9]), (7, [2, 7]), (None, [2])],  # 2 is the tokenizer's
+)
+def test_all_end_tokens_of_a_generation_config_stop(
+    eos: int | list[int] | None, stops: list[int]
+) -> None:
+    made = make_target("gpt_oss")
+    made.model.generation_config.eos_token_id = eos
+    assert Target(made.model, made.tokenizer, [1], "tiny").stop_token_ids == stops
