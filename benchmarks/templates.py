@@ -3,7 +3,7 @@
     python benchmarks/templates.py FOLDER
 
 FOLDER has `*.jinja` files, such as `models/templates` in llama.cpp's source. Each template is tried
-on eight kinds of conversation. A cell of the table is `right`, `refused` (with the reason, in
+on ten kinds of conversation. A cell of the table is `right`, `refused` (with the reason, in
 --reasons) or `WRONG`; the exit status is 1 where one is wrong.
 
 What is right is written here apart from the library: the mark at which each model's generation
@@ -131,8 +131,12 @@ def assistant(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-def scenarios() -> Iterator[tuple[str, bool, Conversation, list[list[str]]]]:
-    """(name, thinking, conversation, the pieces of each supervised answer in order)."""
+# name, thinking, conversation, the pieces of each supervised answer in order
+Scenario = tuple[str, bool, Conversation, list[list[str]]]
+
+
+def scenarios() -> Iterator[Scenario]:
+    """The conversations that each template is tried on."""
     ask, more = user("How many?"), user("And before?")
     inline = assistant(f"<think>\n{THOUGHT}\n</think>\n\n{FIRST}")
     field = assistant(FIRST, reasoning_content=THOUGHT)
@@ -243,14 +247,12 @@ def problem(
             return f"the prompt is not what the target is given: {tokenizer.decode(prompt)!r}"
         cut = conversation.truncated and turn == turns[-1]
         tail = tokenizer.decode(wanted)[-60:]
-        if found := wrong_text(name, text, pieces, tail, None if cut else stop, encoder._thinking):
+        if found := wrong_text(name, text, pieces, tail, None if cut else stop):
             return f"{found}: {text!r} after {tail[-40:]!r}"
     return ""
 
 
-def wrong_text(
-    name: str, text: str, pieces: list[str], prompt: str, stop: str | None, thinking: bool
-) -> str:
+def wrong_text(name: str, text: str, pieces: list[str], prompt: str, stop: str | None) -> str:
     """What is wrong with one supervised text."""
     _, start, end = next(each for each in THOUGHTS if each[0] in name)
     if pieces[0] == "lookup":
@@ -297,44 +299,51 @@ def wrong_text(
     return ""
 
 
+def cell(name: str, tokenizer: PreTrainedTokenizerFast, scenario: Scenario) -> tuple[str, str]:
+    """(right, refused or WRONG; why) of one template and conversation."""
+    _, thinking, conversation, answers = scenario
+    skips: Counter[str] = SkipCounts()
+    marks = [mark for mark in {of(name, STOPS), of(name, CALL_STOPS)} if mark]
+    ids = [tokenizer.convert_tokens_to_ids(mark) for mark in marks]
+    try:
+        try:
+            encoder = ChatEncoder(tokenizer, 10**6, thinking, stop_token_ids=ids)
+        except TemplateError:  # it names another switch
+            effort = {"reasoning_effort": "high"}
+            encoder = ChatEncoder(tokenizer, 10**6, False, None, ids, effort)
+        if wrong := problem(name, encoder, conversation, answers, skips):
+            return "WRONG", wrong
+    except DeepSpecError as error:
+        return "refused", str(error)
+    refused = "; ".join(key for key, count in skips.items() if count and key not in FINE)
+    return ("refused", refused) if refused else ("right", "")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--reasons", action="store_true", help="print why cells were refused")
     parser.add_argument("--only", default="", help="templates with this in their name")
-    parser.add_argument("--show", action="store_true", help="print what is supervised")
     options = parser.parse_args()
-    names = [each[0] for each in scenarios()]
+    paths = [p for p in sorted(options.folder.glob("*.jinja")) if options.only in p.name]
+    if not paths:
+        parser.error(f"{options.folder} has no *{options.only}*.jinja")
+    tried = list(scenarios())
     totals: Counter[str] = Counter()
-    print("| template | " + " | ".join(names) + " |")
-    print("|---" * (len(names) + 1) + "|")
     notes = []
-    for path in sorted(options.folder.glob("*.jinja")):
-        if options.only not in path.name:
-            continue
-        cells = []
+    print("| template | " + " | ".join(each[0] for each in tried) + " |")
+    print("|---" * (len(tried) + 1) + "|")
+    for path in paths:
         tokenizer = tokenizer_of(path.name, path.read_text(encoding="utf-8"))
-        for scenario, thinking, conversation, answers in scenarios():
-            skips: Counter[str] = SkipCounts()
-            stops = [mark for mark in {of(path.name, STOPS), of(path.name, CALL_STOPS)} if mark]
-            ids = [tokenizer.convert_tokens_to_ids(mark) for mark in stops]
-            try:
-                try:
-                    encoder = ChatEncoder(tokenizer, 10**6, thinking, stop_token_ids=ids)
-                except TemplateError:  # it names another switch
-                    effort = {"reasoning_effort": "high"}
-                    encoder = ChatEncoder(tokenizer, 10**6, False, None, ids, effort)
-                wrong = problem(path.name, encoder, conversation, answers, skips)
-                refused = "; ".join(key for key, n in skips.items() if n and key not in FINE)
-            except DeepSpecError as error:
-                wrong, refused = "", str(error)
-            cell = "WRONG" if wrong else "refused" if refused else "right"
-            totals[cell] += 1
-            cells.append(cell)
-            if wrong or (refused and options.reasons):
-                notes.append(f"{path.stem}, {scenario}: {wrong or refused}")
-        print(f"| {path.stem} | " + " | ".join(cells) + " |")
-    print("\n".join(["", *notes, "", ", ".join(f"{n} {cell}" for cell, n in totals.items())]))
+        found = [cell(path.name, tokenizer, scenario) for scenario in tried]
+        print(f"| {path.stem} | " + " | ".join(verdict for verdict, _ in found) + " |")
+        totals.update(verdict for verdict, _ in found)
+        for scenario, (verdict, why) in zip(tried, found, strict=True):
+            if verdict == "WRONG" or (verdict == "refused" and options.reasons):
+                notes.append(f"{path.stem}, {scenario[0]}: {why}")
+    print("\n".join(["", *notes, "", ", ".join(f"{n} {verdict}" for verdict, n in totals.items())]))
     return 1 if totals["WRONG"] else 0
 
 
