@@ -28,7 +28,7 @@ from deepspec.data.chat_template import ChatEncoder
 from deepspec.data.conversations import Conversation, SkipCounts
 from deepspec.errors import DeepSpecError, TemplateError
 
-# The mark at which generation stops, as the template ends a turn (the models themselves are not at hand).
+# The mark at which generation stops, as the template ends a turn; the models are not at hand.
 # None: what the model writes after an answer cannot be told from the template.
 STOPS: dict[str, str | None] = {
     "Apertus": "<|assistant_end|>",
