@@ -59,6 +59,7 @@ class FieldsConfig:
     )
     tool_calls: list[str] = field(default_factory=lambda: ["tool_calls"])
     tools: list[str] = field(default_factory=lambda: ["tools", "functions"])
+    system: list[str] = field(default_factory=lambda: ["system", "system_prompt"])
     id: list[str] = field(default_factory=lambda: ["id", "sample_id", "question_id", "uid"])
     roles: dict[str, str] = field(
         default_factory=lambda: {

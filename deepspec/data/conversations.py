@@ -86,6 +86,7 @@ def parse_row(
     """
     try:
         messages, others = _messages(first_of(row, fields.messages), fields)
+        messages = _with_system(messages, first_of(row, fields.system))
         tools = parse_tools(first_of(row, fields.tools))
     except Unusable as why:
         return str(why), None
@@ -128,6 +129,15 @@ def _messages(value: Any, fields: FieldsConfig) -> tuple[tuple[Message, ...], li
     if not any(message["role"] == "user" for message in messages):
         raise Unusable("no user turn")
     return tuple(messages), unread
+
+
+def _with_system(messages: tuple[Message, ...], system: Any) -> tuple[Message, ...]:
+    """`messages` after the system prompt that the row has beside them. Raises Unusable."""
+    if system is None or not str(system).strip() or messages[0]["role"] in ("system", "developer"):
+        return messages
+    if not isinstance(system, str):
+        raise Unusable("a system prompt that is no text")
+    return ({"role": "system", "content": system}, *messages)
 
 
 def with_distinct_ids(conversations: Iterable[Conversation]) -> Iterator[Conversation]:

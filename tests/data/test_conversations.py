@@ -184,6 +184,15 @@ def test_tool_turns_and_tools(tmp_path: Path) -> None:
     assert [m["role"] for m in conversation.messages[:2]] == ["developer", "user"]
 
 
+def test_a_system_prompt_beside_the_turns_is_the_first_turn(tmp_path: Path) -> None:
+    brief, own = ({"role": "system", "content": text} for text in ("Be brief.", "Be kind."))
+    row = {"system": "Be brief.", "messages": [USER]}
+    assert one(tmp_path, row).messages == (brief, USER)
+    assert one(tmp_path, {**row, "messages": [own, USER]}).messages == (own, USER)
+    assert one(tmp_path, {**row, "system": ""}).messages == (USER,)
+    assert one(tmp_path, {**row, "system": None}).messages == (USER,)
+
+
 def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
     turns = [{"from": "gpt", "value": "Ask me."}, {"from": "human", "value": "2?"}]
     roles = [m["role"] for m in one(tmp_path, {"conversations": turns}).messages]
