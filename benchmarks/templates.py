@@ -3,7 +3,7 @@
     python benchmarks/templates.py FOLDER
 
 FOLDER has `*.jinja` files, such as `models/templates` in llama.cpp's source. Each template is tried
-on eight kinds of conversation. A cell of the table is `right`, `refused` (with the reason, in
+on ten kinds of conversation. A cell of the table is `right`, `refused` (with the reason, in
 --reasons) or `WRONG`; the exit status is 1 where one is wrong.
 
 What is right is written here apart from the library: the mark at which each model's generation

@@ -185,9 +185,10 @@ class ChatEncoder:
     def _continuation(self, prompt: str, given: list[int], text: str) -> list[int]:
         """Token ids of `text` after the ids `given` of `prompt`.
 
-        Where tokens would reach over the end of the prompt, `text` is tokenised apart. Some
-        tokenizers put a space in front of any text: it goes after a character that is taken away
-        again.
+        Where a token of both would reach over the end of the prompt, `text` is tokenised alone.
+        Tokenizers that put a space in front of every text must not put one there, so `text` then
+        follows a character, which is removed again. Raises TemplateRefusal where nothing gives the
+        text of both.
         """
         both = self._tokens(prompt + text)
         if both[: len(given)] == given:

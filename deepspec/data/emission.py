@@ -333,7 +333,7 @@ class Emission:
         return begun + end.text + end.mark, end.mark
 
     def _calls_end(self, turn: Turn, frame: Frame) -> int | None:
-        """Where in `frame.after` the calls end: what follows does not depend on the last of them.
+        """Where in `frame.after` the calls end: what follows is the same after another last call.
 
         None where the template does not show all calls.
         """
