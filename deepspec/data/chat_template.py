@@ -18,8 +18,8 @@ import torch
 from deepspec.config.schema import DataConfig
 from deepspec.data import tool_calls
 from deepspec.data.conversations import Conversation, Message, SkipCounts
-from deepspec.data.emission import Emission, Turn
-from deepspec.data.stops import ASKED, Tools
+from deepspec.data.emission import EMPTY, Emission, Turn
+from deepspec.data.stops import ASKED, STOP_INSIDE, Tools
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
@@ -62,7 +62,9 @@ class ChatEncoder:
             **(options or {}),
         }
         self._today = today
-        stops = [_text_of(tokenizer, each) for each in stop_token_ids]
+        self._stop_ids = frozenset(stop_token_ids)
+        stops = [tokenizer.decode([each]) for each in self._stop_ids]
+        self._media = frozenset(tokenizer.convert_tokens_to_ids(media_tokens(tokenizer)))
         self._emission = Emission(
             self._render, self._source, stops, _special_tokens(tokenizer), self._thinks
         )
@@ -131,7 +133,12 @@ class ChatEncoder:
         self, conversation: Conversation, refusals: list[TemplateRefusal]
     ) -> Iterable[tuple[list[int], list[int]]]:
         """(prompt, answer) in token ids of each supervised turn; the others go to `refusals`."""
-        messages, tools = self._prepared(conversation.messages), conversation.tools
+        tools = conversation.tools
+        try:
+            messages = self._prepared(conversation.messages)
+        except TemplateRefusal as refusal:
+            refusals.append(TemplateRefusal(f"sample {conversation.id}: {refusal}", refusal.reason))
+            return
         raw = [*conversation.messages]
         raw = [*itertools.repeat({}, len(messages) - len(raw)), *raw]  # a system prompt of ours
         for index, message in enumerate(messages):
@@ -165,22 +172,63 @@ class ChatEncoder:
     ) -> tuple[list[int], list[int]]:
         prompt = self._render(history, tools, True)
         given = self._tokens(prompt)
-        if sampled is not None:
-            return given, list(sampled)
-        text, mark = self._emission.text(Turn(history, message, tools, prompt), truncated)
-        both = self._tokens(prompt + text)
-        answer = both[len(given) :] if both[: len(given)] == given else self._tokens(text)
-        if mark is not None and self.tokenizer.decode(answer[-1:]).strip() != mark.strip():
+        if sampled is None:
+            text, mark = self._emission.text(Turn(history, message, tools, prompt), truncated)
+            answer = self._continuation(prompt, given, text)
+            if mark is not None and self.tokenizer.decode(answer[-1:]).strip() != mark.strip():
+                raise TemplateRefusal(
+                    f"{mark} ends the answer, but the tokenizer has no token of that name",
+                    "the end of a turn is not one token",
+                )
+        else:
+            answer = list(sampled)
+        if not answer:
+            raise TemplateRefusal("the answer has no token", EMPTY)
+        if not self._stop_ids.isdisjoint(answer[:-1]):
             raise TemplateRefusal(
-                f"{mark} ends the answer, but the tokenizer has no token of that name",
-                "the end of a turn is not one token",
+                "a token at which the target's generation stops is inside the answer", STOP_INSIDE
             )
         return given, answer
 
+    def _continuation(self, prompt: str, given: list[int], text: str) -> list[int]:
+        """Token ids of `text` after the ids `given` of `prompt`.
+
+        Where a token of both would reach over the end of the prompt, `text` is tokenised alone.
+        Tokenizers that put a space in front of every text must not put one there, so `text` then
+        follows a character, which is removed again. Raises TemplateRefusal where nothing gives the
+        text of both.
+        """
+        both = self._tokens(prompt + text)
+        if both[: len(given)] == given:
+            return both[len(given) :]
+        right = self._text_of(both)
+        for lead in ("", ".", "\n", "x"):
+            before, apart = self._tokens(lead), self._tokens(lead + text)
+            answer = apart[len(before) :]
+            if apart[: len(before)] == before and self._text_of(given + answer) == right:
+                return answer
+        raise TemplateRefusal(
+            "the tokenizer changes the end of the prompt when the answer follows",
+            "the tokenizer cannot split prompt and answer",
+        )
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def _prepared(self, messages: Iterable[Message]) -> list[Message]:
-        """`messages` as templates see them, with the system prompt of the config."""
+        """`messages` as templates see them, with the system prompt of the config.
+
+        Raises TemplateRefusal where one is not of the form that templates read.
+        """
         prepared = [_without_ours(message) for message in messages]
-        if self._system and prepared[0]["role"] not in ("system", "developer"):
+        for message in prepared:
+            if not isinstance(message["content"], str) or not tool_calls.readable(message):
+                raise TemplateRefusal(
+                    "each turn needs a content that is text, and tool calls that have names",
+                    "unreadable turn",
+                )
+        leading = {message["role"] for message in prepared[:1]}
+        if self._system and leading.isdisjoint({"system", "developer"}):
             prepared.insert(0, {"role": "system", "content": self._system})
         return self._emission.normal(prepared)
 
@@ -220,7 +268,14 @@ class ChatEncoder:
         return self._thinking if self._switch else None
 
     def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not self._media.isdisjoint(ids):
+            raise TemplateRefusal(
+                "the text holds a token that stands for an image or sound: one of "
+                + ", ".join(media_tokens(self.tokenizer)),
+                "a placeholder of an image or sound",
+            )
+        return ids
 
     def _render(
         self, messages: Sequence[Message], tools: Tools, prompt: bool, **options: Any
@@ -229,12 +284,12 @@ class ChatEncoder:
 
         Templates want the arguments of tool calls as objects or as JSON text.
         """
-        first: Exception | None = None
+        first: Exception | str | None = None
         offered = [dict(tool) for tool in tools] or None
         for form in tool_calls.forms(messages):
             try:
                 template = self.tokenizer.get_chat_template(tools=offered)
-                text = self.tokenizer.apply_chat_template(
+                text: str = self.tokenizer.apply_chat_template(
                     form,
                     tools=offered,
                     chat_template=_dated(template, self._today),
@@ -242,9 +297,12 @@ class ChatEncoder:
                     tokenize=False,
                     **{**self._options, **options},
                 )
-                return str(text)
             except Exception as error:  # raise_exception() of the template, or any error in it
                 first = first or error
+                continue
+            if not tool_calls.shown_as_python(form, text):
+                return text
+            first = first or "it shows the arguments of a tool call as a Python dict"
         raise TemplateRefusal(f"the {self._template} refuses it: {first}")
 
 
@@ -257,11 +315,17 @@ def _dated(template: str, today: datetime.date) -> str:
 
 
 def _without_ours(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key not in OURS}
+    """`message` as templates see it. A turn of tool calls may have no content."""
+    seen = {key: value for key, value in message.items() if key not in OURS}
+    return {**seen, "content": ""} if seen.get("content") is None else seen
 
 
-def _text_of(tokenizer: Any, token_id: int) -> str:
-    return str(tokenizer.decode([token_id], skip_special_tokens=False))
+def media_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that stand for images or sound, which no text has; the text-only models of a
+    multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
+    named = getattr(tokenizer, "special_tokens_map", {})
+    media = ("image_token", "audio_token", "video_token")
+    return [str(named[key]) for key in media if key in named]
 
 
 def _special_tokens(tokenizer: Any) -> set[str]:

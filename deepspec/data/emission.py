@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import NamedTuple
 
 from deepspec.data import tool_calls
@@ -31,6 +32,7 @@ from deepspec.data.thoughts import (
 )
 from deepspec.errors import TemplateRefusal
 
+EMPTY = "an empty answer"  # why an answer is left out
 Build = Callable[[str, str], Message]  # (thought, content) -> the turn
 
 
@@ -80,6 +82,8 @@ class Emission:
         """
         thought, content = split_thought(turn.message, self.marks)
         tail = prompt_tail(turn.prompt, self.marks)
+        if truncated and not content.strip() and (thought is None or not thought.text.strip()):
+            raise TemplateRefusal("a cut answer without a word", EMPTY)
         if thought is not None and self._thinks_not(tail):
             if thought.text.strip() or not thought.closed:
                 raise TemplateRefusal(
@@ -88,11 +92,16 @@ class Emission:
                     "a thought in the answer, but data.thinking is off",
                 )
             thought = None  # an empty one, which the prompt has already
-        if truncated:
-            if thought is not None and not thought.closed:
-                return self._unclosed(thought, tail), None
-            if thought is None and opens(tail, self.marks):
-                return content, None  # the whole answer is a thought that was cut
+        if thought is not None and not thought.closed:
+            if not truncated:
+                raise TemplateRefusal(
+                    "the answer ends inside its thought; mark it as cut by a length limit, or take "
+                    "it out of the data",
+                    "a thought that is not closed",
+                )
+            return self._unclosed(thought, tail), None
+        if truncated and thought is None and opens(tail, self.marks):
+            return content, None  # the whole answer is a thought that was cut
         frame = self._frame(turn, thought, content, tail)
         self._stops.require_none(frame.body)
         if truncated:
@@ -147,16 +156,14 @@ class Emission:
 
     def _unclosed(self, thought: Thought, tail: str) -> str:
         """A thought that was cut by a length limit."""
-        marks = thought.marks if self.marks is None else self.marks
-        assert marks is not None
-        whole = marks.open + thought.text
-        return _without_tail(whole, tail) if opens(tail, marks) else whole
+        assert self.marks is not None  # else it is no thought
+        whole = self.marks.open + thought.text
+        return _without_tail(whole, tail) if opens(tail, self.marks) else whole
 
     def _frame(self, turn: Turn, thought: Thought | None, content: str, tail: str) -> Frame:
         """The first form of the turn that the template renders rightly."""
-        if thought is None or not thought.closed:
-            said = content if thought is None else turn.message["content"]
-            found = self._rendered(turn, lambda _, text: _plain(turn.message, text), "", said)
+        if thought is None:
+            found = self._rendered(turn, lambda _, text: _plain(turn.message, text), "", content)
             if found is None:
                 raise self._dropped(turn, "the answer")
             if opens(tail, self.marks) and not self._closes(found.before + found.after):
@@ -305,7 +312,7 @@ class Emission:
 
     def _ended_call(self, turn: Turn, frame: Frame) -> tuple[str, str | None]:
         """The same of a turn with tool calls, which are followed by their results."""
-        start = tool_calls.rendered_end(turn.message, frame.before, frame.after)
+        start = self._calls_end(turn, frame)
         if start is None:
             raise self._dropped(turn, "the tool calls")
         calls = frame.after[:start]
@@ -315,15 +322,31 @@ class Emission:
         if last.get("id"):
             result["tool_call_id"] = last["id"]
         try:
-            rest = (self._continued(turn, turn.message, result) or "").partition(NEXT)[0]
+            rest = (self._continued(turn, turn.message, result) or "").rpartition(NEXT)[0]
         except TemplateRefusal:
             rest = ""
         begun = frame.body + calls
-        next_turn = rest[len(begun) :] if rest.startswith(begun) else ""
-        end = self._stops.after_call(frame.after[start:], next_turn)
+        _, found, next_turn = rest.rpartition(calls) if calls else ("", "", "")
+        end = self._stops.after_call(frame.after[start:], next_turn if found else "")
         if end is None:
             return begun, None
         return begun + end.text + end.mark, end.mark
+
+    def _calls_end(self, turn: Turn, frame: Frame) -> int | None:
+        """Where in `frame.after` the calls end: what follows is the same after another last call.
+
+        None where the template does not show all calls.
+        """
+        if not tool_calls.are_in(frame.before + frame.after, turn.message):
+            return None
+        for asked in (turn, self._alone(turn)):
+            shown = self._continued(asked, turn.message)
+            other = self._continued(asked, tool_calls.with_other_last(turn.message))
+            if shown is not None and other is not None:
+                ends = zip(reversed(shown), reversed(other), strict=False)
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+                return None if shown == other else max(0, len(frame.after) - same)
+        return None
 
     def _dropped(self, turn: Turn, what: str) -> TemplateRefusal:
         if turn.message.get("tool_calls") and (turn.message.get("content") or "").strip():

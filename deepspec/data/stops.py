@@ -13,6 +13,7 @@ from deepspec.errors import TemplateRefusal
 # Placeholders: words that no template treats in a special way and no data holds.
 QUESTION, THOUGHT, ANSWER, NEXT = "Zquestionz", "Zthoughtz", "Zanswerz", "Znextz"
 ASKED: list[Message] = [{"role": "user", "content": QUESTION}]
+STOP_INSIDE = "an answer holds a stop token"  # why an answer is left out
 
 Tools = Sequence[Mapping[str, Any]]
 # (messages, tools, whether to add the generation prompt) -> text. Raises TemplateRefusal.
@@ -34,7 +35,7 @@ class Stops:
 
     def __init__(self, render: Render, known: Collection[str], special: Collection[str]) -> None:
         self._render = render
-        self._known = frozenset(known)
+        self._known = frozenset(filter(None, known))  # ids beyond the tokenizer have no text
         self._special = frozenset(special) | self._known
 
     def require_none(self, text: str) -> None:
@@ -42,7 +43,7 @@ class Stops:
         if (inside := next((stop for stop in self._marks if stop in text), None)) is not None:
             raise TemplateRefusal(
                 f"the answer holds {inside}, at which the target's generation stops",
-                "an answer holds a stop token",
+                STOP_INSIDE,
             )
 
     def after(self, rendered: str) -> Stop | None:
@@ -66,21 +67,28 @@ class Stops:
         """What ends a turn, by the rendering of one answer alone, else before a next question.
 
         Cohere's templates close the answer with a special token of its own before the turn's end:
-        where an answer is opened by a special token, the first one after it is its counterpart.
+        where an answer is opened by a special token, the first one after it is its counterpart. So
+        it is only where the one after that also stands before a next question (Phi 4 mini ends the
+        conversation with one).
         """
         answered: list[Message] = [*ASKED, {"role": "assistant", "content": ANSWER}]
-        for messages in (answered, [*answered, {"role": "user", "content": NEXT}]):
-            try:
-                before, found, after = self._render(messages, (), False).partition(ANSWER)
-            except TemplateRefusal:
-                continue
-            marks = self._in(after.partition(NEXT)[0])
-            if not found or not marks:
-                continue
-            known = [each for each in marks if each.mark in self._known]
-            paired = before.endswith(tuple(self._special)) and len(marks) > 1
-            return (known or marks[paired:])[0]
-        return None
+        (before, alone), (_, followed) = (
+            self._around_answer([*answered, *more])
+            for more in ((), [{"role": "user", "content": NEXT}])
+        )
+        marks = alone or followed
+        known = [each for each in marks if each.mark in self._known]
+        paired = before.endswith(tuple(self._special)) and alone[1:2] == followed[1:2]
+        return next(iter(known or (alone[1:] if paired else ()) or marks), None)
+
+    def _around_answer(self, messages: Sequence[Message]) -> tuple[str, list[Stop]]:
+        """What the template puts in front of the ANSWER in `messages`, and its special tokens up to
+        NEXT or the end."""
+        try:
+            before, _, after = self._render(messages, (), False).partition(ANSWER)
+        except TemplateRefusal:
+            return "", []
+        return before, self._in(after.partition(NEXT)[0])
 
     def _first(self, found: Sequence[Stop]) -> Stop | None:
         """The first known stop in `found`, else what ends turns, else the last special token."""

@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from deepspec.data.conversations import Message
+from deepspec.errors import TemplateRefusal
 
 
 class Marks(NamedTuple):
@@ -65,21 +66,33 @@ def split_thought(message: Message, own: Marks | None) -> tuple[Thought | None, 
     """Return the thought of an assistant turn, or None, and its content without the thought.
 
     Marks of the template (`own`) are looked for first, then those of other models. A content that
-    closes a thought which it does not open was written after a prompt that opens it.
+    closes a thought which it does not open was written after a prompt that opens it, where the
+    template has thoughts. Raises TemplateRefusal where content and field hold different thoughts.
     """
     content = message.get("content") or ""
+    inside, answer = _split_content(content, own)
     field = next((message[name] for name in FIELDS if isinstance(message.get(name), str)), "")
-    if field.strip():
-        return Thought(f"\n{field.strip()}\n", "\n\n", None), content
-    candidates = [own, *KNOWN] if own is not None else list(KNOWN)
-    for marks in candidates:
+    field = field.strip()
+    if not field:
+        return inside, answer
+    if inside is not None and inside.text.strip() != field:
+        raise TemplateRefusal(
+            "the answer has a thought in a field of its own and another one in its content",
+            "two thoughts in one answer",
+        )
+    return Thought(f"\n{field}\n", "\n\n", None), answer
+
+
+def _split_content(content: str, own: Marks | None) -> tuple[Thought | None, str]:
+    for marks in KNOWN if own is None else (own, *KNOWN):
         head, opened, rest = content.partition(marks.open)
         if opened and not head.strip():
             text, closed, answer = rest.partition(marks.close)
-            return _thought(text, answer, marks, bool(closed))
-    for marks in filter(None, [own, Marks("<think>", "</think>")]):
+            if closed or own is not None:
+                return _thought(text, answer, marks, bool(closed))
+    for marks in () if own is None else (own, Marks("<think>", "</think>")):
         text, closed, answer = content.partition(marks.close)
-        if closed and marks.close != TURN_END:
+        if closed and marks.close != TURN_END and marks.open not in text:
             return _thought(text, answer, marks, True)
     return None, content
 

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deepspec.data.conversations import Message
 
+OTHER = "Zcallz"  # a name and an argument that no data holds
+
 
 def forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
     """Yield `messages` with the arguments of their calls as objects, then as JSON text."""
-    yield list(messages)
-    if any(message.get("tool_calls") for message in messages):
+    if not any(message.get("tool_calls") for message in messages):
+        yield list(messages)
+        return
+    for form in (_as_object, _as_text):
         yield [
-            {**message, "tool_calls": [_with_text(call) for call in calls]}
+            {**message, "tool_calls": [_with_arguments(call, form) for call in calls]}
             if (calls := message.get("tool_calls"))
             else message
             for message in messages
         ]
+
+
+def shown_as_python(messages: Sequence[Message], text: str) -> bool:
+    """Whether `text` shows the arguments of a call as Python prints a dict, not as JSON."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    arguments = [_function(call).get("arguments") for call in calls]
+    return any(isinstance(each, Mapping) and each and str(each) in text for each in arguments)
+
+
+def readable(message: Message) -> bool:
+    """Whether the calls of `message` are a list of objects with names."""
+    calls = message.get("tool_calls") or []
+    return isinstance(calls, list | tuple) and all(
+        isinstance(call, Mapping)
+        and isinstance(_function(call), Mapping)
+        and isinstance(_function(call).get("name"), str)
+        for call in calls
+    )
+
+
+def with_other_last(message: Message) -> Message:
+    """Return `message` with another name and other arguments in its last call."""
+    *calls, last = message["tool_calls"]
+    return {**message, "tool_calls": [*calls, _changed(last, name=OTHER, arguments={OTHER: OTHER})]}
 
 
 def names(message: Message) -> list[str]:
@@ -26,22 +54,16 @@ def names(message: Message) -> list[str]:
     return [str(_function(call).get("name")) for call in message.get("tool_calls") or ()]
 
 
-def rendered_end(message: Message, before: str, after: str) -> int | None:
-    """Return where in `after` the calls of `message` end, as the template renders them.
-
-    `before` and `after` stand around the turn's content. None where a name or an argument is in
-    neither.
-    """
-    end, rendered = 0, _squeezed(before + after)
+def are_in(text: str, message: Message) -> bool:
+    """Whether `text` has the names and the arguments of all calls of `message`."""
+    rendered = _squeezed(text)
     for call, name in zip(message["tool_calls"], names(message), strict=True):
-        for piece in (name, *_values(_function(call).get("arguments"))):
-            spellings = (piece, json.dumps(piece, ensure_ascii=False)[1:-1])
+        for piece in (name, *_values(_as_object(_function(call).get("arguments")))):
+            escaped = (json.dumps(piece, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+            spellings = (piece, *escaped)
             if not any(_squeezed(each) in rendered for each in spellings):
-                return None
-            for each in spellings:
-                if (found := after.rfind(each)) >= 0:
-                    end = max(end, found + len(each))
-    return end
+                return False
+    return True
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,12 +83,30 @@ def _values(arguments: Any) -> Iterator[str]:
         yield str(arguments)
 
 
-def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = _function(call)
-    arguments = function.get("arguments")
+def _with_arguments(call: Mapping[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
+    return _changed(call, arguments=form(_function(call).get("arguments")))
+
+
+def _changed(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return `call` with `changes` to its function, which some data do not put into a key of its
+    own."""
+    function = {**_function(call), **changes}
+    return {**(call if "function" in call else function), "function": function}
+
+
+def _as_object(arguments: Any) -> Any:
+    """`arguments` as an object where they are the JSON text of one, or no text for none at all."""
+    try:
+        parsed = json.loads(arguments or "{}") if isinstance(arguments, str) else None
+    except ValueError:
+        return arguments
+    return parsed if isinstance(parsed, Mapping) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
     if isinstance(arguments, str):
-        return dict(call)
-    return {**call, "function": {**function, "arguments": json.dumps(arguments)}}
+        return arguments or "{}"
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def _squeezed(text: str) -> str:

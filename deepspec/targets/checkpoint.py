@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deepspec.config.schema import TargetConfig
+from deepspec.data.chat_template import media_tokens
 from deepspec.errors import TargetError
 from deepspec.machine import lacks_bf16
 from deepspec.progress import say_once
@@ -222,7 +223,7 @@ def stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]
 
 def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
     """Raises TargetError where text can become ids that an embedding of `rows` rows lacks."""
-    placeholders = set(placeholder_tokens(tokenizer))
+    placeholders = set(media_tokens(tokenizer))
     vocabulary = tokenizer.get_vocab()
     beyond = {token: index for token, index in vocabulary.items() if index >= rows}
     if wrong := sorted(beyond.keys() - placeholders, key=beyond.__getitem__):
@@ -232,11 +233,3 @@ def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
             f"{rows} rows lacks: {shown}{', ...' if len(wrong) > 3 else ''}; resize the model's "
             "embedding to the tokenizer it was trained with, or take them out of the tokenizer"
         )
-
-
-def placeholder_tokens(tokenizer: Any) -> list[str]:
-    """Tokens that stand for images or sound, which no text has; the text-only models of a
-    multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
-    named = getattr(tokenizer, "special_tokens_map", {})
-    media = ("image_token", "audio_token", "video_token")
-    return [str(named[key]) for key in media if key in named]
