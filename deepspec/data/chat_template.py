@@ -188,7 +188,23 @@ class ChatEncoder:
             raise TemplateRefusal(
                 "a token at which the target's generation stops is inside the answer", STOP_INSIDE
             )
+        if sampled is not None:
+            self._require_own(answer, message["content"])
         return given, answer
+
+    def _require_own(self, sampled: Sequence[int], content: str) -> None:
+        """Raises TemplateRefusal where `sampled` ids are not those of `content` here: a target with
+        another tokenizer wrote them."""
+        spelt = []
+        if all(0 <= each < len(self.tokenizer) for each in sampled):
+            # servers leave special tokens out of the text
+            spelt = [self.tokenizer.decode(sampled, skip_special_tokens=s) for s in (False, True)]
+        if not any("".join(content.split()) in "".join(text.split()) for text in spelt):
+            raise TemplateRefusal(
+                "the token ids of the answer do not give its text: they are of a target with "
+                "another tokenizer; make the answers again with this target",
+                "token ids of another tokenizer",
+            )
 
     def _continuation(self, prompt: str, given: list[int], text: str) -> list[int]:
         """Token ids of `text` after the ids `given` of `prompt`.

@@ -438,9 +438,10 @@ def test_whatever_a_template_raises_is_a_refusal(error: str) -> None:
 
 
 def test_sampled_ids_are_trained_on_as_they_are() -> None:
-    """The byte tokens of "b" in an order that no tokenizer gives; the text is the history."""
+    """Special tokens and text that a template would render differently, as the target wrote it."""
     encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096)
-    first, second = [100, 101, 2], [7, 8, 9]
+    first, second = ([1, *encoder.tokenizer(text)["input_ids"], 3] for text in "bd")
+    first[-1] = 2
     messages = (
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "token_ids": first},
@@ -500,3 +501,11 @@ def test_tool_calls_that_the_template_drops_are_refused() -> None:
     (sample,) = encoder.encode(call_conversation(""), skips)
     assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "Nineteen.<|im_end|>"
     assert sum(skips.values()) == 1
+
+
+def test_ids_of_another_tokenizer_are_refused() -> None:
+    encoder = ChatEncoder(TOKENIZERS["unmarked"], 4096)
+    for ids in ([100, 101, 2], [4, 10**6]):
+        answer = {"role": "assistant", "content": "Hello.", "token_ids": ids}
+        with pytest.raises(TemplateRefusal, match="another tokenizer"):
+            encoder.encode(Conversation("s", ({"role": "user", "content": "a"}, answer)))
