@@ -9,13 +9,16 @@ from typing import Any
 from deepspec.config.schema import FieldsConfig
 
 # One turn: `role` and `content` (text), and where it has them `reasoning_content` (the thought
-# before the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read. Two
-# keys are ours and never reach a template: `token_ids` (the ids that the target sampled for this
-# answer, with the stop token unless a length limit cut it) and `supervised` (false: context only).
+# before the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read.
 Message = dict[str, Any]
 
+# Keys of an assistant turn that are ours and reach neither a template nor a server, with their
+# types: `token_ids` (the ids that the target sampled for this answer, with the stop token unless a
+# length limit cut it) and `supervised` (false: context only).
+OURS = {"token_ids": list, "supervised": bool}
 KEPT = ("name", "tool_call_id")
-# Keys of a turn that are left out without a word: they say nothing to anyone in the conversation.
+OLD_CALL = "function_call"  # where OpenAI's first version of tools put its one call
+# Keys of a turn that are left out and not counted: nothing in them is part of the conversation.
 IGNORED = frozenset(
     "id message_id uuid parent parent_id index turn_id timestamp time date created_at updated_at "
     "create_time weight loss train mask model model_name usage finish_reason lang language "
@@ -45,10 +48,10 @@ def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
             message["reasoning_content"] = _text(reasoning, role)
         if calls := _tool_calls(turn, fields):
             message["tool_calls"] = calls
-        for key, kind in (("token_ids", list), ("supervised", bool)):
+        for key, kind in OURS.items():
             if isinstance(turn.get(key), kind):
                 message[key] = turn[key]
-        read |= {*fields.reasoning, *fields.tool_calls, "function_call", "token_ids", "supervised"}
+        read |= {*fields.reasoning, *fields.tool_calls, OLD_CALL, *OURS}
     elif content is None:
         raise Unusable(f"a turn of role {role} without any of {', '.join(fields.content)}")
     if content is not None:
@@ -118,7 +121,7 @@ def _part(part: str | dict[str, Any]) -> str:
 
 
 def _tool_calls(turn: dict[str, Any], fields: FieldsConfig) -> list[dict[str, Any]]:
-    value = first_of(turn, [*fields.tool_calls, "function_call"])  # the latter is OpenAI's old one
+    value = first_of(turn, [*fields.tool_calls, OLD_CALL])
     calls = _from_text(value, "tool calls") if value else []
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):

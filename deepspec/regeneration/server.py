@@ -20,13 +20,12 @@ from tenacity import (
 
 from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
 from deepspec.data.chat_template import SWITCHES
-from deepspec.data.turns import Message, Unusable, parse_turn
+from deepspec.data.turns import OURS, Message, Unusable, parse_turn
 from deepspec.errors import ConfigError, DeepSpecError, ServerError
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
-OURS = ("token_ids", "supervised")  # keys of a turn that are not sent
 IDS = "return_token_ids"  # vLLM's; other servers ignore or refuse it
 
 
