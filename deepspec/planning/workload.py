@@ -133,7 +133,9 @@ def _bounds(
     for prompt in prompts:
         asked = [message for message in prompt.messages if message["role"] == "user"]
         try:
-            own = sum(len(encoder.prompt([message])) for message in asked)
+            first, *others = asked
+            own = len(encoder.prompt([first], prompt.tools))  # which templates write once
+            own += sum(len(encoder.prompt([message])) for message in others)
         except TemplateRefusal:
             continue
         if own < encoder.max_length:
