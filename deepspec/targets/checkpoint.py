@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepspec.config.schema import TargetConfig
-from deepspec.errors import TargetError
+from deepspec.errors import TargetError, first_line
 from deepspec.machine import lacks_bf16
 from deepspec.progress import say_once
 from deepspec.targets.files import WeightFiles
@@ -61,7 +61,6 @@ def explained(config: TargetConfig) -> Iterator[None]:
     except TargetError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         if "trust_remote_code" in str(error):
             raise TargetError(
                 f"target.path={config.path} comes with Python code of its own (auto_map in its "
@@ -72,7 +71,7 @@ def explained(config: TargetConfig) -> Iterator[None]:
         if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(config.path)):
             where += f" is no folder in {Path.cwd()}, and as a name on the hub it"
         raise TargetError(
-            f"{where} could not be loaded ({type(error).__name__}: {first}); "
+            f"{where} could not be loaded ({type(error).__name__}: {first_line(error)}); "
             "check the path or hub name, target.revision, and that its files are complete"
         ) from error
 
@@ -220,9 +219,12 @@ def stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]
     return sorted(set(ids))
 
 
-def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
-    """Raises TargetError where text can become ids that an embedding of `rows` rows lacks."""
-    placeholders = set(placeholder_tokens(tokenizer))
+def check_tokens(tokenizer: Any, rows: int, name: str) -> list[str]:
+    """Return the tokens that an embedding of `rows` rows lacks and that no text has.
+
+    Raises TargetError where text can become ids that it lacks.
+    """
+    placeholders = set(_placeholder_tokens(tokenizer))
     vocabulary = tokenizer.get_vocab()
     beyond = {token: index for token, index in vocabulary.items() if index >= rows}
     if wrong := sorted(beyond.keys() - placeholders, key=beyond.__getitem__):
@@ -232,9 +234,10 @@ def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
             f"{rows} rows lacks: {shown}{', ...' if len(wrong) > 3 else ''}; resize the model's "
             "embedding to the tokenizer it was trained with, or take them out of the tokenizer"
         )
+    return sorted(beyond)
 
 
-def placeholder_tokens(tokenizer: Any) -> list[str]:
+def _placeholder_tokens(tokenizer: Any) -> list[str]:
     """Tokens that stand for images or sound, which no text has; the text-only models of a
     multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
     named = getattr(tokenizer, "special_tokens_map", {})
