@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from deepspec.config.schema import DataConfig
-from deepspec.errors import DataError
+from deepspec.errors import DataError, first_line
 
 Row = dict[str, Any]
 
@@ -110,8 +110,8 @@ def _table_rows(path: Path, batches: Any) -> Iterator[tuple[int, Row]]:
         for number, row in enumerate(rows, start=1):
             yield number, without_nulls(row)
     except (OSError, pyarrow.ArrowException) as error:
-        first = str(error).partition("\n")[0]
-        raise DataError(f"{path} is not a whole {_format(path)[1:]} file ({first})") from None
+        reason = first_line(error)
+        raise DataError(f"{path} is not a whole {_format(path)[1:]} file ({reason})") from None
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
@@ -234,7 +234,7 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # the hub client raises many unrelated kinds
         raise DataError(
             f"data.path={name}: neither a local file nor a data set that the hub gave "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check "
+            f"({type(error).__name__}: {first_line(error)}); check "
             "the name, data.split, data.subset and the network, or give a local .jsonl file"
         ) from None
     for index, row in enumerate(rows):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.errors import TargetError
+from deepspec.errors import TargetError, first_line
 from deepspec.progress import say
 from deepspec.records import Sample
 from deepspec.targets.families import FAMILIES, attention_kinds
@@ -73,11 +73,10 @@ def check_agreement(target: Target) -> None:
     try:
         logits, embeddings = both_logits(target, sample), both_embeddings(target, sample)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise TargetError(
             f"target family {target.family!r}: a text of {TOKENS} tokens does not run through it "
-            f"({type(error).__name__}: {first}); choose another target, or add what the family "
-            "differs in to deepspec/targets/families"
+            f"({type(error).__name__}: {first_line(error)}); choose another target, or add what "
+            "the family differs in to deepspec/targets/families"
         ) from error
     _compare("logits", target, *logits)
     _compare("embeddings", target, *embeddings)
