@@ -28,7 +28,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Unusable(Exception):
-    """Why a row cannot be used, in words that rows can be counted by."""
+    """The reason why a row cannot be used; rows are counted by it."""
 
 
 def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
@@ -63,7 +63,7 @@ def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
     for key in KEPT:
         if turn.get(key) is not None:
             message[key] = str(turn[key])
-    unread = [key for key in turn if key not in read | IGNORED and _says_something(turn[key])]
+    unread = [key for key in turn if key not in read | IGNORED and _has_content(turn[key])]
     return message, unread
 
 
@@ -95,7 +95,7 @@ def _role(name: Any, fields: FieldsConfig) -> str:
 
 
 def _text(content: Any, role: str) -> str:
-    """Text, or the text of parts, or what a tool returned as JSON."""
+    """`content` as text: joined where it comes in parts, as JSON where a tool returned it."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(map(_is_part, content)):
@@ -156,8 +156,8 @@ def _from_text(value: Any, what: str) -> Any:
         raise Unusable(f"{what} as text that is not JSON") from None
 
 
-def _says_something(value: Any) -> bool:
-    """Whether it is more than an empty column: columns are there for rows of another kind too."""
+def _has_content(value: Any) -> bool:
+    """Whether `value` is more than an empty column, which a table has in rows that lack it."""
     return value is not None and value is not False and value not in ("", [], {})
 
 

@@ -41,15 +41,15 @@ def resolve_mask_token(configured: int | None, target: Any) -> int:
 
 
 def mask_token_of(target: Any) -> int | None:
-    """The tokenizer's mask token, or a row of the embedding that no text can give; None where
-    there is neither."""
+    """The tokenizer's mask token, or a row of the embedding that no text can give; None if it
+    has neither."""
     tokenizer = target.tokenizer
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
     vocabulary = tokenizer.get_vocab()
     if "<|mask|>" in vocabulary:
         return vocabulary["<|mask|>"]
-    # a GGUF file names rows without a token [PAD<id>]
+    # in a GGUF file a row without a token has the name [PAD<id>]
     taken = {index for token, index in vocabulary.items() if token != f"[PAD{index}]"}
     free = sorted(set(range(target.vocab_size)) - taken)
     highest = max(taken, default=-1)

@@ -89,10 +89,10 @@ def read_workload(config: RunConfig, tokenizer: Any | None, assumed: int | None 
 def _assumed(
     config: RunConfig, why: str, conversations: int | None, answers_each: int, assumed: int | None
 ) -> Workload:
-    """All samples as long as one another, because of `why`."""
+    """The workload of samples that all have one length, because of `why`."""
     longest = config.data.max_length
     each = min(assumed or longest, longest)
-    source = f"{why}: {each} each, as " + ("assumed" if assumed else "data.max_length says")
+    source = f"{why}: {each} each, as " + ("assumed" if assumed else "data.max_length allows")
     samples = None if conversations is None else _training(config, conversations * answers_each)
     return Workload(samples, ((each, each),), False, source)
 

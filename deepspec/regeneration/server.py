@@ -177,7 +177,7 @@ class ServerAnswerer:
             _take(dialogue, response, self._excerpt(response))
 
     def _way_out(self, response: httpx.Response) -> str:
-        """What to change where the server refuses every request, else nothing."""
+        """What to change where `response` refuses every request, else an empty text."""
         if response.status_code in (401, 403):
             return (
                 "check the key in the environment variable that regenerate.api_key_env names"
@@ -200,7 +200,7 @@ class ServerAnswerer:
         )
 
     def _excerpt(self, response: httpx.Response) -> str:
-        """The beginning of what the server said, without the key, which some repeat."""
+        """The beginning of the response's text, without the key, which some servers repeat."""
         text = response.text
         if self._api_key:
             text = text.replace(self._api_key, "[API key]")
@@ -234,7 +234,7 @@ class ServerAnswerer:
         lengths = ("max_tokens", "max_completion_tokens", "in the completion", "for the completion")
         if "max_tokens" in request and any(words in text for words in lengths):
             return "max_tokens"
-        # not every server says which field it does not know
+        # not every server names the field that it does not know
         return IDS if IDS in request and (IDS in text or IDS not in self._known) else None
 
     async def _post(
@@ -295,8 +295,8 @@ def api_key_of(config: RegenerateConfig) -> str | None:
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(
-            f"regenerate.api_key_env={name}: this environment variable holds signs that no HTTP "
-            "header can carry; set it to the API key alone"
+            f"regenerate.api_key_env={name}: this environment variable holds characters that no "
+            "HTTP header can carry; set it to the API key alone"
         )
     return key
 

@@ -39,15 +39,15 @@ EMBEDDING_KEY = re.compile(r"(?=.*emb)(?=.*(scal|mult|norm))")
 
 @dataclass(frozen=True)
 class Gap:
-    """Two tensors apart: the `largest` difference, and the root mean square of all differences over
-    that of what was expected."""
+    """How far two tensors differ: by the `largest` difference, and by the root mean square of all
+    differences over that of the expected values."""
 
     largest: float
     relative: float
 
 
 def gap(found: Tensor, expected: Tensor) -> Gap:
-    """Infinite where the shapes differ or a value is not finite."""
+    """The gap from `expected` to `found`; infinite for other shapes and for infinite values."""
     if found.shape != expected.shape:
         return Gap(math.inf, math.inf)
     expected = expected.to(found.device, torch.float64)
@@ -58,7 +58,8 @@ def gap(found: Tensor, expected: Tensor) -> Gap:
 
 
 def variation(found: Tensor, expected: Tensor) -> float:
-    """The largest total variation between two distributions of a row, of logits [T, V]."""
+    """The largest total variation between the distributions of a row; `found` and `expected` are
+    logits [T, V]."""
     if found.shape != expected.shape:
         return 1.0
     moved = found.float().softmax(-1) - expected.float().softmax(-1)

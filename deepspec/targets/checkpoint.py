@@ -78,7 +78,7 @@ def explained(config: TargetConfig) -> Iterator[None]:
 
 @contextmanager
 def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What Transformers loads the target from: a folder or hub name, and options for it."""
+    """Yield what Transformers loads the target from: a folder or hub name, and options for it."""
     path = checked_path(config)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if not is_gguf(path):
@@ -89,7 +89,8 @@ def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_config(config: TargetConfig) -> Any:
-    """Transformers' config of the target. Raises TargetError for a GGUF file that says more."""
+    """Transformers' config of the target. Raises TargetError for a GGUF file that it does not
+    describe whole."""
     from transformers import AutoConfig
 
     with loaded_from(config) as (path, options):
@@ -100,13 +101,13 @@ def read_config(config: TargetConfig) -> Any:
 
 
 def dtype_of(config: TargetConfig) -> Any:
-    """What `target.dtype` means for this target; "auto": as its files say."""
+    """The number type that `target.dtype` means for this target; "auto": that of its files."""
     if config.dtype == "auto" and is_gguf(config.path):
         return torch.float32  # so llama.cpp computes, whatever the blocks were quantised from
     return DTYPES[config.dtype]
 
 
-def settled(config: TargetConfig, device: torch.device | str) -> TargetConfig:
+def with_dtype(config: TargetConfig, device: torch.device | str) -> TargetConfig:
     """`config` with float32 for target.dtype=auto, where the checkpoint is in 16 bits and `device`
     is a processor without arithmetic for them."""
     on_processor = torch.device(device).type == "cpu" and lacks_bf16()
@@ -212,7 +213,7 @@ def generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] | 
 
 
 def stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
-    """Return `eos` and the end of the tokenizer, sorted; `tokenizer` may be None."""
+    """Return `eos` and the tokenizer's end of text, sorted; `tokenizer` may be None."""
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokenizer is not None and tokenizer.eos_token_id is not None:  # planning goes without
         ids.append(tokenizer.eos_token_id)

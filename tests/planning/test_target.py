@@ -114,4 +114,4 @@ def test_without_a_tokenizer_lengths_are_assumed_and_samples_counted(tmp_path: P
     own = load_config("tiny", [*words, "regenerate.enabled=false"])
     found = read_workload(own, None)
     assert (found.samples, found.mean_tokens(own)) == (8, 512)
-    assert found.source == "data; no tokenizer here: 512 each, as data.max_length says"
+    assert found.source == "data; no tokenizer here: 512 each, as data.max_length allows"
