@@ -33,6 +33,7 @@ from rich.table import Table
 from steps import peak_bytes
 
 from deepspec.commands import stages
+from deepspec.commands.feature_sources import feature_source
 from deepspec.config.loading import load_config
 from deepspec.config.schema import RunConfig
 from deepspec.data.batching import epoch_batches, split_batch
@@ -200,7 +201,7 @@ def make_trainer(target: Target, options: argparse.Namespace, out: Path, overlap
     folder.path.mkdir()
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     data = stages.load_samples(config, target, folder.answers)
-    source = stages.feature_source(config, target, data, folder, engine, None)
+    source = feature_source(config, target, data, folder, engine, None)
     kind = drafter_kind(config.drafter.kind)
     torch.manual_seed(config.seed)
     drafter = kind.build(kind.resolve(config.drafter, target))

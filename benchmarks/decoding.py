@@ -130,9 +130,9 @@ def read_prompts(
     """Token ids of the first `count` prompts of each of the run's benchmarks but those of ids
     `skip`, neighbours in length together."""
     data = config.data
-    encoder = ChatEncoder(target.tokenizer, data.max_length, data.thinking, data.system_prompt)
+    encoder = ChatEncoder.of(data, target.tokenizer)
     prompts = [
-        encoder.prompt(conversation.messages)
+        encoder.prompt(conversation.messages, conversation.tools)
         for name in config.evaluation.benchmarks
         for conversation in load_prompts(name, count, data.fields)[1]
         if conversation.id not in skip

@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from deepspec.checks.decoding import DecodingCheck
 from deepspec.checks.finding import Finding, tried
 from deepspec.config.schema import TargetConfig
-from deepspec.errors import DeepSpecError, TargetError
+from deepspec.errors import DeepSpecError, TargetError, first_line
 from deepspec.records import Sample
 from deepspec.targets import Target, load_ends, load_target
 from deepspec.targets.agreement import both_embeddings, gap, variation
@@ -255,7 +255,7 @@ def _decoded(target: Target, texts: list[list[int]]) -> list[Finding]:
 
 
 def _line(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
+    first = first_line(error)
     return first if isinstance(error, DeepSpecError) else f"{type(error).__name__}: {first}"[:200]
 
 

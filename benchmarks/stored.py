@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from deepspec.commands import stages
+from deepspec.commands.feature_sources import feature_source, open_store
 from deepspec.config.loading import load_config
 from deepspec.drafters.registry import drafter_kind
 from deepspec.training.engine import open_engine
@@ -26,9 +27,9 @@ def training_on(store: Path, *words: str) -> Iterator[Trainer]:
         folder = RunFolder(Path(out))
         engine = open_engine(config.engine, config.training, config.tracking, folder.path)
         target = stages.open_ends(config)
-        opened = stages.open_store(config, target)
+        opened = open_store(config, target)
         data = stages.load_samples(config, target, folder.answers, opened)
-        source = stages.feature_source(config, target, data, folder, engine, opened)
+        source = feature_source(config, target, data, folder, engine, opened)
         kind = drafter_kind(config.drafter.kind)
         torch.manual_seed(config.seed)
         drafter = kind.build(kind.resolve(config.drafter, target))

@@ -56,6 +56,11 @@ class MissingDependencyError(DeepSpecError):
     """An optional package is needed for what was asked; the message says how to install it."""
 
 
+def first_line(error: object) -> str:
+    """The first line of what a library's error says; the others seldom help who reads them."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 class Interrupted(BaseException):
     """SIGTERM or Ctrl-C, once the checkpoint was saved. Exit code 128 + signal number."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from deepspec.errors import first_line
+
 SECONDS = 2.0
 
 
@@ -35,8 +37,7 @@ def look_at_hub(seconds: float = SECONDS) -> Hub:
         try:
             status = get_session().head(endpoint, timeout=seconds).status_code
         except Exception as error:  # of the HTTP library that the hub's has chosen
-            first = (str(error).splitlines() or [""])[0]
-            reason = f"{type(error).__name__}: {first}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             found.append(Hub(False, f"{endpoint} cannot be reached ({reason})"))
         else:
             found.append(Hub(status < 500, f"{endpoint} answers (HTTP {status})"))

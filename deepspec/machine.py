@@ -47,8 +47,8 @@ GPU_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second that `device` does at most: of a GPU as its maker says, None where it is
-    another one or for fp32; of processors as `processor_flops` measures it."""
+    """The most operations per second of `device`: of a GPU by its maker, None for others and for
+    fp32; of processors as `processor_flops` measures it."""
     import torch
 
     if device.type == "cpu":
@@ -59,8 +59,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def processor_flops(size: int = 512) -> float:
-    """Operations a second that a matrix product reaches on the processors now (fp32, a moment): too
-    few while other work has them."""
+    """Measure the operations per second of a matrix product on the processors (fp32, a moment): too
+    few while other work uses them."""
     import torch
 
     matrix = torch.ones(size, size)
@@ -75,7 +75,7 @@ def processor_flops(size: int = 512) -> float:
 @functools.cache
 def lacks_bf16() -> bool:
     """Whether this machine's processors emulate bfloat16, which takes several times as long as
-    float32. False where nothing tells."""
+    float32. False where the system does not list their features."""
     flags = _cpuinfo("flags") or _cpuinfo("Features")  # x86, ARM
     return flags is not None and not BF16_FLAGS & set(flags.split())
 
@@ -104,7 +104,7 @@ def _processor() -> str:
 
 
 def _cpuinfo(key: str) -> str | None:
-    """What Linux says under `key` of the first processor; None where it does not."""
+    """The value of `key` for the first processor in Linux's list; None where there is none."""
     if not CPUINFO.is_file():
         return None
     for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():

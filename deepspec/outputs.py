@@ -1,6 +1,6 @@
-"""Where commands write: whose a folder is, and new names where none was given.
+"""The folders that commands write into: which are ours, and new names where none was given.
 
-A file of ours is known by the keys it holds, so that folders of earlier versions count as ours.
+A file is ours if it holds the keys of its kind, so that folders of earlier versions count too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Output:
 
 
 def answers_output(stem: str) -> Output:
-    """The files beside the answers `stem`.jsonl, which are looked at when they are opened."""
+    """The files beside the answers `stem`.jsonl; `AnswerFile` checks the answers themselves."""
     name = escape(stem)
     return Output(f"{name}.json", ANSWER_KEYS, (f"{name}.failed.jsonl",))
 
@@ -77,7 +77,7 @@ KNOWN = (RUN, CHECKPOINTS, REPORT, CALIBRATION, LOAD, SIMULATION, THROUGHPUT, ST
 
 def claim(folder: Path, *outputs: Output) -> None:
     """Raises ConfigError where `outputs` cannot go into out=`folder`: it is neither new nor empty
-    nor ours, or holds a file of somebody else's under a name of theirs."""
+    nor ours, or holds another program's file under a name that `outputs` use."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out={folder} cannot be written: it is a file, not a folder")
     found = _contents(folder)
@@ -127,7 +127,7 @@ def output_folder(out: str | None, default: str, *outputs: Output) -> Iterator[P
 
 @contextmanager
 def output_file(out: str | None, default: str, output: Output) -> Iterator[Path]:
-    """As `output_folder`, of a single file that has the keys of `output`."""
+    """The file of out=, as `output_folder` for a single file that has the keys of `output`."""
     if out is not None:
         file = Path(out).expanduser()
         if file.is_dir() or (file.exists() and file.stat().st_size and not output.wrote(file)):
@@ -159,7 +159,7 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def _first_new(path: Path, make: Callable[[Path], None]) -> Path:
-    """The first of the numbered names that `make` finds free: of two commands one has each."""
+    """Make the first of the numbered names that is free: no two commands share one."""
     for place in _numbered(path):
         try:
             make(place)
@@ -189,7 +189,7 @@ def _is_empty(entry: Path) -> bool:
 
 
 def _keys(file: Path) -> set[str]:
-    """Of the mapping in a JSON or YAML file; empty where it holds none."""
+    """The keys of the mapping in a JSON or YAML file; empty where it holds none."""
     try:
         text = file.read_text(encoding="utf-8")
         found = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)

@@ -1,5 +1,4 @@
-"""What a drafter would learn from data: the supervised tokens, and whether they are what the
-target emits."""
+"""The tokens of data that a drafter would learn, and whether they are what the target emits."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ COMPARED = 200  # conversations whose prompts are rendered again
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a sample's text, all of it `supervised` or none."""
+    """A run of a sample's text that is `supervised` as a whole or not at all."""
 
     text: str
     supervised: bool
@@ -144,7 +143,7 @@ def _show_prompt(check: DataCheck, conversation: Conversation, encoder: ChatEnco
 
 
 def _prompts(conversation: Conversation, encoder: ChatEncoder) -> set[tuple[int, ...]]:
-    """What the target is given before each assistant turn."""
+    """The prompt before each assistant turn, in token ids."""
     found = set()
     for index, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and index:

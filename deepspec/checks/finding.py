@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, first_line
 from deepspec.progress import say
 
 
@@ -34,7 +34,7 @@ def tried(what: str, check: Callable[[], Outcome]) -> Finding:
     try:
         finding = Finding(what, *check())
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         reason = first if isinstance(error, DeepSpecError) else f"{type(error).__name__}: {first}"
         finding = Finding(what, False, None, reason)
     verdict = "holds" if finding.holds else "does not hold"

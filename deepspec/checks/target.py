@@ -81,10 +81,9 @@ def _borders(config: Any) -> list[int]:
 
 def _tokens(target: Target) -> Outcome:
     """Whether the embedding has a row for every id that text can become."""
-    rows, vocabulary = len(target.embedding), target.tokenizer.get_vocab()
-    check_tokens(target.tokenizer, rows, target.name)
-    beyond = sorted(token for token, index in vocabulary.items() if index >= rows)
-    detail = f"{len(vocabulary)} tokens for {rows} rows of the embedding"
+    rows = len(target.embedding)
+    beyond = check_tokens(target.tokenizer, rows, target.name)
+    detail = f"{len(target.tokenizer.get_vocab())} tokens for {rows} rows of the embedding"
     if beyond:
         detail += f"; {', '.join(beyond)} without one, for images or sound: not for text"
     return True, None, detail

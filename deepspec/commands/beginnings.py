@@ -22,7 +22,7 @@ from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
 from deepspec.drafters.mask_token import mask_token_for, mask_token_of
 from deepspec.drafters.registry import drafter_kind
-from deepspec.errors import CheckpointError, ConfigError
+from deepspec.errors import CheckpointError, ConfigError, first_line
 from deepspec.export import is_export, open_export, weights_to_fetch
 from deepspec.export.names import HUB_NAME
 from deepspec.export.tensors import misfits_of_target
@@ -105,10 +105,10 @@ def _local(name: str) -> Path:
         weights = weights_to_fetch(place)
         snapshot_download(repository, revision=place.name, allow_patterns=weights)  # that commit
     except (OSError, ValueError, httpx.HTTPError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"drafter.init_from={name} could not be fetched from the hub ({type(error).__name__}: "
-            f"{first}); check its name and revision, the network, and HF_TOKEN if it is private"
+            f"{first_line(error)}); check its name and revision, the network, and HF_TOKEN if it "
+            "is private"
         ) from None
     return place
 

@@ -102,9 +102,15 @@ def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
     from deepspec.data.chat_template import ChatEncoder
     from deepspec.data.conversations import SkipCounts, load_conversations
     from deepspec.errors import ConfigError
+    from deepspec.outputs import make_folder
     from deepspec.targets import load_text_side
 
     values, words = take(words, "out")
+    page = Path(values["out"]).expanduser() if "out" in values else None
+    if page is not None:
+        if page.suffix != ".html":
+            raise ConfigError(f"out={page} must be named *.html: it is the page of this check")
+        make_folder(page.parent)
     named = f"data.path={listed('data', path)}"
     if recipe is not None:
         config = load_config(recipe, [*words, named])
@@ -124,8 +130,8 @@ def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
     _print_samples(found)
     for name, value in found.facts.items():
         print(f"{name}: {value}")
-    if page := values.get("out"):
-        _write_page(Path(page).expanduser(), found, path, config.target.path)
+    if page is not None:
+        _write_page(page, found, path, config.target.path)
     return print_findings(f"{path}, as {config.target.path} would emit it", found.findings)
 
 
@@ -138,16 +144,16 @@ def _print_samples(found: DataCheck) -> None:
     for name, spans in found.shown:
         text = Text(f"{_visible(name)}: ", style="bold")
         for span in spans:
-            said = _visible(span.text)
-            if len(said) > LONGEST:
+            shown = _visible(span.text)
+            if len(shown) > LONGEST:
                 half = LONGEST // 2
-                said = f"{said[:half]} [... {len(said) - 2 * half} more ...] {said[-half:]}"
-            text.append(said, style="bold green" if span.supervised else "dim")
+                shown = f"{shown[:half]} [... {len(shown) - 2 * half} more ...] {shown[-half:]}"
+            text.append(shown, style="bold green" if span.supervised else "dim")
         console.print(text, end="\n\n")
 
 
 def _visible(text: str) -> str:
-    """Without what a terminal would act on."""
+    """`text` with escapes in place of what a terminal would act on."""
     return "".join(
         each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
     )
@@ -155,12 +161,9 @@ def _visible(text: str) -> str:
 
 def _write_page(path: Path, found: DataCheck, title: str, target: str) -> None:
     from deepspec import __version__
-    from deepspec.atomic import atomic_file
-    from deepspec.errors import ConfigError
+    from deepspec.atomic import write_text
     from deepspec.evaluation.report import environment
 
-    if path.suffix != ".html":
-        raise ConfigError(f"out={path} must be named *.html: it is the page of this check")
     context = {
         "title": title,
         "target": target,
@@ -169,9 +172,7 @@ def _write_page(path: Path, found: DataCheck, title: str, target: str) -> None:
         "counts": found.facts,
         "shown": found.shown,
     }
-    with atomic_file(path) as partial:
-        page = environment().get_template("data.html.j2").render(context)
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, environment().get_template("data.html.j2").render(context))
     print(f"page: {path}")
 
 
@@ -309,8 +310,8 @@ MODES: dict[str, tuple[str, Callable[[str, Sequence[str], str | None], bool]]] =
         _check_run,
     ),
     "data": (
-        "PATH (what is learnt from it? needs target=PATH or recipe=R; takes data.* and target.* "
-        "keys, and out=PAGE.html)",
+        "PATH (what would a drafter learn from it? needs target=PATH or recipe=R; takes data.* "
+        "and target.* keys, and out=PAGE.html)",
         _check_data,
     ),
 }

@@ -42,6 +42,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         raise ConfigError("out= is missing: the folder of the store, such as out=features")
     from deepspec.commands import stages
     from deepspec.commands.beginnings import adopt_origin
+    from deepspec.commands.feature_sources import extract_features
     from deepspec.outputs import STORE, answers_output, claim, make_folder
     from deepspec.processes import rank, together
 
@@ -58,7 +59,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
             stages.print_skipped(stages.make_answers(config, target, answers, wait))
         data = stages.load_samples(config, target, answers)
         stages.print_skipped(data.skipped)
-        stages.extract_features(config, target, data, out, wait)
+        extract_features(config, target, data, out, wait)
     if rank() == 0:
         print(f"store: {out}")
         same = [word for word in others if not word.startswith(("features=", "features."))]

@@ -49,6 +49,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from functools import partial
 
     from deepspec.commands import stages
+    from deepspec.commands.feature_sources import feature_source, open_store
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.outputs import REPORT, require_own
@@ -83,7 +84,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.regenerate.enabled and not stored:
         wait = partial(engine.wait, patiently=True)
         skipped |= stages.make_answers(config, target, folder.answers, wait)
-    store = stages.open_store(config, target) if stored else None
+    store = open_store(config, target) if stored else None
     data = stages.load_samples(config, target, folder.answers, store)
     skipped |= data.skipped
     if engine.is_main:
@@ -91,7 +92,7 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         folder.save_skipped(skipped)
 
     try:
-        source = stages.feature_source(config, target, data, folder, engine, store)
+        source = feature_source(config, target, data, folder, engine, store)
         best = stages.train_drafter(config, target, source, data, folder, engine, start)
     except Interrupted:  # in all processes at the same step
         engine.close()

@@ -128,7 +128,7 @@ def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} is not key=value")
         if key not in KEYS:
             raise unknown_key(key)
-        typed = KEYS[key] == dict[str, Any]  # nobody else knows the types of its values
+        typed = KEYS[key] == dict[str, Any]  # the schema does not have the types of its values
         OmegaConf.update(changes, key, _literal(read_value(word, typed), key))
     return OmegaConf.to_container(changes, resolve=False)  # type: ignore[return-value]
 

@@ -172,23 +172,28 @@ def validate(config: RunConfig) -> None:
     _require(fine, config, key, "a list of names that differ without folder and ending")
     for key in ("out", "target.path"):
         _require(bool(value_of(config, key)), config, key, "a path")
-    _require(all(config.data.path), config, "data.path", "one or several paths")
-    variable = config.regenerate.api_key_env
-    if variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
-        raise ConfigError(  # which is not printed: it may be the key
-            "regenerate.api_key_env must be the name of an environment variable (capital letters, "
-            "digits and _), such as OPENAI_API_KEY, not the API key itself"
-        )
-    _require(_is_day(config.data.date), config, "data.date", "a day, such as 2026-01-01")
-    key = "data.fields.roles"
-    fine = set(value_of(config, key).values()) <= set(ROLES)
-    _require(fine, config, key, f"a mapping to {', '.join(ROLES)}")
     trackers = config.tracking.trackers
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
     _require(config.serve.port in range(65536), config, "serve.port", "from 0 to 65535")
+    _conversations(config)
     _reproduction(config)
     _cross(config)
+
+
+def _conversations(config: RunConfig) -> None:
+    """The keys of data and of their answers."""
+    _require(all(config.data.path), config, "data.path", "one or several paths")
+    _require(_is_day(config.data.date), config, "data.date", "a day, such as 2026-01-01")
+    key = "data.fields.roles"
+    fine = set(value_of(config, key).values()) <= set(ROLES)
+    _require(fine, config, key, f"a mapping to {', '.join(ROLES)}")
+    variable = config.regenerate.api_key_env
+    if variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
+        raise ConfigError(  # the value is not printed: it may be the key
+            "regenerate.api_key_env must be the name of an environment variable (capital letters, "
+            "digits and _), such as OPENAI_API_KEY, not the API key itself"
+        )
 
 
 def _reproduction(config: RunConfig) -> None:

@@ -15,9 +15,10 @@ from deepspec.records import Sample
 def cut_samples(
     samples: Iterable[Sample], max_length: int, context: int | None, skips: SkipCounts
 ) -> list[Sample]:
-    """`samples` of at most `max_length` tokens, and of at most the target's `context`.
+    """Cut `samples` at `max_length` tokens and at the end of the target's `context`.
 
-    `skips` counts what is cut off, and samples that have no two supervised tokens in a row left.
+    `skips` counts the samples that are cut, and those dropped because no two supervised tokens
+    in a row are left.
     """
     most, limit = max_length, f"data.max_length={max_length}"
     if context is not None and context < max_length:
@@ -27,9 +28,9 @@ def cut_samples(
         if len(sample) > most:
             ids, mask = sample.input_ids[:most].clone(), sample.loss_mask[:most].clone()
             if not bool((mask[1:] & mask[:-1]).any()):
-                skips[f"answers behind {limit}"] += 1
+                skips[f"answers after {limit}"] += 1
                 continue
-            skips[f"the rest of a sample behind {limit}"] += 1
+            skips[f"the rest of a sample after {limit}"] += 1
             sample = replace(sample, input_ids=ids, loss_mask=mask)
         kept.append(sample)
     return kept

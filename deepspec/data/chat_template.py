@@ -20,12 +20,12 @@ from deepspec.data import tool_calls
 from deepspec.data.conversations import Conversation, Message, SkipCounts
 from deepspec.data.emission import EMPTY, Emission, Turn
 from deepspec.data.stops import ASKED, STOP_INSIDE, Tools
+from deepspec.data.turns import OURS
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
 TODAY = datetime.date.fromisoformat(DataConfig().date)
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-OURS = ("token_ids", "supervised")  # keys of a turn that no template sees
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 

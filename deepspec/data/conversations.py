@@ -93,8 +93,8 @@ def parse_row(
     name = first_of(row, fields.id)
     name = str(name) if name is not None else place
     domain, whose = row.get("domain"), row.get("conversation_id")
-    said = json.dumps([name, domain, whose, messages, tools], ensure_ascii=False, default=str)
-    if not is_unicode(said):
+    text = json.dumps([name, domain, whose, messages, tools], ensure_ascii=False, default=str)
+    if not is_unicode(text):
         return NOT_UNICODE, None
     if unread is not None:
         unread += others

@@ -22,12 +22,12 @@ import pyarrow
 import pyarrow.parquet
 
 from deepspec.config.schema import DataConfig
-from deepspec.errors import DataError
+from deepspec.errors import DataError, first_line
 
 Row = dict[str, Any]
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-# What `datasets` calls the splits by, in names of files and folders, and the name of the split.
+# Words for splits in names of files and folders, and the split: as `datasets` reads them.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -37,7 +37,7 @@ SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")  # train_sft-00000-of-00003
 
 
 def rows_of(path: str, config: DataConfig, skips: Counter[str]) -> Iterator[tuple[str, Row]]:
-    """(where it is, row) of everything behind `path`: a file, folder, glob or hub data set.
+    """(where it is, row) of everything at `path`: a file, folder, glob or hub data set.
 
     Files of other splits than `config.split` are counted in `skips`. Raises DataError for what is
     not there or cannot be read.
@@ -74,13 +74,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, _row_of(line, f"{path}, line {number}", first=number == 1)
-    except OSError as error:  # of a compressed file, or of the disk
+    except OSError as error:  # the disk's, or a damaged compressed file's
         raise DataError(f"{path}, after line {number}: {error}") from None
 
 
 def _row_of(line: bytes, place: str, first: bool) -> Row:
     try:
-        # some editors put a byte order mark in front of the first line
+        # some editors put a byte order mark before the first line
         row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 ({error.reason})") from None
@@ -110,8 +110,8 @@ def _table_rows(path: Path, batches: Any) -> Iterator[tuple[int, Row]]:
         for number, row in enumerate(rows, start=1):
             yield number, without_nulls(row)
     except (OSError, pyarrow.ArrowException) as error:
-        first = str(error).partition("\n")[0]
-        raise DataError(f"{path} is not a whole {_format(path)[1:]} file ({first})") from None
+        reason = first_line(error)
+        raise DataError(f"{path} is not a whole {_format(path)[1:]} file ({reason})") from None
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
@@ -120,7 +120,7 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Of an Arrow file, or of an Arrow stream, which is what `datasets` writes."""
+    """The batches of an Arrow file, or of an Arrow stream, which is what `datasets` writes."""
     with pyarrow.OSFile(str(path)) as source:
         try:
             file = pyarrow.ipc.open_file(source)
@@ -147,7 +147,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _first_sign(path: Path) -> bytes:
-    """The first byte that is no space or byte order mark."""
+    """The first byte after spaces and a byte order mark."""
     try:
         with _open(path) as stream:
             return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
@@ -156,7 +156,7 @@ def _first_sign(path: Path) -> bytes:
 
 
 def _format(path: Path) -> str:
-    """The ending without the one of a compression."""
+    """The suffix of `path` without that of a compression."""
     return Path(path.stem).suffix if path.suffix in COMPRESSION else path.suffix
 
 
@@ -173,7 +173,7 @@ def is_local(path: str, config: DataConfig) -> bool:
 
 
 def _find_files(path: str, split: str) -> tuple[list[Path] | None, int]:
-    """The local files behind `path`, and how many of a folder's are of other splits."""
+    """The local files at `path`, and how many of a folder's files belong to other splits."""
     place = Path(path).expanduser()
     if place.is_file():
         return [place], 0
@@ -217,7 +217,7 @@ def _folder_files(folder: Path, name: str, split: str) -> tuple[list[Path], int]
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file's name, or else its folder's, says; None where they say none."""
+    """The split that is named in a file's name, or else in its folder's; None for neither."""
     shard = SHARD.match(path.name)
     if shard and shard["split"] not in ("data", "part"):
         return SPLITS.get(shard["split"], shard["split"])
@@ -234,7 +234,7 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # the hub client raises many unrelated kinds
         raise DataError(
             f"data.path={name}: neither a local file nor a data set that the hub gave "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check "
+            f"({type(error).__name__}: {first_line(error)}); check "
             "the name, data.split, data.subset and the network, or give a local .jsonl file"
         ) from None
     for index, row in enumerate(rows):

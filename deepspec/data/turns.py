@@ -9,13 +9,16 @@ from typing import Any
 from deepspec.config.schema import FieldsConfig
 
 # One turn: `role` and `content` (text), and where it has them `reasoning_content` (the thought
-# before the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read. Two
-# keys are ours and never reach a template: `token_ids` (the ids that the target sampled for this
-# answer, with the stop token unless a length limit cut it) and `supervised` (false: context only).
+# before the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read.
 Message = dict[str, Any]
 
+# Keys of an assistant turn that are ours and reach neither a template nor a server, with their
+# types: `token_ids` (the ids that the target sampled for this answer, with the stop token unless a
+# length limit cut it) and `supervised` (false: context only).
+OURS = {"token_ids": list, "supervised": bool}
 KEPT = ("name", "tool_call_id")
-# Keys of a turn that are left out without a word: they say nothing to anyone in the conversation.
+OLD_CALL = "function_call"  # where OpenAI's first version of tools put its one call
+# Keys of a turn that are left out and not counted: nothing in them is part of the conversation.
 IGNORED = frozenset(
     "id message_id uuid parent parent_id index turn_id timestamp time date created_at updated_at "
     "create_time weight loss train mask model model_name usage finish_reason lang language "
@@ -25,7 +28,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Unusable(Exception):
-    """Why a row cannot be used, in words that rows can be counted by."""
+    """The reason why a row cannot be used; rows are counted by it."""
 
 
 def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
@@ -45,10 +48,10 @@ def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
             message["reasoning_content"] = _text(reasoning, role)
         if calls := _tool_calls(turn, fields):
             message["tool_calls"] = calls
-        for key, kind in (("token_ids", list), ("supervised", bool)):
+        for key, kind in OURS.items():
             if isinstance(turn.get(key), kind):
                 message[key] = turn[key]
-        read |= {*fields.reasoning, *fields.tool_calls, "function_call", "token_ids", "supervised"}
+        read |= {*fields.reasoning, *fields.tool_calls, OLD_CALL, *OURS}
     elif content is None:
         raise Unusable(f"a turn of role {role} without any of {', '.join(fields.content)}")
     if content is not None:
@@ -60,7 +63,7 @@ def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
     for key in KEPT:
         if turn.get(key) is not None:
             message[key] = str(turn[key])
-    unread = [key for key in turn if key not in read | IGNORED and _says_something(turn[key])]
+    unread = [key for key in turn if key not in read | IGNORED and _has_content(turn[key])]
     return message, unread
 
 
@@ -92,7 +95,7 @@ def _role(name: Any, fields: FieldsConfig) -> str:
 
 
 def _text(content: Any, role: str) -> str:
-    """Text, or the text of parts, or what a tool returned as JSON."""
+    """`content` as text: joined where it comes in parts, as JSON where a tool returned it."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(map(_is_part, content)):
@@ -118,7 +121,7 @@ def _part(part: str | dict[str, Any]) -> str:
 
 
 def _tool_calls(turn: dict[str, Any], fields: FieldsConfig) -> list[dict[str, Any]]:
-    value = first_of(turn, [*fields.tool_calls, "function_call"])  # the latter is OpenAI's old one
+    value = first_of(turn, [*fields.tool_calls, OLD_CALL])
     calls = _from_text(value, "tool calls") if value else []
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
@@ -153,8 +156,8 @@ def _from_text(value: Any, what: str) -> Any:
         raise Unusable(f"{what} as text that is not JSON") from None
 
 
-def _says_something(value: Any) -> bool:
-    """Whether it is more than an empty column: columns are there for rows of another kind too."""
+def _has_content(value: Any) -> bool:
+    """Whether `value` is more than an empty column, which a table has in rows that lack it."""
     return value is not None and value is not False and value not in ("", [], {})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from deepspec.errors import ConfigError
 from deepspec.records import Sample
 
-# special tokens that models keep for nobody come first
+# parts of the names of special tokens; tokens that no model uses come first
 SPARE_NAMES = ("mask", "reserved", "unused", "pad")
 
 
@@ -41,15 +41,15 @@ def resolve_mask_token(configured: int | None, target: Any) -> int:
 
 
 def mask_token_of(target: Any) -> int | None:
-    """The tokenizer's mask token, or a row of the embedding that no text can give; None where
-    there is neither."""
+    """The tokenizer's mask token, or a row of the embedding that no text can give; None if it
+    has neither."""
     tokenizer = target.tokenizer
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
     vocabulary = tokenizer.get_vocab()
     if "<|mask|>" in vocabulary:
         return vocabulary["<|mask|>"]
-    # a GGUF file names rows without a token [PAD<id>]
+    # in a GGUF file a row without a token has the name [PAD<id>]
     taken = {index for token, index in vocabulary.items() if token != f"[PAD{index}]"}
     free = sorted(set(range(target.vocab_size)) - taken)
     highest = max(taken, default=-1)
@@ -60,9 +60,7 @@ def mask_token_of(target: Any) -> int | None:
 def spare_tokens(target: Any) -> list[int]:
     """Special tokens that the chat template does not name and that end no answer, best first."""
     tokenizer = target.tokenizer
-    ends = getattr(target.config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *ends}
+    used = {tokenizer.bos_token_id, tokenizer.unk_token_id, *target.stop_token_ids}
     template = tokenizer.chat_template or ""
     found = {
         index: str(token)

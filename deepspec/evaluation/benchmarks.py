@@ -23,7 +23,7 @@ from deepspec.data.conversations import (
     with_distinct_ids,
 )
 from deepspec.data.files import read_rows
-from deepspec.errors import ConfigError, DataError
+from deepspec.errors import ConfigError, DataError, first_line
 
 Row = dict[str, Any]
 
@@ -165,12 +165,11 @@ def _hub_prompts(name: str, limit: int | None) -> list[Conversation]:
     try:
         rows = [dict(row) for row in islice(_hub_rows(benchmark), limit)]
     except Exception as error:  # the hub client and the readers behind it raise many kinds
-        first = (str(error).splitlines() or [""])[0]
         raise DataError(
             f"benchmark {name}: {benchmark.hub} could not be read from the hub "
-            f"({type(error).__name__}: {first}); check the network and HF_HUB_OFFLINE, or put the "
-            f'path of a .jsonl file ({{"turns": ["the prompt"]}} a line) into '
-            f"evaluation.benchmarks instead of {name}"
+            f"({type(error).__name__}: {first_line(error)}); check the network and "
+            'HF_HUB_OFFLINE, or put the path of a .jsonl file ({"turns": ["the prompt"]} a line) '
+            f"into evaluation.benchmarks instead of {name}"
         ) from None
     try:
         prompts = [benchmark.prompt(row) for row in rows]

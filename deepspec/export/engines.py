@@ -45,7 +45,7 @@ class Eagle3Traits:
 class Traits:
     """What the answer depends on. `reduced`: a draft vocabulary smaller than the target's.
     `embedding`, `lm_head`: whether these are inside. `tied`: whether the target's LM head is its
-    embedding, None where nothing tells; `scaled`: whether the target scales the latter.
+    embedding, None where no file records it; `scaled`: whether the target scales the latter.
     `rope_type`: how the drafter rotates. `eagle3`: None of the other drafters."""
 
     layout: str

@@ -101,8 +101,8 @@ def rotation_of(shape: Any) -> dict[str, Any]:
 
 
 def rotation_in(config: dict[str, Any]) -> Any:
-    """What a backbone's config says of its rotation, older spellings too; no dictionary where the
-    file is wrong."""
+    """The rotation in a backbone's config, also in older spellings; no dictionary where the file is
+    wrong."""
     rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if isinstance(rope, dict):
         rope = {"rope_type": rope.get("type", "default"), **rope}

@@ -23,7 +23,7 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen3Config
 
 from deepspec.drafters.dspark.config import DSparkConfig
-from deepspec.errors import CheckpointError
+from deepspec.errors import CheckpointError, first_line
 from deepspec.export import flat
 from deepspec.export.files import deepspec_of
 from deepspec.export.names import public_name
@@ -126,8 +126,9 @@ def opened(
     try:
         whole = backbones[model_type](**backbone).to_dict()
     except Exception as error:  # Transformers looks at sizes and rotations in many ways
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{BACKBONE} is no {model_type} config: {first}") from None
+        raise CheckpointError(
+            f"{BACKBONE} is no {model_type} config: {first_line(error)}"
+        ) from None
     own = deepspec_of(config)
     recorded = own.get("num_target_layers")
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepspec.config.resources import resource
 from deepspec.config.schema import TargetConfig
-from deepspec.errors import TargetError
+from deepspec.errors import TargetError, first_line
 from deepspec.hub import look_at_hub
 from deepspec.targets import Target, load_target
 from deepspec.targets.checkpoint import (
@@ -41,7 +41,7 @@ def plan_target(config: TargetConfig) -> tuple[Target, str | None]:
         except TargetError as error:
             if shape is None:
                 raise
-            reason = (str(error.__cause__ or error).splitlines() or [""])[0]
+            reason = first_line(error.__cause__ or error)
             return _target_of(config, shape), f"shipped with the recipes: {hub.found}, but {reason}"
     if (cached := _cached(config)) is not None:
         return _target_of(config, cached), f"from the hub's cache: {hub.found}"
@@ -74,7 +74,12 @@ def _target_of(config: TargetConfig, folder: Path) -> Target:
     try:
         tokenizer = load_tokenizer(local)
     except TargetError:
-        tokenizer = None  # `read_workload` says what it assumes instead
+        tokenizer = None  # `read_workload` prints what it assumes instead
     return Target(
-        meta_model(local), tokenizer, layers_of(config), config.path, rollback=config.rollback
+        meta_model(local),
+        tokenizer,
+        layers_of(config),
+        config.path,
+        rollback=config.rollback,
+        context_length=config.context_length,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepspec.config.schema import FieldsConfig, RunConfig
+from deepspec.config.schema import DataConfig, FieldsConfig, RunConfig
 from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import (
     Conversation,
@@ -83,22 +83,27 @@ def read_workload(config: RunConfig, tokenizer: Any | None, assumed: int | None 
     if encoder is None:
         count = sum(1 for _ in load_conversations(data, SkipCounts()))
         return _assumed(config, f"{source}; no tokenizer here", count, answers_each, assumed)
-    return _measured(config, data, encoder, source)
+    return _measured(config, data, encoder, source, prompts)
 
 
 def _assumed(
     config: RunConfig, why: str, conversations: int | None, answers_each: int, assumed: int | None
 ) -> Workload:
-    """All samples as long as one another, because of `why`."""
+    """The workload of samples that all have one length, because of `why`."""
     longest = config.data.max_length
     each = min(assumed or longest, longest)
-    source = f"{why}: {each} each, as " + ("assumed" if assumed else "data.max_length says")
+    source = f"{why}: {each} each, as " + ("assumed" if assumed else "data.max_length allows")
     samples = None if conversations is None else _training(config, conversations * answers_each)
     return Workload(samples, ((each, each),), False, source)
 
 
-def _measured(config: RunConfig, data: Any, encoder: ChatEncoder, source: str) -> Workload:
-    """Lengths of at most `TOKENISED` conversations, drawn evenly; all of them counted."""
+def _measured(
+    config: RunConfig, data: DataConfig, encoder: ChatEncoder, source: str, prompts: bool
+) -> Workload:
+    """Measure at most `TOKENISED` conversations, drawn evenly, and count all of them.
+
+    `prompts`: whether their answers are yet to be made.
+    """
     draw, count = random.Random(0), 0
     kept: list[Conversation] = []
     for conversation in load_conversations(data, SkipCounts()):
@@ -107,7 +112,7 @@ def _measured(config: RunConfig, data: Any, encoder: ChatEncoder, source: str) -
             kept.append(conversation)
         elif (place := draw.randrange(count)) < TOKENISED:
             kept[place] = conversation
-    if source.startswith("prompts"):
+    if prompts:
         lengths = tuple(_bounds(config, kept, encoder))
         each = config.regenerate.samples_per_prompt
     else:
@@ -133,7 +138,9 @@ def _bounds(
     for prompt in prompts:
         asked = [message for message in prompt.messages if message["role"] == "user"]
         try:
-            own = sum(len(encoder.prompt([message])) for message in asked)
+            first, *others = asked
+            own = len(encoder.prompt([first], prompt.tools))  # which templates write once
+            own += sum(len(encoder.prompt([message])) for message in others)
         except TemplateRefusal:
             continue
         if own < encoder.max_length:

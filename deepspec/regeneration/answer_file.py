@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from deepspec.atomic import write_text
 from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
 from deepspec.regeneration.dialogue import Dialogue, is_answer, prompts_of
@@ -179,9 +180,7 @@ class AnswerFile:
             with suppress(OSError, ValueError):
                 if json.loads(path.read_text(encoding="utf-8")) == settings:
                     return  # another process of the job has put them there
-            partial = path.with_suffix(".json.partial")
-            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_text(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

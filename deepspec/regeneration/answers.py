@@ -1,7 +1,7 @@
 """Answers by the target: a drafter learns the target's text, so the data's own answers go.
 
 The assistant turns of each conversation are dropped and written anew by the target, turn by turn,
-with its own earlier answers as history. `Dialogue` says which turns of the data stay.
+with its own earlier answers as history. See `Dialogue` for the turns of the data that stay.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def regenerate(
     A row has `id`, `domain` where known, `conversation_id` where several rows answer one prompt,
     `tools` where there are some, `messages`, and `finish_reason`: "stop"; "length" when the last
     answer was cut by `max_new_tokens` or the end of the context; "tool_calls" when the conversation
-    ends early because the target called a tool. Rows that `out` has already are not asked for
+    ends early because the target called a tool. Rows that `out` has already are not answered
     again, so a killed run is resumed by starting it again; samples that failed before are tried
-    again. Rows that answer nothing in `conversations` stay and are counted; `load_answers` passes
-    over them.
+    again. Rows that answer nothing in `conversations` stay and are counted; `load_answers` skips
+    them.
 
     An answer has the ids that the target sampled, as `token_ids` beside its text, with the stop
     token unless a length limit cut it. Training takes the ids; the text is history for later turns.
@@ -129,7 +129,7 @@ def load_answers(
 ) -> Iterator[Conversation]:
     """The rows of the answers at `path` that answer `data` as it is now.
 
-    The file may hold more: data.limit may have been lowered since. Those are passed over.
+    The file may hold more: data.limit may have been lowered since. Other rows are skipped.
     """
     asked = with_distinct_ids(load_conversations(data, SkipCounts()))
     wanted = {name for each in asked for name in sample_ids(each.id, samples_per_prompt)}

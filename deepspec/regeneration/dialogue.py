@@ -16,7 +16,7 @@ from deepspec.data.conversations import (
 from deepspec.data.turns import Message
 
 # What a decoder writes for bytes that are no character. At the end of an answer that hit the
-# length limit it is a character cut in two, and is left away from the text (not from the ids).
+# length limit it is a character cut in two, and is left out of the text (not of the ids).
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 GIVEN = ("user", "tool")  # roles that an answer may be expected from
 
@@ -95,9 +95,9 @@ class Dialogue:
             self.messages += following or []
 
     def _calls_a_tool(self, message: Message) -> bool:
-        """Whether it is a call, as far as the text shows it in any of the formats of templates.
+        """Whether `message` is a call, as far as its text shows it in the formats of templates.
 
-        They write the tool's name behind a quotation mark, a tag or a separator, or in front of a
+        They write the tool's name after a quotation mark, a tag or a separator, or before a
         bracket: {"name": "add"}, <function=add>, functions.add:0, add(a=1), call:add{a:1}.
         """
         names = (_name_of(tool) for tool in self.tools)
@@ -136,12 +136,12 @@ class Dialogue:
 
 
 def prompts_of(messages: Iterable[Message]) -> tuple[str, ...]:
-    """What was said to the target: the texts of users and tools."""
+    """The texts that the target answers: those of users and tools."""
     return tuple(message["content"] for message in messages if message["role"] in GIVEN)
 
 
 def is_answer(message: Message) -> bool:
-    """Whether it is the target's own turn, not one of the data's that was kept."""
+    """Whether `message` is the target's own turn, not one that was kept from the data."""
     return message["role"] == "assistant" and message.get("supervised", True)
 
 

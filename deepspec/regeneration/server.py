@@ -20,13 +20,12 @@ from tenacity import (
 
 from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
 from deepspec.data.chat_template import SWITCHES
-from deepspec.data.turns import Message, Unusable, parse_turn
+from deepspec.data.turns import OURS, Message, Unusable, parse_turn
 from deepspec.errors import ConfigError, DeepSpecError, ServerError
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
-OURS = ("token_ids", "supervised")  # keys of a turn that are not sent
 IDS = "return_token_ids"  # vLLM's; other servers ignore or refuse it
 
 
@@ -178,7 +177,7 @@ class ServerAnswerer:
             _take(dialogue, response, self._excerpt(response))
 
     def _way_out(self, response: httpx.Response) -> str:
-        """What to change where the server refuses every request, else nothing."""
+        """What to change where `response` refuses every request, else an empty text."""
         if response.status_code in (401, 403):
             return (
                 "check the key in the environment variable that regenerate.api_key_env names"
@@ -201,7 +200,7 @@ class ServerAnswerer:
         )
 
     def _excerpt(self, response: httpx.Response) -> str:
-        """The beginning of what the server said, without the key, which some repeat."""
+        """The beginning of the response's text, without the key, which some servers repeat."""
         text = response.text
         if self._api_key:
             text = text.replace(self._api_key, "[API key]")
@@ -235,7 +234,7 @@ class ServerAnswerer:
         lengths = ("max_tokens", "max_completion_tokens", "in the completion", "for the completion")
         if "max_tokens" in request and any(words in text for words in lengths):
             return "max_tokens"
-        # not every server says which field it does not know
+        # not every server names the field that it does not know
         return IDS if IDS in request and (IDS in text or IDS not in self._known) else None
 
     async def _post(
@@ -296,8 +295,8 @@ def api_key_of(config: RegenerateConfig) -> str | None:
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(
-            f"regenerate.api_key_env={name}: this environment variable holds signs that no HTTP "
-            "header can carry; set it to the API key alone"
+            f"regenerate.api_key_env={name}: this environment variable holds characters that no "
+            "HTTP header can carry; set it to the API key alone"
         )
     return key
 

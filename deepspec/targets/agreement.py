@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.errors import TargetError
+from deepspec.errors import TargetError, first_line
 from deepspec.progress import say
 from deepspec.records import Sample
 from deepspec.targets.families import FAMILIES, attention_kinds
@@ -39,15 +39,15 @@ EMBEDDING_KEY = re.compile(r"(?=.*emb)(?=.*(scal|mult|norm))")
 
 @dataclass(frozen=True)
 class Gap:
-    """Two tensors apart: the `largest` difference, and the root mean square of all differences over
-    that of what was expected."""
+    """How far two tensors differ: by the `largest` difference, and by the root mean square of all
+    differences over that of the expected values."""
 
     largest: float
     relative: float
 
 
 def gap(found: Tensor, expected: Tensor) -> Gap:
-    """Infinite where the shapes differ or a value is not finite."""
+    """The gap from `expected` to `found`; infinite for other shapes and for infinite values."""
     if found.shape != expected.shape:
         return Gap(math.inf, math.inf)
     expected = expected.to(found.device, torch.float64)
@@ -58,7 +58,8 @@ def gap(found: Tensor, expected: Tensor) -> Gap:
 
 
 def variation(found: Tensor, expected: Tensor) -> float:
-    """The largest total variation between two distributions of a row, of logits [T, V]."""
+    """The largest total variation between the distributions of a row; `found` and `expected` are
+    logits [T, V]."""
     if found.shape != expected.shape:
         return 1.0
     moved = found.float().softmax(-1) - expected.float().softmax(-1)
@@ -73,11 +74,10 @@ def check_agreement(target: Target) -> None:
     try:
         logits, embeddings = both_logits(target, sample), both_embeddings(target, sample)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise TargetError(
             f"target family {target.family!r}: a text of {TOKENS} tokens does not run through it "
-            f"({type(error).__name__}: {first}); choose another target, or add what the family "
-            "differs in to deepspec/targets/families"
+            f"({type(error).__name__}: {first_line(error)}); choose another target, or add what "
+            "the family differs in to deepspec/targets/families"
         ) from error
     _compare("logits", target, *logits)
     _compare("embeddings", target, *embeddings)

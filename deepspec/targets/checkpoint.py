@@ -14,7 +14,7 @@ import torch
 
 from deepspec.config.schema import TargetConfig
 from deepspec.data.chat_template import media_tokens
-from deepspec.errors import TargetError
+from deepspec.errors import TargetError, first_line
 from deepspec.machine import lacks_bf16
 from deepspec.progress import say_once
 from deepspec.targets.files import WeightFiles
@@ -62,7 +62,6 @@ def explained(config: TargetConfig) -> Iterator[None]:
     except TargetError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         if "trust_remote_code" in str(error):
             raise TargetError(
                 f"target.path={config.path} comes with Python code of its own (auto_map in its "
@@ -73,14 +72,14 @@ def explained(config: TargetConfig) -> Iterator[None]:
         if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(config.path)):
             where += f" is no folder in {Path.cwd()}, and as a name on the hub it"
         raise TargetError(
-            f"{where} could not be loaded ({type(error).__name__}: {first}); "
+            f"{where} could not be loaded ({type(error).__name__}: {first_line(error)}); "
             "check the path or hub name, target.revision, and that its files are complete"
         ) from error
 
 
 @contextmanager
 def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What Transformers loads the target from: a folder or hub name, and options for it."""
+    """Yield what Transformers loads the target from: a folder or hub name, and options for it."""
     path = checked_path(config)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if not is_gguf(path):
@@ -91,7 +90,8 @@ def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_config(config: TargetConfig) -> Any:
-    """Transformers' config of the target. Raises TargetError for a GGUF file that says more."""
+    """Transformers' config of the target. Raises TargetError for a GGUF file that it does not
+    describe whole."""
     from transformers import AutoConfig
 
     with loaded_from(config) as (path, options):
@@ -102,13 +102,13 @@ def read_config(config: TargetConfig) -> Any:
 
 
 def dtype_of(config: TargetConfig) -> Any:
-    """What `target.dtype` means for this target; "auto": as its files say."""
+    """The number type that `target.dtype` means for this target; "auto": that of its files."""
     if config.dtype == "auto" and is_gguf(config.path):
         return torch.float32  # so llama.cpp computes, whatever the blocks were quantised from
     return DTYPES[config.dtype]
 
 
-def settled(config: TargetConfig, device: torch.device | str) -> TargetConfig:
+def with_dtype(config: TargetConfig, device: torch.device | str) -> TargetConfig:
     """`config` with float32 for target.dtype=auto, where the checkpoint is in 16 bits and `device`
     is a processor without arithmetic for them."""
     on_processor = torch.device(device).type == "cpu" and lacks_bf16()
@@ -214,15 +214,18 @@ def generation_eos(config: TargetConfig, text_config: Any) -> int | list[int] | 
 
 
 def stop_token_ids(eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
-    """Return `eos` and the end of the tokenizer, sorted; `tokenizer` may be None."""
+    """Return `eos` and the tokenizer's end of text, sorted; `tokenizer` may be None."""
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokenizer is not None and tokenizer.eos_token_id is not None:  # planning goes without
         ids.append(tokenizer.eos_token_id)
     return sorted(set(ids))
 
 
-def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
-    """Raises TargetError where text can become ids that an embedding of `rows` rows lacks."""
+def check_tokens(tokenizer: Any, rows: int, name: str) -> list[str]:
+    """Return the tokens that an embedding of `rows` rows lacks and that no text has.
+
+    Raises TargetError where text can become ids that it lacks.
+    """
     placeholders = set(media_tokens(tokenizer))
     vocabulary = tokenizer.get_vocab()
     beyond = {token: index for token, index in vocabulary.items() if index >= rows}
@@ -233,3 +236,4 @@ def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
             f"{rows} rows lacks: {shown}{', ...' if len(wrong) > 3 else ''}; resize the model's "
             "embedding to the tokenizer it was trained with, or take them out of the tokenizer"
         )
+    return sorted(beyond)

@@ -26,8 +26,8 @@ from deepspec.targets.checkpoint import (
     load_tokenizer,
     meta_model,
     open_files,
-    settled,
     stop_token_ids,
+    with_dtype,
 )
 from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import check_layer_ids, default_layer_ids
@@ -125,7 +125,7 @@ class TargetEnds:
 
 def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
     """The ends of the target of `config` on `device`, read alone. Raises TargetError."""
-    tokenizer, config = load_tokenizer(config), settled(config, device)
+    tokenizer, config = load_tokenizer(config), with_dtype(config, device)
     model = meta_model(config)
     with explained(config):
         parts = find_parts(model)

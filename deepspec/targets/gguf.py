@@ -2,7 +2,7 @@
 
 Transformers dequantises the weights and makes config and tokenizer from the file's metadata. It
 takes over only some of the metadata, in silence. Therefore the config is completed here, and a
-file is refused that says more about its model than Transformers computes.
+file is refused if its metadata ask for more than Transformers computes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# llama.cpp ends an answer at each of these, whatever the metadata says (llama-vocab.cpp)
+# llama.cpp ends an answer at each of these, whatever the metadata are (llama-vocab.cpp)
 ENDS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -156,7 +156,7 @@ class GgufFile:
         return sorted(ids)
 
     def complete(self, config: Any) -> None:
-        """Write into `config`, which Transformers made of this file, all that the file says.
+        """Write into `config`, which Transformers made of this file, all that the file holds.
 
         Raises TargetError for what Transformers would compute otherwise.
         """
@@ -181,7 +181,7 @@ class GgufFile:
         config.eos_token_id = self.end_ids() or None
 
     def _rotate(self, text: Any, said: dict[str, Any]) -> None:
-        """Complete the rotation of `text` by what the file `said` of it."""
+        """Complete the rotation of `text` by the file's metadata, `said`."""
         kind = said.pop("rope_type", "none")
         if kind not in ROPE_TYPES:
             raise self._unread(f"rope.scaling.type={kind}")
@@ -224,7 +224,7 @@ class GgufFile:
 
 
 class _Rows:
-    """Rows of a tensor, dequantised when they are asked for."""
+    """Rows of a tensor, dequantised when they are read."""
 
     def __init__(self, tensor: Any) -> None:
         self._tensor = tensor

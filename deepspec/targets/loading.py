@@ -21,7 +21,7 @@ from deepspec.targets.checkpoint import (
     meta_model,
     open_files,
     read_config,
-    settled,
+    with_dtype,
 )
 from deepspec.targets.ends import read_ends
 from deepspec.targets.families import find_parts
@@ -54,7 +54,7 @@ def load_target(config: TargetConfig, device: torch.device | str, checked: bool 
             rollback=config.rollback,
             context_length=config.context_length,
         )
-    config = settled(config, device)
+    config = with_dtype(config, device)
     shapes = meta_model(config) if config.parallel != "replicated" else None
     if shapes is not None:
         check_parallel(config, shapes.config)

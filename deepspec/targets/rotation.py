@@ -27,7 +27,7 @@ def kinds_of(config: Any) -> set[str]:
 
 
 def checked_length(wanted: int | None, config: Any, name: str) -> int | None:
-    """`target.context_length` for the target `name`; its own where that says nothing.
+    """`target.context_length` for the target `name`; the target's own where that is null.
 
     Raises TargetError for more than the target has positions for.
     """
@@ -47,7 +47,7 @@ def checked_length(wanted: int | None, config: Any, name: str) -> int | None:
 def fix_rotation(model: Any, kinds: set[str], length: int) -> None:
     """Make the frequencies of `model` those that it takes for a text of `length` tokens.
 
-    Its own code computes them; then it is told that they are fixed.
+    Its own code computes them; then its rotations are marked as fixed.
     """
     fixed = 0
     for module in model.modules():

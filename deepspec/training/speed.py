@@ -14,7 +14,7 @@ Work = Callable[[Sequence[int], Sequence[int]], float]
 @dataclass
 class Speed:
     """`work`: what a micro-batch takes by formula, whatever it is computed with; None for a kind of
-    drafter without formulas. `peak`: operations a second that this process's device can do, None
+    drafter without formulas. `peak`: operations per second that this process's device can do, None
     where that is not known. `measure`: how the peak was measured, None where it was given.
 
     A step that is faster than a measured peak shows that other work disturbed the measurement: the

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from deepspec.cli import main
-from deepspec.commands.stages import TrainingData, extract_features
+from deepspec.commands.feature_sources import extract_features
+from deepspec.commands.stages import TrainingData
 from deepspec.config.loading import config_from
 from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError

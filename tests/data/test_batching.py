@@ -85,7 +85,7 @@ def test_long_samples_are_cut_and_counted(context: int | None, limit: str) -> No
     assert [(each.sample_id, len(each)) for each in cut] == [("4", 7), ("6", min(9, most))]
     assert cut[1].input_ids.tolist() == list(range(len(cut[1])))
     assert cut[1].loss_mask.tolist() == [place >= 6 for place in range(len(cut[1]))]
-    expected = {f"answers behind {limit}": 1}
+    expected = {f"answers after {limit}": 1}
     if most == 8:
-        expected[f"the rest of a sample behind {limit}"] = 1
+        expected[f"the rest of a sample after {limit}"] = 1
     assert skips == expected

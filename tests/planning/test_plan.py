@@ -198,7 +198,7 @@ def test_data_that_are_not_here_are_as_long_as_may_be() -> None:
     found = read_workload(config, make_tokenizer())
     assert found.samples == 1000 - 64
     assert found.mean_tokens(config) == 512
-    assert "512 each, as data.max_length says" in found.source
+    assert "512 each, as data.max_length allows" in found.source
     shorter = read_workload(config, make_tokenizer(), 200)
     assert shorter.mean_tokens(config) == 200
     assert shorter.largest(config).contexts == (512,) * 4

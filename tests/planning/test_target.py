@@ -80,6 +80,27 @@ def test_a_shipped_shape_is_of_the_main_revision(no_hub: None) -> None:
         plan_target(config.target)
 
 
+def test_a_shipped_shape_has_the_context_length_of_the_config(no_hub: None) -> None:
+    target, origin = plan_target(load_config("qwen3", ["target.context_length=3000"]).target)
+    assert origin is not None
+    assert target.context_length == 3000
+
+
+def test_tools_count_among_the_tokens_of_a_prompt(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds. " * 20}}]
+    row = {"turns": ["What is the sum?"]}
+    (tmp_path / "plain.jsonl").write_text(json.dumps(row))
+    (tmp_path / "tools.jsonl").write_text(json.dumps({**row, "tools": tools}))
+    tokenizer, found = make_tokenizer(), []
+    tokenizer.chat_template = "{{ tools }}" + tokenizer.chat_template
+    for name in ("plain", "tools"):
+        config = load_config("tiny", [f"data.path={tmp_path / name}.jsonl", f"out={tmp_path}/run"])
+        found += read_workload(config, tokenizer).lengths
+    (plain, answer), (whole, same) = found
+    assert answer == same
+    assert whole - plain > 100
+
+
 def test_without_a_tokenizer_lengths_are_assumed_and_samples_counted(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 20}]
     file = tmp_path / "data.jsonl"
@@ -93,4 +114,4 @@ def test_without_a_tokenizer_lengths_are_assumed_and_samples_counted(tmp_path: P
     own = load_config("tiny", [*words, "regenerate.enabled=false"])
     found = read_workload(own, None)
     assert (found.samples, found.mean_tokens(own)) == (8, 512)
-    assert found.source == "data; no tokenizer here: 512 each, as data.max_length says"
+    assert found.source == "data; no tokenizer here: 512 each, as data.max_length allows"

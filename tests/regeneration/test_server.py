@@ -571,7 +571,7 @@ def test_a_url_without_v1(model: str | None, tmp_path: Path) -> None:
         ("OUR_KEY", f" {KEY}\n", KEY),
         ("OUR_KEY", None, "regenerate.api_key_env=OUR_KEY: this environment variable is not set"),
         ("OUR_KEY", "  ", "is not set"),
-        ("OUR_KEY", f"{KEY}\nX-Other: 1", "holds signs that no HTTP header can carry"),
+        ("OUR_KEY", f"{KEY}\nX-Other: 1", "holds characters that no HTTP header can carry"),
     ],
 )
 def test_the_key_is_in_the_environment(

@@ -52,7 +52,7 @@ def test_samples_end_at_the_context_and_say_so(
     config = config_of(recipe, data, tmp_path, "regenerate.enabled=false", "data.max_length=80")
     (sample,), skipped = samples_of(config, writer)
     assert len(sample) == 80
-    cut = "the rest of a sample behind "
+    cut = "the rest of a sample after "
     assert skipped == {cut + "data.max_length=80": 1, "no answer": 1}
     short = shortened(writer_folder, tmp_path / "short", 64)
     (sample,), skipped = samples_of(config, short)
