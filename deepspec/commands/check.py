@@ -105,6 +105,7 @@ def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
     from deepspec.targets import load_text_side
 
     values, words = take(words, "out")
+    page = _page(values["out"]) if values.get("out") else None
     named = f"data.path={listed('data', path)}"
     if recipe is not None:
         config = load_config(recipe, [*words, named])
@@ -124,8 +125,8 @@ def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
     _print_samples(found)
     for name, value in found.facts.items():
         print(f"{name}: {value}")
-    if page := values.get("out"):
-        _write_page(Path(page).expanduser(), found, path, config.target.path)
+    if page is not None:
+        _write_page(page, found, path, config.target.path)
     return print_findings(f"{path}, as {config.target.path} would emit it", found.findings)
 
 
@@ -153,14 +154,25 @@ def _visible(text: str) -> str:
     )
 
 
+def _page(out: str) -> Path:
+    """Return the path of the page and make its folder. Raises ConfigError before data is read."""
+    from deepspec.errors import ConfigError
+    from deepspec.outputs import make_folder
+
+    path = Path(out).expanduser()
+    if path.suffix != ".html":
+        raise ConfigError(f"out={path} must be named *.html: it is the page of this check")
+    if path.is_dir():
+        raise ConfigError(f"out={path} is a folder; name a file")
+    make_folder(path.parent)
+    return path
+
+
 def _write_page(path: Path, found: DataCheck, title: str, target: str) -> None:
     from deepspec import __version__
     from deepspec.atomic import atomic_file
-    from deepspec.errors import ConfigError
     from deepspec.evaluation.report import environment
 
-    if path.suffix != ".html":
-        raise ConfigError(f"out={path} must be named *.html: it is the page of this check")
     context = {
         "title": title,
         "target": target,
