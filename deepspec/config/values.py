@@ -40,7 +40,11 @@ def read_value(word: str, typed: bool = False) -> Any:
     if not text.startswith(("[", "{", "'", '"')):
         return None if text == "null" else text
     try:
-        return yaml.load(text, _Values if typed else _Texts)
+        value = yaml.load(text, _Values if typed else _Texts)
     except yaml.YAMLError as error:
         problem = str(getattr(error, "problem", error)).splitlines()[0]
         raise ConfigError(f"{word} is not readable: {problem}") from None
+    # YAML reads {a:b} as the key "a:b" without a value
+    if isinstance(value, dict) and any(":" in str(key) and not value[key] for key in value):
+        raise ConfigError(f"{word} is not readable: put a space after the colon: {{a: b}}")
+    return value
