@@ -45,6 +45,7 @@ def read_value(word: str, typed: bool = False) -> Any:
         problem = str(getattr(error, "problem", error)).splitlines()[0]
         raise ConfigError(f"{word} is not readable: {problem}") from None
     # YAML reads {a:b} as the key "a:b" without a value
-    if isinstance(value, dict) and any(":" in str(key) and not value[key] for key in value):
+    pairs = value.items() if isinstance(value, dict) else ()
+    if any(":" in str(key) and inner in (None, "") for key, inner in pairs):
         raise ConfigError(f"{word} is not readable: put a space after the colon: {{a: b}}")
     return value
