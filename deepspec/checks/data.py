@@ -110,6 +110,8 @@ def check_data(
     skip = counter_of(check.skips)
     for conversation in conversations:
         check.conversations += 1
+        if check.conversations <= COMPARED and _hides_tools(conversation, encoder):
+            skip("tools are not shown by the template", conversation.id)
         if not any(message["role"] == "assistant" for message in conversation.messages):
             check.prompts += 1
             if len(check.shown) < show and (refused := _show_prompt(check, conversation, encoder)):
@@ -146,6 +148,18 @@ def _show_prompt(check: DataCheck, conversation: Conversation, encoder: ChatEnco
     text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     check.shown.append((conversation.id, [Span(text, False)]))
     return ""
+
+
+def _hides_tools(conversation: Conversation, encoder: ChatEncoder) -> bool:
+    """Whether the conversation has tools, and the prompt is the same without them."""
+    if not conversation.tools:
+        return False
+    roles = [message["role"] for message in conversation.messages]
+    asked = conversation.messages[: roles.index("user") + 1]
+    try:
+        return encoder.prompt(asked, conversation.tools) == encoder.prompt(asked)
+    except TemplateRefusal:  # counted where the conversation is encoded
+        return False
 
 
 def _prompts(conversation: Conversation, encoder: ChatEncoder) -> set[tuple[int, ...]]:

@@ -165,3 +165,23 @@ def test_the_folder_of_a_page_is_made(target_folder: Path, tmp_path: Path) -> No
     page = tmp_path / "new" / "page.html"
     main(["check", f"data={tmp_path}/a.jsonl", f"target={target_folder}", f"out={page}"])
     assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (UNMARKED, {"tools are not shown by the template (first in a)": 2}),
+        ("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + UNMARKED, {}),
+    ],
+)
+def test_tools_that_the_template_ignores_are_counted(
+    template: str, expected: dict[str, int]
+) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    talks = [
+        talk("a", "Hi", tools=(tool,)),
+        talk("b", "Hi", "Hello.", tools=(tool,)),
+        talk("c", "Hi", "Hello."),
+    ]
+    encoder = ChatEncoder(make_tokenizer(template), 4096, stop_token_ids=END)
+    assert check_data(talks, encoder, END).skips == expected
