@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspec.checks.finding import Finding
 from deepspec.data.chat_template import ChatEncoder
-from deepspec.data.conversations import Conversation, SkipCounts
+from deepspec.data.conversations import Conversation, SkipCounts, counter_of
 from deepspec.errors import TemplateRefusal
 from deepspec.records import Sample
 
@@ -106,14 +106,20 @@ def check_data(
     Prompts without answers are counted; where there is nothing else, they are shown.
     """
     check, stops = DataCheck(), set(stop_token_ids)
+    skip = counter_of(check.skips)
     for conversation in conversations:
         check.conversations += 1
+        if check.conversations <= COMPARED and _hides_tools(conversation, encoder):
+            skip("tools are not shown by the template", conversation.id)
         if not any(message["role"] == "assistant" for message in conversation.messages):
             check.prompts += 1
-            if len(check.shown) < show:
-                _show_prompt(check, conversation, encoder)
+            if len(check.shown) < show and (refused := _show_prompt(check, conversation, encoder)):
+                skip(refused, conversation.id)
             continue
-        samples = encoder.encode(conversation, check.skips)
+        left_out = SkipCounts()
+        samples = encoder.encode(conversation, left_out)
+        for reason in left_out.elements():
+            skip(reason, conversation.id)
         prompts = _prompts(conversation, encoder) if check.conversations <= COMPARED else None
         for sample in samples:
             _count(check, sample, stops, prompts)
@@ -132,14 +138,27 @@ def spans_of(tokenizer: Any, sample: Sample) -> Iterator[Span]:
         yield Span(tokenizer.decode(ids, clean_up_tokenization_spaces=False), bool(supervised))
 
 
-def _show_prompt(check: DataCheck, conversation: Conversation, encoder: ChatEncoder) -> None:
+def _show_prompt(check: DataCheck, conversation: Conversation, encoder: ChatEncoder) -> str:
+    """Append the prompt to `check.shown`, or return the reason why the template refuses it."""
     try:
         ids = encoder.prompt(conversation.messages, conversation.tools)
     except TemplateRefusal as refusal:
-        check.skips[refusal.reason] += 1
-        return
+        return refusal.reason
     text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     check.shown.append((conversation.id, [Span(text, False)]))
+    return ""
+
+
+def _hides_tools(conversation: Conversation, encoder: ChatEncoder) -> bool:
+    """Whether the conversation has tools, and the prompt is the same without them."""
+    if not conversation.tools:
+        return False
+    roles = [message["role"] for message in conversation.messages]
+    asked = conversation.messages[: roles.index("user") + 1]
+    try:
+        return encoder.prompt(asked, conversation.tools) == encoder.prompt(asked)
+    except TemplateRefusal:  # counted where the conversation is encoded
+        return False
 
 
 def _prompts(conversation: Conversation, encoder: ChatEncoder) -> set[tuple[int, ...]]:

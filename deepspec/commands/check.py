@@ -102,15 +102,10 @@ def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
     from deepspec.data.chat_template import ChatEncoder
     from deepspec.data.conversations import SkipCounts, load_conversations
     from deepspec.errors import ConfigError
-    from deepspec.outputs import make_folder
     from deepspec.targets import load_text_side
 
     values, words = take(words, "out")
-    page = Path(values["out"]).expanduser() if "out" in values else None
-    if page is not None:
-        if page.suffix != ".html":
-            raise ConfigError(f"out={page} must be named *.html: it is the page of this check")
-        make_folder(page.parent)
+    page = _page(values["out"]) if values.get("out") else None
     named = f"data.path={listed('data', path)}"
     if recipe is not None:
         config = load_config(recipe, [*words, named])
@@ -157,6 +152,20 @@ def _visible(text: str) -> str:
     return "".join(
         each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
     )
+
+
+def _page(out: str) -> Path:
+    """Return the path of the page and make its folder. Raises ConfigError before data is read."""
+    from deepspec.errors import ConfigError
+    from deepspec.outputs import make_folder
+
+    path = Path(out).expanduser()
+    if path.suffix != ".html":
+        raise ConfigError(f"out={path} must be named *.html: it is the page of this check")
+    if path.is_dir():
+        raise ConfigError(f"out={path} is a folder; name a file")
+    make_folder(path.parent)
+    return path
 
 
 def _write_page(path: Path, found: DataCheck, title: str, target: str) -> None:

@@ -40,7 +40,12 @@ def read_value(word: str, typed: bool = False) -> Any:
     if not text.startswith(("[", "{", "'", '"')):
         return None if text == "null" else text
     try:
-        return yaml.load(text, _Values if typed else _Texts)
+        value = yaml.load(text, _Values if typed else _Texts)
     except yaml.YAMLError as error:
         problem = str(getattr(error, "problem", error)).splitlines()[0]
         raise ConfigError(f"{word} is not readable: {problem}") from None
+    # YAML reads {a:b} as the key "a:b" without a value
+    pairs = value.items() if isinstance(value, dict) else ()
+    if any(":" in str(key) and inner in (None, "") for key, inner in pairs):
+        raise ConfigError(f"{word} is not readable: put a space after the colon: {{a: b}}")
+    return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from deepspec.errors import DataError
 SkipCounts = Counter[str]
 
 NOT_UNICODE = "half a surrogate pair"  # why a row is left out, or an answer
+TOO_DEEP = "a row nested too deeply"
 MOST_REASONS = 50  # data may name a role per row
 
 
@@ -42,14 +43,8 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conversation]:
-    """All usable conversations of `config.path`, in order.
-
-    `skips` counts the rows that are left out by reason, and the turns of the other rows by each of
-    their fields that is not read. Raises DataError for a missing path, a malformed line (file and
-    line named), and a source without one usable row.
-    """
-    count = 0
+def counter_of(skips: SkipCounts) -> Callable[[str, str], None]:
+    """Return a function (reason, place) that counts in `skips` each reason with its first place."""
     first_places: dict[str, str] = {}
 
     def skip(reason: str, place: str) -> None:
@@ -57,6 +52,17 @@ def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conver
             reason = "other reasons"
         skips[f"{reason} (first in {first_places.setdefault(reason, place)})"] += 1
 
+    return skip
+
+
+def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conversation]:
+    """All usable conversations of `config.path`, in order.
+
+    `skips` counts the rows that are left out by reason, and the turns of the other rows by each of
+    their fields that is not read. Raises DataError for a missing path, a malformed line (file and
+    line named), and a source without one usable row.
+    """
+    count, skip = 0, counter_of(skips)
     for place, row in (pair for path in config.path for pair in rows_of(path, config, skips)):
         unread: list[str] = []
         reason, conversation = parse_row(row, config.fields, place, unread)
@@ -88,13 +94,15 @@ def parse_row(
         messages, others = _messages(first_of(row, fields.messages), fields)
         messages = _with_system(messages, first_of(row, fields.system))
         tools = parse_tools(first_of(row, fields.tools))
+        name = first_of(row, fields.id)
+        name = str(name) if name is not None else place
+        domain, whose = row.get("domain"), row.get("conversation_id")
+        said = json.dumps([name, domain, whose, messages, tools], ensure_ascii=False, default=str)
     except Unusable as why:
         return str(why), None
-    name = first_of(row, fields.id)
-    name = str(name) if name is not None else place
-    domain, whose = row.get("domain"), row.get("conversation_id")
-    text = json.dumps([name, domain, whose, messages, tools], ensure_ascii=False, default=str)
-    if not is_unicode(text):
+    except RecursionError:  # Python's json module recurses into lists and objects
+        return TOO_DEEP, None
+    if not is_unicode(said):
         return NOT_UNICODE, None
     if unread is not None:
         unread += others

@@ -86,6 +86,8 @@ def _row_of(line: bytes, place: str, first: bool) -> Row:
         raise DataError(f"{place}: not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise DataError(f"{place}: nested too deeply") from None
     if not isinstance(row, dict):
         array = "; one object per line, not one array" if isinstance(row, list) else ""
         raise DataError(f"{place}: expected a JSON object, found {row!r:.60}{array}")
@@ -98,6 +100,8 @@ def _array_rows(path: Path) -> Iterator[tuple[int, Row]]:
             rows = json.loads(stream.read().decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a JSON array ({error})") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, element {number}: expected an object, found {row!r:.60}")

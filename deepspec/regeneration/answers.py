@@ -71,7 +71,11 @@ class RegenerationCounts:
         """One line for people."""
         file = self.file
         notes = (
-            (self.unused, "rows are not used, because the data no longer have their prompts"),
+            (
+                self.unused,
+                "rows are not used here, because the data no longer have their prompts, but a "
+                "training with this file as data.path uses them",
+            ),
             (
                 file.truncated,
                 "rows were cut at regenerate.max_new_tokens or the end of the context",

@@ -51,7 +51,21 @@ def checked_path(config: TargetConfig) -> str:
             f"target.path={config.path}: no config.json there{missing}; give the folder of a "
             "Hugging Face checkpoint or the name of one on the hub"
         )
+    _check_generation_config(Path(path, "generation_config.json"))
     return path
+
+
+def _check_generation_config(file: Path) -> None:
+    """Raise TargetError for a broken file, which Transformers would take as missing."""
+    try:
+        whole = not file.is_file() or isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise TargetError(
+            f"{file} is not a JSON object; mend or fetch it again: it names the tokens at which "
+            "generation stops"
+        )
 
 
 @contextmanager

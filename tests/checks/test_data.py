@@ -121,3 +121,67 @@ def test_command_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[
         main(["check", f"data={tmp_path}"])
     assert ended.value.code == 2
     assert "target= is missing" in capsys.readouterr().err
+
+
+def test_a_reason_names_the_first_conversation_that_has_it() -> None:
+    talks = [
+        talk("a", "Hi", "Hello."),
+        talk("b", "Hi", "Hel<|im_end|>lo."),
+        talk("c", "Hi", "<|im_end|>."),
+    ]
+    found = check_data(talks, encoder_of(), END)
+    assert found.skips == {"an answer holds a stop token (first in b)": 2}
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [("page.txt", "must be named *.html"), ("folder.html", "is a folder")],
+)
+def test_a_page_that_cannot_be_is_refused_before_the_data_is_read(
+    out: str,
+    expected: str,
+    target_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"turns": ["Hi"]}')
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "check",
+                f"data={tmp_path}/a.jsonl",
+                f"target={target_folder}",
+                f"out={tmp_path}/{out}",
+            ]
+        )
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (2, "")
+    assert f"out={tmp_path}/{out} {expected}" in printed.err
+
+
+def test_the_folder_of_a_page_is_made(target_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"turns": ["Hi"]}')
+    page = tmp_path / "new" / "page.html"
+    main(["check", f"data={tmp_path}/a.jsonl", f"target={target_folder}", f"out={page}"])
+    assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (UNMARKED, {"tools are not shown by the template (first in a)": 2}),
+        ("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + UNMARKED, {}),
+    ],
+)
+def test_tools_that_the_template_ignores_are_counted(
+    template: str, expected: dict[str, int]
+) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    talks = [
+        talk("a", "Hi", tools=(tool,)),
+        talk("b", "Hi", "Hello.", tools=(tool,)),
+        talk("c", "Hi", "Hello."),
+    ]
+    encoder = ChatEncoder(make_tokenizer(template), 4096, stop_token_ids=END)
+    assert check_data(talks, encoder, END).skips == expected

@@ -160,6 +160,20 @@ def test_broken_target(file: str, refused: Refused, target_folder: Path, tmp_pat
     assert "files are complete" in message
 
 
+@pytest.mark.parametrize(
+    "command", ["train target.path={}", "check target={}", "check target={} data=a"]
+)
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_generation_config(
+    command: str, text: str, refused: Refused, target_folder: Path, tmp_path: Path
+) -> None:
+    """Transformers takes a broken one as missing: the tokens that end an answer would be lost."""
+    copy = Path(shutil.copytree(target_folder, tmp_path / "copy"))
+    (copy / "generation_config.json").write_text(text)
+    message = refused(*command.format(copy).split())
+    assert f"{copy / 'generation_config.json'} is not a JSON object" in message
+
+
 def test_tokenizer_without_a_chat_template(refused: Refused, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer(template=None).save_pretrained(tmp_path / "base")

@@ -273,6 +273,11 @@ def test_a_later_word_wins_and_a_saved_config_is_changed_by_key() -> None:
         ("data.fields=x", "data.fields.messages=..."),
         ("data.template_options=low", "options=low must be a mapping, written {a: b}"),
         ("data.template_options=null", "=null must be a mapping, written {a: b}"),
+        (
+            "data.template_options={a:b}",
+            "{a:b} is not readable: put a space after the colon: {a: b}",
+        ),
+        ("data.fields.roles={c:user}", "{c:user} is not readable: put a space after the colon"),
         ("data.template_options={a: [}", "data.template_options={a: [} is not readable"),
         ("data.fields.roles=[a]", "data.fields.roles=['a'] must be a mapping of texts"),
         ("data.fields.roles={critic: judge}", "a mapping to system, developer, user, assistant"),

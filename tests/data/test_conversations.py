@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,30 @@ def test_real_benchmark_prompts(name: str, count: int) -> None:
     conversations, skips = load(str(path))
     assert len(conversations) == count
     assert not skips
+
+
+DEEP = "[" * 50_000 + "]" * 50_000  # more than Python's json module recurses
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.jsonl", '{"turns": ["fine"]}\n' + DEEP, "a.jsonl, line 2: nested too deeply"),
+        ("a.json", DEEP, "a.json: nested too deeply"),
+    ],
+)
+def test_files_nested_too_deeply_are_named(
+    name: str, text: str, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=re.escape(expected)):
+        load(str(path))
+
+
+@pytest.mark.parametrize("field", ["messages", "tools"])
+def test_rows_nested_too_deeply_are_counted(field: str, tmp_path: Path) -> None:
+    rows = [{"turns": ["fine"]}, {"turns": ["fine"], field: DEEP}]
+    conversations, skips = load(write(tmp_path / "a.jsonl", rows))
+    assert len(conversations) == 1
+    assert skips == {"a row nested too deeply (first in a-2)": 1}

@@ -40,7 +40,8 @@ def test_a_lower_limit_trains_on_what_is_wanted(
         make_answers(config, writer, out / "answers.jsonl", lambda: None)
         samples, skipped = samples_of(config, writer)
         assert {sample.sample_id for sample in samples} == {f"q{i}" for i in range(limit)}
-        assert ("2 rows are not used" in capsys.readouterr().err) == bool(unused)
+        said = "2 rows are not used here, because the data no longer have their prompts, but a"
+        assert (said in capsys.readouterr().err) == bool(unused)
         assert not skipped
 
 
