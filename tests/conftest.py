@@ -46,6 +46,13 @@ MARKED = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+# MARKED, with the calls of a turn after its content.
+CALLING = MARKED.replace(
+    "message['content'] + '<|im_end|>' -}}",
+    "message['content'] -}}{%- for call in message.tool_calls or [] -%}"
+    "{{- '[' + call.function.name + (call.function.arguments | tojson) + ']' -}}{%- endfor -%}"
+    "{{- '<|im_end|>' -}}",
+)
 UNMARKED = MARKED.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 
 

@@ -113,7 +113,8 @@ def check_data(
             skip("tools are not shown by the template", conversation.id)
         if not any(message["role"] == "assistant" for message in conversation.messages):
             check.prompts += 1
-            if len(check.shown) < show and (refused := _show_prompt(check, conversation, encoder)):
+            shown = len(check.shown) < show
+            if refused := _render_prompt(check, conversation, encoder, shown):
                 skip(refused, conversation.id)
             continue
         left_out = SkipCounts()
@@ -138,14 +139,19 @@ def spans_of(tokenizer: Any, sample: Sample) -> Iterator[Span]:
         yield Span(tokenizer.decode(ids, clean_up_tokenization_spaces=False), bool(supervised))
 
 
-def _show_prompt(check: DataCheck, conversation: Conversation, encoder: ChatEncoder) -> str:
-    """Append the prompt to `check.shown`, or return the reason why the template refuses it."""
+def _render_prompt(
+    check: DataCheck, conversation: Conversation, encoder: ChatEncoder, show: bool
+) -> str:
+    """Return why the prompt cannot be answered, or an empty text; append it to `check.shown`."""
     try:
         ids = encoder.prompt(conversation.messages, conversation.tools)
     except TemplateRefusal as refusal:
         return refusal.reason
-    text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    check.shown.append((conversation.id, [Span(text, False)]))
+    if len(ids) >= encoder.max_length:
+        return "a prompt of data.max_length or more"
+    if show:
+        text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        check.shown.append((conversation.id, [Span(text, False)]))
     return ""
 
 

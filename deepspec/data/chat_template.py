@@ -17,7 +17,7 @@ import torch
 
 from deepspec.config.schema import DataConfig
 from deepspec.data import tool_calls
-from deepspec.data.conversations import Conversation, Message, SkipCounts
+from deepspec.data.conversations import Conversation, Message, SkipCounts, counter_of
 from deepspec.data.emission import EMPTY, Emission, Turn
 from deepspec.data.stops import ASKED, STOP_INSIDE, Tools
 from deepspec.data.turns import OURS
@@ -61,6 +61,7 @@ class ChatEncoder:
             **dict.fromkeys(SWITCHES, thinking),
             **(options or {}),
         }
+        self._chosen = tuple(options or ())
         self._today = today
         self._stop_ids = frozenset(stop_token_ids)
         stops = [tokenizer.decode([each]) for each in self._stop_ids]
@@ -108,12 +109,12 @@ class ChatEncoder:
         skips.update(refusal.reason for refusal in refusals)
         samples = self._samples(conversation, found)
         if cut_away := len(found) - len(samples):
-            skips["answers behind max_length"] += cut_away
+            skips["answers after data.max_length"] += cut_away
         return samples
 
     def prompt(self, messages: Iterable[Message], tools: Tools = ()) -> list[int]:
         """Token ids of `messages` with the generation prompt, ready for the target to answer."""
-        return self._tokens(self._render(self._prepared(messages), tools, True))
+        return self._tokens(self._prompt(self._prepared(messages), tools))
 
     def _samples(
         self, conversation: Conversation, found: Sequence[tuple[list[int], list[bool]]]
@@ -170,7 +171,7 @@ class ChatEncoder:
         sampled: list[int] | None,
         truncated: bool,
     ) -> tuple[list[int], list[int]]:
-        prompt = self._render(history, tools, True)
+        prompt = self._prompt(history, tools)
         given = self._tokens(prompt)
         if sampled is None:
             text, mark = self._emission.text(Turn(history, message, tools, prompt), truncated)
@@ -270,7 +271,14 @@ class ChatEncoder:
         return on != off
 
     def _require_effect(self) -> None:
-        """Raises TemplateError where `thinking` is on and the template has another switch."""
+        """Raises TemplateError for options that the template does not read, and where `thinking` is
+        on and it has another switch."""
+        unread = [name for name in self._chosen if name not in self._source]
+        if unread:
+            raise TemplateError(
+                f"data.template_options has {', '.join(unread)}, which the {self._template} does "
+                "not read; take it out, or spell it as the template does"
+            )
         effort = "reasoning_effort"
         ignored = self._thinking and not self._switch and not self._emission.always_thinks
         if ignored and effort in self._source and effort not in self._options:
@@ -292,6 +300,19 @@ class ChatEncoder:
                 "a placeholder of an image or sound",
             )
         return ids
+
+    def _prompt(self, messages: Sequence[Message], tools: Tools) -> str:
+        """Return the rendered prompt. Raises TemplateRefusal where calls or results are not in it:
+        the target would answer a broken conversation."""
+        text = self._render(messages, tools, True)
+        for message in messages:
+            if not tool_calls.shown(text, message):
+                raise TemplateRefusal(
+                    f"the {self._template} does not show the tool calls or results before the "
+                    "answer",
+                    "tool calls or results are not shown by the template",
+                )
+        return text
 
     def _render(
         self, messages: Sequence[Message], tools: Tools, prompt: bool, **options: Any
@@ -319,7 +340,10 @@ class ChatEncoder:
             if not tool_calls.shown_as_python(form, text):
                 return text
             first = first or "it shows the arguments of a tool call as a Python dict"
-        raise TemplateRefusal(f"the {self._template} refuses it: {first}")
+        raise TemplateRefusal(
+            f"the {self._template} refuses it: {first}",
+            f"refused by the chat template: {' '.join(str(first).split())[:60]}",
+        )
 
 
 def _dated(template: str, today: datetime.date) -> str:
@@ -353,15 +377,20 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 def encode_all(
     conversations: Iterable[Conversation], encoder: ChatEncoder, skips: SkipCounts
 ) -> list[Sample]:
-    """Every conversation as a sample; what had to be left out is counted in `skips`."""
-    samples = []
+    """Return the samples of all conversations; `skips` counts what is left out, by reason and with
+    the first conversation that has it."""
+    samples, skip = [], counter_of(skips)
     for conversation in conversations:
         if not any(message["role"] == "assistant" for message in conversation.messages):
-            skips["no answer"] += 1
+            skip("no answer", conversation.id)
             continue
-        for sample in encoder.encode(conversation, skips):
+        left_out = SkipCounts()
+        encoded = encoder.encode(conversation, left_out)
+        for reason in left_out.elements():
+            skip(reason, conversation.id)
+        for sample in encoded:
             if bool((sample.loss_mask[1:] & sample.loss_mask[:-1]).any()):
                 samples.append(sample)
             else:
-                skips["answer too short for an anchor"] += 1
+                skip("answer too short for an anchor", conversation.id)
     return samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ def with_other_last(message: Message) -> Message:
 def names(message: Message) -> list[str]:
     """Return the names of the functions that `message` calls."""
     return [str(_function(call).get("name")) for call in message.get("tool_calls") or ()]
+
+
+def shown(text: str, message: Message) -> bool:
+    """Whether `text` has the calls of `message`, or the result that it is: at least its longest
+    word, because templates write results in many ways."""
+    if message["role"] == "tool":
+        words = re.findall(r"\w+", message["content"])
+        return not words or max(words, key=len) in text
+    return not message.get("tool_calls") or are_in(text, message)
 
 
 def are_in(text: str, message: Message) -> bool:

@@ -200,7 +200,10 @@ def test_left_out_samples_are_counted() -> None:
     late = conversation_of([("a" * 60, "b")])
     samples = encode_all([question_only, late, conversation_of([("a", "b")])], encoder, skips)
     assert len(samples) == 1
-    assert skips == {"no answer": 1, "answers behind max_length": 1}
+    assert skips == {
+        "no answer (first in q)": 1,
+        "answers after data.max_length (first in s)": 1,
+    }
 
 
 def test_a_conversation_that_the_template_refuses_is_counted() -> None:
@@ -209,7 +212,7 @@ def test_a_conversation_that_the_template_refuses_is_counted() -> None:
     fine = conversation_of([("a", "b")])
     refused = Conversation("r", ({"role": "system", "content": "be brief"}, *fine.messages))
     assert [sample.sample_id for sample in encode_all([refused, fine], encoder, skips)] == ["s"]
-    assert skips == {"refused by the chat template": 1}
+    assert skips == {"refused by the chat template: no (first in r)": 1}
 
 
 # What the target emits, for templates in the shape of public ones.
@@ -425,7 +428,7 @@ def test_an_answer_before_any_question_is_context_only() -> None:
     (sample,) = encode_all([Conversation("s", messages)], encoder, skips)
     assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "b<|im_end|>"
     assert "Ask me." in encoder.tokenizer.decode(sample.input_ids)
-    assert skips == {"an assistant turn before any question": 1}
+    assert skips == {"an assistant turn before any question (first in s)": 1}
 
 
 @pytest.mark.parametrize(
@@ -498,9 +501,11 @@ def test_tool_calls_that_the_template_drops_are_refused() -> None:
     with pytest.raises(TemplateRefusal, match="content and the tool calls"):
         encoder.encode(call_conversation("Let me add."))
     skips = SkipCounts()
-    (sample,) = encoder.encode(call_conversation(""), skips)
-    assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "Nineteen.<|im_end|>"
-    assert sum(skips.values()) == 1
+    assert encoder.encode(call_conversation(""), skips) == []
+    assert skips == {
+        "an answer is not shown by the template": 1,
+        "tool calls or results are not shown by the template": 1,  # before the last answer
+    }
 
 
 def test_ids_of_another_tokenizer_are_refused() -> None:
@@ -509,3 +514,22 @@ def test_ids_of_another_tokenizer_are_refused() -> None:
         answer = {"role": "assistant", "content": "Hello.", "token_ids": ids}
         with pytest.raises(TemplateRefusal, match="another tokenizer"):
             encoder.encode(Conversation("s", ({"role": "user", "content": "a"}, answer)))
+
+
+def test_tool_calls_and_results_that_the_prompt_lacks_are_refused() -> None:
+    """A template that drops them would have the target answer a broken conversation."""
+    conversation = call_conversation("")
+    with_calls = ChatEncoder(with_marks(CALLS, (), ["<call>", "</call>"]), 4096)
+    assert with_calls.prompt(conversation.messages[:3], conversation.tools)
+    without = ChatEncoder(TOKENIZERS["unmarked"], 4096)
+    with pytest.raises(TemplateRefusal, match="does not show the tool calls or results"):
+        without.prompt(conversation.messages[:3], conversation.tools)
+    users_only = "{%- for m in messages if m.role == 'user' %}{{ m.content }}{%- endfor %}"
+    result = [*ASKED, {"role": "tool", "content": "nineteen"}]
+    with pytest.raises(TemplateRefusal, match="does not show the tool calls or results"):
+        ChatEncoder(make_tokenizer(users_only), 4096).prompt(result)
+
+
+def test_options_that_the_template_does_not_read_are_refused() -> None:
+    with pytest.raises(TemplateError, match=r"data\.template_options has efort"):
+        ChatEncoder(make_tokenizer(UNMARKED), 99, options={"efort": "high"})

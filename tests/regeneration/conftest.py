@@ -13,7 +13,7 @@ from torch import nn
 from deepspec.config.schema import TargetConfig
 from deepspec.data.conversations import Conversation
 from deepspec.targets import Target, load_target
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import CALLING, make_model, make_tokenizer
 
 END, PRINTABLE = 2, slice(4, 98)  # ids of "<|im_end|>", and of "!" to "~" in the test tokenizer
 
@@ -31,7 +31,7 @@ def writer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config.tie_word_embeddings = False
     folder = tmp_path_factory.mktemp("writer")
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer("{{- style | default('') -}}" + CALLING).save_pretrained(folder)
     return folder
 
 

@@ -263,7 +263,7 @@ def test_failures_are_written_counted_and_tried_again(writer_folder: Path, tmp_p
         counts, rows = run(target, conversations, out, greedy(max_new_tokens=120))
         reasons = Counter(counts.failed)
         assert reasons["prompt too long"] == 2
-        assert reasons["refused by the chat template"] == 1
+        assert sum(n for why, n in reasons.items() if why.startswith("refused by the chat")) == 1
         assert reasons["empty answer"] >= 1
         lines = [json.loads(line) for line in failed.read_text().splitlines()]
         assert Counter(line["reason"] for line in lines) == reasons

@@ -115,7 +115,7 @@ def test_another_target_or_rendering_is_refused(
     strict = TargetAnswerer(writer, replace(DATA, system_prompt="Be strict."))
     with pytest.raises(DataError, match=r"system_prompt is None there and 'Be strict\.' here"):
         regenerate(CONVERSATIONS, strict, CONFIG, out, show=False)
-    options = {"reasoning_effort": "low"}
+    options = {"style": "low"}
     later = TargetAnswerer(writer, replace(DATA, date="2026-07-26", template_options=options))
     found = r"date is '2026-01-01' there and '2026-07-26' here; template_options is \{\} there and"
     with pytest.raises(DataError, match=found):

@@ -54,11 +54,14 @@ def test_samples_end_at_the_context_and_say_so(
     (sample,), skipped = samples_of(config, writer)
     assert len(sample) == 80
     cut = "the rest of a sample after "
-    assert skipped == {cut + "data.max_length=80": 1, "no answer": 1}
+    assert skipped == {cut + "data.max_length=80": 1, "no answer (first in data-2)": 1}
     short = shortened(writer_folder, tmp_path / "short", 64)
     (sample,), skipped = samples_of(config, short)
     assert len(sample) == 64
-    assert skipped == {cut + "the end of the target's context, 64": 1, "no answer": 1}
+    assert skipped == {
+        cut + "the end of the target's context, 64": 1,
+        "no answer (first in data-2)": 1,
+    }
 
 
 def test_agentic_rows_reach_the_training(recipe: Path, writer: Target, tmp_path: Path) -> None:
