@@ -76,10 +76,12 @@ class DataCheck:
     @property
     def facts(self) -> dict[str, str]:
         """Counts and lengths, to be printed."""
+        only = self.prompts == self.conversations
         found = {
             "conversations": f"{self.conversations}",
             "prompts without an answer": f"{self.prompts}",
-            "samples": f"{len(self.lengths)}",
+            "samples": f"{len(self.lengths)}"
+            + (" (the target answers the prompts: regenerate.enabled=true)" if only else ""),
             "tokens": f"{self.tokens}",
         }
         if self.tokens:
