@@ -72,22 +72,24 @@ def _check_target(path: str, words: Sequence[str], recipe: str | None) -> bool:
 
 
 def print_findings(title: str, findings: Iterable[Finding]) -> bool:
-    """A row a finding, as a table, once all are made; whether all of them hold."""
+    """Print a table with a row per finding, once all are made; return whether all of them hold."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    found = list(findings)
+    compared = any(finding.difference is not None for finding in found)
     table = Table(title=escape(title), box=None, pad_edge=False, title_justify="left")
-    for column in ("", "what", "largest difference", "found"):
+    for column in ("", "what", *(["largest difference"] if compared else []), "found"):
         table.add_column(column, overflow="fold")
-    failed = 0
-    for finding in findings:
+    for finding in found:
         state = "[green]holds[/]" if finding.holds else "[red]fails[/]"
         difference = "" if finding.difference is None else f"{finding.difference:.2g}"
-        table.add_row(state, *map(escape, (finding.what, difference, finding.detail)))
-        failed += not finding.holds
+        cells = (finding.what, *([difference] if compared else []), finding.detail)
+        table.add_row(state, *map(escape, cells))
     Console().print(table)
-    print(f"{failed} of {table.row_count} do not hold" if failed else "all checks hold")
+    failed = sum(not finding.holds for finding in found)
+    print(f"{failed} of {len(found)} do not hold" if failed else "all checks hold")
     return not failed
 
 
