@@ -388,6 +388,8 @@ def encode_all(
         encoded = encoder.encode(conversation, left_out)
         for reason in left_out.elements():
             skip(reason, conversation.id)
+        if not encoded and not left_out:
+            skip("no supervised answer", conversation.id)
         for sample in encoded:
             if bool((sample.loss_mask[1:] & sample.loss_mask[:-1]).any()):
                 samples.append(sample)

@@ -51,6 +51,8 @@ def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
         for key, kind in OURS.items():
             if isinstance(turn.get(key), kind):
                 message[key] = turn[key]
+        if turn.get("weight") == 0 or turn.get("train") is False:  # OpenAI's, Axolotl's
+            message["supervised"] = False
         read |= {*fields.reasoning, *fields.tool_calls, OLD_CALL, *OURS}
     elif content is None:
         raise Unusable(f"a turn of role {role} without any of {', '.join(fields.content)}")

@@ -464,6 +464,10 @@ def test_turns_that_are_context_only_are_not_supervised() -> None:
     conversation.messages[1]["supervised"] = False
     (sample,) = encoder.encode(conversation)
     assert encoder.tokenizer.decode(sample.input_ids[sample.loss_mask]) == "d<|im_end|>"
+    conversation.messages[3]["supervised"] = False
+    skips = SkipCounts()
+    assert encode_all([conversation], encoder, skips) == []
+    assert skips == {"no supervised answer (first in s)": 1}
 
 
 CALLS = (  # Qwen: calls after the content; results from a role of their own

@@ -185,6 +185,14 @@ def test_tool_turns_and_tools(tmp_path: Path) -> None:
     assert [m["role"] for m in conversation.messages[:2]] == ["developer", "user"]
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_turns_that_are_not_to_be_trained_on_are_context(
+    tmp_path: Path, mark: dict[str, Any]
+) -> None:
+    assert answer_of(tmp_path, {"content": "2", **mark})["supervised"] is False
+    assert "supervised" not in answer_of(tmp_path, {"content": "2", "weight": 1, "train": True})
+
+
 def test_a_system_prompt_beside_the_turns_is_the_first_turn(tmp_path: Path) -> None:
     brief, own = ({"role": "system", "content": text} for text in ("Be brief.", "Be kind."))
     row = {"system": "Be brief.", "messages": [USER]}
