@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from deepspec.config.schema import TargetConfig
+from deepspec.data.thoughts import KNOWN
 from deepspec.targets import Target, load_target
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
@@ -46,6 +48,14 @@ MARKED = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+
+
+def is_plain(text: str) -> bool:
+    """Whether drawn text has no mark: hypothesis draws constants of the code under test too."""
+    marks = ("<|", "|>", *(mark for pair in KNOWN for mark in pair))
+    return not re.search(r"</?\w+>", text) and not any(mark in text for mark in marks)
+
+
 # MARKED, with the calls of a turn after its content.
 CALLING = MARKED.replace(
     "message['content'] + '<|im_end|>' -}}",

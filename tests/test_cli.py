@@ -216,8 +216,13 @@ def test_ctrl_c_says_what_the_command_will_do(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(f"deepspec.commands.{command}.run", stop)
-    with pytest.raises(SystemExit) as end:
-        main([command])
+    # a shell starts background jobs, such as this test's, with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main([command])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert end.value.code == 130
     assert capsys.readouterr().err == f"interrupted; the same command {expected}\n"
 

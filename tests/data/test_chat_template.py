@@ -15,11 +15,11 @@ from deepspec.data.chat_template import ChatEncoder, encode_all
 from deepspec.data.conversations import Conversation, SkipCounts
 from deepspec.data.stops import ASKED
 from deepspec.errors import TemplateError, TemplateRefusal
-from tests.conftest import MARKED, UNMARKED, make_tokenizer
+from tests.conftest import MARKED, UNMARKED, is_plain, make_tokenizer
 
 WORDS = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30
-).filter(str.strip)
+).filter(lambda text: text.strip() and is_plain(text))
 REWRITING = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{%- if loop.last and message.role == 'assistant' %}{{ '<think></think>' }}{%- endif %}"

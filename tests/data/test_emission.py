@@ -17,7 +17,7 @@ from deepspec.data.chat_template import ChatEncoder
 from deepspec.data.conversations import Conversation, SkipCounts
 from deepspec.data.tool_calls import OTHER
 from deepspec.errors import TemplateRefusal
-from tests.conftest import UNMARKED, make_tokenizer
+from tests.conftest import UNMARKED, is_plain, make_tokenizer
 from tests.data.test_chat_template import CALLS, THOUGHTS, conversation_of, with_marks
 
 THINK = ["<think>", "</think>"]
@@ -120,7 +120,9 @@ CONTENTS = st.lists(
     st.sampled_from(
         [*PIECES, " ", "\n", "\n\n", "\t", r"\1.*(?P<x>[", "{{ m }}", "é🎉", "<|", ": "]
     )
-    | st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=8),
+    | st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=8).filter(
+        is_plain
+    ),
     min_size=1,
     max_size=5,
 ).map("".join)
