@@ -20,7 +20,7 @@ from deepspec.data import tool_calls
 from deepspec.data.conversations import Conversation, Message, SkipCounts, counter_of
 from deepspec.data.emission import EMPTY, Emission, Turn
 from deepspec.data.stops import ASKED, STOP_INSIDE, Tools
-from deepspec.data.turns import OURS
+from deepspec.data.turns import OURS, squeezed
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
@@ -91,7 +91,7 @@ class ChatEncoder:
         `supervised: false`. Answers share a sample as far as the prompt of one continues the sample
         of the one before; templates that render earlier answers differently (Qwen3 drops their
         thoughts) give a sample per answer. What is left out is counted in `skips`: answers that
-        cannot be brought to what the target emits, or lie behind `max_length`. Without `skips` the
+        cannot be brought to what the target emits, or lie after `max_length`. Without `skips` the
         former raise TemplateRefusal.
         """
         found: list[tuple[list[int], list[bool]]] = []
@@ -200,7 +200,7 @@ class ChatEncoder:
         if all(0 <= each < len(self.tokenizer) for each in sampled):
             # servers leave special tokens out of the text
             spelt = [self.tokenizer.decode(sampled, skip_special_tokens=s) for s in (False, True)]
-        if not any("".join(content.split()) in "".join(text.split()) for text in spelt):
+        if not any(squeezed(content) in squeezed(text) for text in spelt):
             raise TemplateRefusal(
                 "the token ids of the answer do not give its text: they are of a target with "
                 "another tokenizer; make the answers again with this target",

@@ -16,7 +16,6 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from deepspec.data import tool_calls
-from deepspec.data.conversations import Message
 from deepspec.data.stops import ANSWER, ASKED, NEXT, QUESTION, THOUGHT, Render, Stops, Tools
 from deepspec.data.thoughts import (
     FIELDS,
@@ -30,6 +29,7 @@ from deepspec.data.thoughts import (
     with_fields,
     without_thought,
 )
+from deepspec.data.turns import Message, squeezed
 from deepspec.errors import TemplateRefusal
 
 EMPTY = "an empty answer"  # why an answer is left out
@@ -223,7 +223,7 @@ class Emission:
         if not (real.startswith(before) and real.endswith(after)):
             return None
         body = real[: len(real) - len(after)]
-        if _squeezed(body[len(before) :]) != _squeezed(thought + between + content):
+        if squeezed(body[len(before) :]) != squeezed(thought + between + content):
             return None
         return Frame(before, body, after)
 
@@ -369,7 +369,3 @@ def _without_tail(text: str, tail: str) -> str:
     if text.startswith(tail):
         return text[len(tail) :]
     return text[len(tail.rstrip()) :].lstrip()
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from deepspec.data.conversations import Message
+from deepspec.data.turns import Message, squeezed
 
 OTHER = "Zcallz"  # a name and an argument that no data holds
 
@@ -66,12 +66,12 @@ def shown(text: str, message: Message) -> bool:
 
 def are_in(text: str, message: Message) -> bool:
     """Whether `text` has the names and the arguments of all calls of `message`."""
-    rendered = _squeezed(text)
+    rendered = squeezed(text)
     for call, name in zip(message["tool_calls"], names(message), strict=True):
         for piece in (name, *_values(_as_object(_function(call).get("arguments")))):
             escaped = (json.dumps(piece, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
             spellings = (piece, *escaped)
-            if not any(_squeezed(each) in rendered for each in spellings):
+            if not any(squeezed(each) in rendered for each in spellings):
                 return False
     return True
 
@@ -117,7 +117,3 @@ def _as_text(arguments: Any) -> Any:
     if isinstance(arguments, str):
         return arguments or "{}"
     return json.dumps(arguments, ensure_ascii=False)
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())

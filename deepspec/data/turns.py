@@ -166,3 +166,8 @@ def _has_content(value: Any) -> bool:
 def _kind(value: Any) -> str:
     names = {list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
     return names.get(type(value), "text" if isinstance(value, str) else "a number")
+
+
+def squeezed(text: str) -> str:
+    """Return `text` without white space, which templates add and take away at will."""
+    return "".join(text.split())
