@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
 import zlib
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from deepspec.config import loading
+from deepspec.config.resources import resource
 from deepspec.config.schema import TargetConfig
 from deepspec.data.thoughts import KNOWN
 from deepspec.targets import Target, load_target
@@ -64,6 +69,33 @@ CALLING = MARKED.replace(
     "{{- '<|im_end|>' -}}",
 )
 UNMARKED = MARKED.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
+# Files whose tests start jobs come first: what is long and last leaves a core idle.
+LONG = ("faults", "training", "launch", "commands")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `LONG` first, and keep what was imported out of the garbage collector."""
+    folders = [item.path.relative_to(Path(__file__).parent).parts[0] for item in items]
+    order = [LONG.index(folder) if folder in LONG else len(LONG) for folder in folders]
+    items[:] = [items[index] for index in sorted(range(len(items)), key=order.__getitem__)]
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compose_once() -> Iterator[None]:
+    """Hydra takes half a second for a recipe; the shipped ones do not change during the tests."""
+    compose = loading._composed
+    known = cache(compose)
+
+    def composed(path: Path, *choices: str) -> dict[Any, Any]:
+        shipped = path.parent == resource("recipes")
+        return deepcopy(known(path, *choices)) if shipped else compose(path, *choices)
+
+    loading._composed = composed
+    yield
+    loading._composed = compose
 
 
 def seed_generators(name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     choices = [word for word in overrides if _is_choice(word)]
     for choice in choices:
         _check_choice(choice, path.parent)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(path.parent), version_base="1.3"):
-            composed = compose(path.stem, overrides=[_search_path(), *choices])
-        raw = OmegaConf.to_container(composed, resolve=False)
+        raw = _composed(path, *choices)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {_composition(error)}") from None
     except RecursionError:
@@ -85,10 +83,19 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: its defaults lead back to itself; a recipe that builds on {path.stem} needs "
             "another file name"
         ) from None
-    assert isinstance(raw, dict)
     changes = [word for word in overrides if word not in choices]
     named = {"recipe": _literal(path.stem, "recipe"), **{str(k): v for k, v in raw.items()}}
     return _resolved(named, changes)
+
+
+def _composed(path: Path, *choices: str) -> dict[Any, Any]:
+    """The recipe and the files of groups that it and `choices` name, `${...}` as written."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(path.parent), version_base="1.3"):
+        composed = compose(path.stem, overrides=[_search_path(), *choices])
+    raw = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(raw, dict)
+    return raw
 
 
 def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -100,8 +107,7 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
 def _resolved(raw: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
     """Typed, with every `${...}` of `raw` followed once, and checked."""
     try:
-        schema = OmegaConf.structured(RunConfig)
-        merged = OmegaConf.merge(schema, _shaped(raw), _shaped(_parsed(overrides)))
+        merged = OmegaConf.merge(_schema(), _shaped(raw), _shaped(_parsed(overrides)))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(
@@ -117,6 +123,11 @@ def _resolved(raw: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
     validate(config)
     config.out = os.path.expanduser(config.out)  # not every shell does in `out=~/runs`
     return config
+
+
+@cache
+def _schema() -> Any:
+    return OmegaConf.structured(RunConfig)
 
 
 def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
