@@ -55,9 +55,9 @@ def _reproduce(config: RunConfig, words: Sequence[str], out: Path) -> None:
 
     from deepspec.reproduction.page import PAGE, findings, write_page
     from deepspec.reproduction.plan import check_jobs, make_plan
-    from deepspec.reproduction.run import Runner, hold
+    from deepspec.reproduction.run import Runner, hold_folder
 
-    with hold(out):
+    with hold_folder(out):
         plan = make_plan(config, words, out)
         runner = Runner(plan)
         check_jobs(runner.missing)

@@ -53,7 +53,7 @@ def write_folder(out: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
 
     Raises CheckpointError when `out` holds anything but an export of ours, or cannot be written.
     """
-    _require_free(out)
+    require_replaceable(out)
     try:
         with atomic_folder(out) as folder:
             files = _write_weights(folder, tensors)
@@ -92,7 +92,8 @@ def headers_of(tensors: dict[str, Tensor]) -> Headers:
     return {name: TensorInfo(names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
-def _require_free(out: Path) -> None:
+def require_replaceable(out: Path) -> None:
+    """Raises CheckpointError where `out` holds anything but an earlier export of ours."""
     if not out.exists():
         return
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]

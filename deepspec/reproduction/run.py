@@ -20,11 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from deepspec.atomic import write_text
-from deepspec.errors import ConfigError, Interrupted
-from deepspec.outputs import REPRODUCTION, claim
+from deepspec.errors import Interrupted
+from deepspec.outputs import FOLDER, REPRODUCTION, claim, hold, make_folder
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.plan import Plan
@@ -35,24 +33,12 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Make the folder and keep it against other processes. Raises ConfigError."""
+def hold_folder(out: Path) -> Iterator[None]:
+    """Make the folder and keep it against other processes. Raises ConfigError or InUseError."""
     claim(out, REPRODUCTION)
-    lock = FileLock(out / ".lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"{out} is in use by another deepspec reproduce; wait for it, stop it, or set out= to "
-            "another folder"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error}") from None
-    try:
+    make_folder(out)
+    with hold(out, FOLDER):
         yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)

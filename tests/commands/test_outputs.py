@@ -417,8 +417,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_full_disk_names_the_file(
     settings: list[str], refused: Refused, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Settings of the answers fit into one page, and the answers do not."""
-    place = disk("size=4k")
+    """The note of the lock and the settings of the answers fit into a page each, and the answers
+    do not."""
+    place = disk("size=8k")
     message = refused("regenerate", *settings, f"out={place / 'a.jsonl'}")
     assert f"error: {place / 'a.jsonl'}: No space left on device; free disk space" in message
     assert "out=" in message
