@@ -175,10 +175,10 @@ def output_file(out: str | None, default: str, output: Output) -> Iterator[Path]
 def hold(place: Path, lock: str | None = None, *, patiently: bool = False) -> Iterator[None]:
     """Keep `place` against other commands; of a job's processes, the first does so for all.
 
-    `lock`: a file name in the folder `place`. FOLDER is for a command that fills the folder, RESULTS
-    for one that puts results into it, which may be a running training's. None: the lock lies beside
-    `place`, a file or a folder that is replaced as a whole. `patiently`: wait for another process
-    instead of raising InUseError.
+    `lock`: a file name in the folder `place`. FOLDER is for a command that fills the folder,
+    RESULTS for one that puts results into it, which may be a running training's. None: the lock
+    lies beside `place`, a file or a folder that is replaced as a whole. `patiently`: wait for
+    another process instead of raising InUseError.
     """
     if rank() != 0:
         yield
