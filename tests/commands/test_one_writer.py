@@ -112,6 +112,23 @@ def test_two_regenerations_into_one_file(
     assert "8 rows, 8 from before" in capsys.readouterr().err
 
 
+def test_rows_that_two_processes_wrote_count_once(
+    settings: list[str], trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In a training on such a file, whose settings do not ask for answers."""
+    lines = (trained / "answers.jsonl").read_text().splitlines(keepends=True)
+    changed = json.loads(lines[0])
+    changed["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    twice = tmp_path / "answers.jsonl"
+    twice.write_text("".join([*lines, *lines, json.dumps(changed) + "\n"]))
+    own = [word for word in settings if not word.startswith("data.")]
+    own += [f"data.path={twice}", "regenerate.enabled=false", "evaluation.enabled=false"]
+    main(["train", *own, f"out={tmp_path / 'run'}"])
+    said = capsys.readouterr().err
+    assert "training samples: 8 left out (the same row again, with the same id and conte" in said
+    assert "training samples: 1 have the id of another one and other content; all of them" in said
+
+
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     """And its note names it no longer than until the next one holds the place."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "a")]
