@@ -183,7 +183,7 @@ def hold(place: Path, lock: str | None = None, *, patiently: bool = False) -> It
     if rank() != 0:
         yield
         return
-    real = place.expanduser().resolve()  # one lock, however the path is written
+    real = Path(os.path.realpath(place.expanduser()))  # one lock, however the path is written
     file = real / lock if lock else lock_of(real)
     note = file.with_name(f"{file.name}.json")
     with ExitStack() as held:
@@ -245,7 +245,7 @@ def _holder(note: Path) -> str:
 
 def lock_of(place: Path) -> Path:
     """The lock beside `place`."""
-    return place.with_name(f".{place.name}.lock")
+    return place.parent / f".{place.name}.lock"
 
 
 def unused(path: Path) -> Path:

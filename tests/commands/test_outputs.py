@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.atomic import write_text
+from deepspec.atomic import naming, write_text
 from deepspec.cli import in_words, main
 from deepspec.config.loading import load_config
 from deepspec.decoding import NoDrafts
@@ -467,6 +469,22 @@ def test_a_full_disk_names_the_file(
     assert "out=" in message
 
 
+@pytest.mark.parametrize(
+    ("number", "helps"),
+    [
+        (errno.ENOSPC, "; free disk space, or"),
+        (errno.EDQUOT, "; free some of your quota of disk space, or"),
+        (errno.EFBIG, "; raise the limit of the size of files (ulimit -f), or"),
+    ],
+)
+def test_a_way_out_of_every_full_disk(number: int, helps: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, naming(tmp_path / "new" / "file", 3 * 2**20):
+        raise OSError(number, os.strerror(number))
+    words = in_words(caught.value)
+    assert words.startswith(f"{tmp_path / 'new' / 'file'}: {os.strerror(number)} (3.0 MiB needed, ")
+    assert helps in words
+
+
 def test_rows_that_do_not_fit(
     settings: list[str], refused: Refused, run: Path, tmp_path: Path
 ) -> None:
@@ -486,6 +504,24 @@ def test_rows_that_do_not_fit(
         log.write({"step": 2})
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_results_that_do_not_fit(
+    run: Path, held_out: Path, refused: Refused, tmp_path: Path
+) -> None:
+    """The export, report and traces that were there stay as they were."""
+    out = tmp_path / "measured"
+    export = ["export", f"checkpoint={run}", f"out={tmp_path / 'drafter'}"]
+    evaluate = ["evaluate", f"run={run}", f"evaluation.benchmarks={held_out}", f"out={out}"]
+    for command, folder in ((export, tmp_path / "drafter"), (evaluate, out)):
+        main(command)
+        before = contents(folder)
+        with little_room(5000):
+            message = refused(*command)
+        assert str(folder) in message
+        assert " needed, " in message
+        assert " free)" in message
+        assert contents(folder) == before
 
 
 def test_links_to_another_disk_stay_links(settings: list[str], tmp_path: Path) -> None:
