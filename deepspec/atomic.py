@@ -1,7 +1,8 @@
-"""Files that are whole or not there, the name of the file in errors, and the hash of a file."""
+"""Files that are whole or not there, what errors of writing have to say, and the hash of a file."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,16 +10,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError raised inside that names no file: those of write() do not."""
+def naming(path: Path, need: int | None = None) -> Iterator[None]:
+    """Put `path` into an OSError raised inside that names no file: those of write() do not.
+
+    Of a full disk the error also gets how much is free, and the `need` in bytes where it is known.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.filename in (None, str(_partial(path))) and error.errno is not None:
             error.filename = str(path)
+            if error.errno in FULL:
+                error.strerror = f"{error.strerror}{room(path, need)}"
         raise
+
+
+def room(path: Path, need: int | None = None) -> str:
+    """` (N needed, N free)` of the disk at `path`."""
+    needed = "" if need is None else f"{_size(need)} needed, "
+    return f" ({needed}{_size(free_bytes(path))} free)"
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk at `path` or its nearest parent that exists."""
+    place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    return shutil.disk_usage(place).free
 
 
 @contextmanager
@@ -28,18 +48,17 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     What stood at `final` is kept until then, and put back when the last step fails. Raises OSError.
     """
     final = final.resolve()  # `.` has no name, and a link stays a link
-    partial = final.with_name(f".{final.name}.partial")
+    partial = _partial(final)
     previous = final.with_name(f".{final.name}.previous")
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear(partial)
     try:
         partial.mkdir(parents=True)
         yield partial
         for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner alone; servers run as others
-            _sync(file)
+            _sync(file, readable=True)
         _sync(partial)
         if final.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            _clear(previous)
             final.rename(previous)
         try:
             partial.rename(final)
@@ -54,27 +73,30 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(final: Path) -> Iterator[Path]:
-    """Yield a sibling of `final` to write; on success it is synced and takes its place.
+def atomic_file(final: Path, need: int | None = None) -> Iterator[Path]:
+    """Yield an empty sibling of `final` to write; on success it is synced and takes its place.
 
-    Raises OSError.
+    The sibling is a new file: what lies there under its name, such as a link to a file of others,
+    is not written through. `need`: its bytes, where known. Raises OSError.
     """
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        with naming(final):
+    partial = _partial(final)
+    with naming(final, need):
+        _clear(partial)
+        try:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
             yield partial
-            partial.chmod(0o644)  # as in `atomic_folder`
-            _sync(partial)
+            _sync(partial, readable=True)
             partial.rename(final)
             _sync(final.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(final: Path, text: str) -> None:
     """Write `text` into `final` in UTF-8, whole or not at all. Raises OSError."""
-    with atomic_file(final) as partial:
-        partial.write_text(text, encoding="utf-8")
+    content = text.encode()
+    with atomic_file(final, len(content)) as partial:
+        partial.write_bytes(content)
 
 
 def sha256(file: Path) -> str:
@@ -83,9 +105,29 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _clear(path: Path) -> None:
+    """Remove what a killed process left at `path`, or a link, but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.1f} KiB"
+
+
+def _sync(path: Path, readable: bool = False) -> None:
+    """Sync a file or folder, and make it readable to others: safetensors writes for the owner
+    alone, and servers run as others."""
+    descriptor = os.open(path, os.O_RDONLY | (os.O_NOFOLLOW if readable else 0))
     try:
+        if readable:
+            os.fchmod(descriptor, 0o644)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

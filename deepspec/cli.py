@@ -38,7 +38,11 @@ COMMANDS = (
 RESUMED = ("train", "regenerate", "extract", "reproduce")  # stopped, they go on
 LISTINGS = ("plan", "recipes")  # all that they make is what they print
 UNREAD = 128 + 13  # SIGPIPE
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = {  # what helps
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "free some of your quota of disk space",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f)",
+}
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -78,17 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(0 if listing else UNREAD)
         if options.traceback:
             raise
-        tell(f"error: {_in_words(error)}")
+        tell(f"error: {in_words(error)}")
         sys.exit(2)
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """One line; of a file that cannot be written or read, its name, the reason and a way out."""
     if not isinstance(error, OSError) or error.filename is None:
         return str(error)
     way_out = ""
-    if error.errno in NO_ROOM:
-        way_out = "; free disk space, or choose another place (out=), and start the command again"
+    if error.errno in FULL:
+        helps = FULL[error.errno]
+        way_out = f"; {helps}, or choose another place (out=), and start the command again"
     elif error.errno in NOT_ALLOWED:
         way_out = "; change its permissions, or choose another place (out=)"
     return f"{error.filename}: {error.strerror}{way_out}"

@@ -45,7 +45,11 @@ class ServerError(DeepSpecError):
 
 
 class TrainingError(DeepSpecError):
-    """Training cannot go on: NaN loss, no usable samples, or a run folder in use."""
+    """Training cannot go on: NaN loss, or no usable samples."""
+
+
+class InUseError(DeepSpecError):
+    """Another process is writing the file or folder that this one was to write."""
 
 
 class LostContactError(DeepSpecError):

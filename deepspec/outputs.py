@@ -1,14 +1,23 @@
-"""The folders that commands write into: which are ours, and new names where none was given.
+"""The files and folders that commands write: which are ours, new names where none was given, and
+one writer at a time.
 
 A file is ours if it holds the keys of its kind, so that folders of earlier versions count too.
+
+A lock is a hidden empty file, which the operating system unlocks when its process dies, however it
+dies. Beside it a note names the holder; it is apart because older versions of filelock empty the
+lock file of another process when they try to lock it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from glob import escape
 from itertools import count
@@ -16,10 +25,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import yaml
+from filelock import FileLock, Timeout
 
-from deepspec.errors import ConfigError
+from deepspec.atomic import write_text
+from deepspec.errors import ConfigError, InUseError
+from deepspec.processes import rank
+from deepspec.progress import say
 
 SHOWN = 3
+FOLDER, RESULTS = ".lock", ".results.lock"
 ANSWER_KEYS = frozenset(("format", "temperature", "max_new_tokens"))
 
 
@@ -105,22 +119,29 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def output_folder(out: str | None, default: str, *outputs: Output) -> Iterator[Path]:
-    """The folder of out=, claimed and made; where it is not given, a new one: `default`, or the
-    first of `default`-2, `default`-3, ... that is not there, so that no result replaces another.
+def output_folder(
+    out: str | None, default: str, *outputs: Output, patiently: bool = False
+) -> Iterator[Path]:
+    """The folder of out=, claimed, made and held; where it is not given, a new one: `default`, or
+    the first of `default`-2, `default`-3, ... that is not there, so that no result replaces
+    another.
 
-    A new one that is still empty in the end is removed.
+    A new one that is still empty in the end is removed. `patiently`: see `hold`.
     """
     if out is not None:
         folder = Path(out).expanduser()
         claim(folder, *outputs)
         make_folder(folder)
-        yield folder
+        with hold(folder, RESULTS, patiently=patiently):
+            yield folder
         return
     folder = _first_new(Path(default), lambda path: path.mkdir(parents=True))
     try:
-        yield folder
+        with hold(folder, RESULTS):
+            yield folder
     finally:
+        if not _contents(folder):
+            (folder / RESULTS).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             folder.rmdir()
 
@@ -136,15 +157,95 @@ def output_file(out: str | None, default: str, output: Output) -> Iterator[Path]
                 "another name, or move it away"
             )
         make_folder(file.parent)
-        yield file
+        with hold(file):
+            yield file
         return
     make_folder(Path(default).parent)
     file = _first_new(Path(default), lambda path: path.touch(exist_ok=False))
     try:
-        yield file
+        with hold(file):
+            yield file
     finally:
         if not file.stat().st_size:
             file.unlink()
+            lock_of(file).unlink(missing_ok=True)
+
+
+@contextmanager
+def hold(place: Path, lock: str | None = None, *, patiently: bool = False) -> Iterator[None]:
+    """Keep `place` against other commands; of a job's processes, the first does so for all.
+
+    `lock`: a file name in the folder `place`. FOLDER is for a command that fills the folder,
+    RESULTS for one that puts results into it, which may be a running training's. None: the lock
+    lies beside `place`, a file or a folder that is replaced as a whole. `patiently`: wait for
+    another process instead of raising InUseError.
+    """
+    if rank() != 0:
+        yield
+        return
+    real = Path(os.path.realpath(place.expanduser()))  # one lock, however the path is written
+    file = real / lock if lock else lock_of(real)
+    note = file.with_name(f"{file.name}.json")
+    with ExitStack() as held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(file, note, place, patiently))
+            held.callback(note.unlink, missing_ok=True)
+            with suppress(OSError):  # a full disk keeps only the name of the holder from others
+                write_text(note, json.dumps(_ourselves()) + "\n")
+        except (OSError, NotImplementedError) as error:
+            # the write itself will fail where nothing can be written
+            why = getattr(error, "strerror", None) or error
+            say(f"{place} is not kept against other commands: {file} cannot be locked ({why})")
+        yield
+
+
+@contextmanager
+def _locked(file: Path, note: Path, place: Path, patiently: bool) -> Iterator[None]:
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not patiently:
+            raise InUseError(
+                f"{place} is in use by another deepspec process{_holder(note)}; wait for it, stop "
+                "it, or set out= to another place"
+            ) from None
+        say(f"waiting for another deepspec process{_holder(note)} to finish with {place}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _ourselves() -> dict[str, str | int]:
+    program = Path(sys.argv[0]).name
+    # the rest of the command line may hold secrets
+    command = sys.argv[1:2] if program in ("deepspec", "__main__.py") else [program]
+    return {
+        "command": " ".join(command),
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+
+
+def _holder(note: Path) -> str:
+    """Return the words of `note`, or nothing where there is none to read."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        return (
+            f" ({found['command']}, process {found['process']} on {found['host']}, since "
+            f"{found['since']})"
+        )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def lock_of(place: Path) -> Path:
+    """The lock beside `place`."""
+    return place.parent / f".{place.name}.lock"
 
 
 def unused(path: Path) -> Path:

@@ -48,10 +48,14 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.confidences import calibrate_drafter
     from deepspec.commands.stages import open_target
     from deepspec.evaluation.calibrate import outcome, results_table
-    from deepspec.outputs import CALIBRATION, output_folder
+    from deepspec.outputs import CALIBRATION, hold, output_folder
 
     default = f"runs/calibrate-{source.config.recipe}"
-    with output_folder(values.get("out"), default, CALIBRATION) as out:
+    assert source.place is not None, "run= or checkpoint= was given"
+    with (
+        output_folder(values.get("out"), default, CALIBRATION) as out,
+        hold(source.place),  # calibration.json lies beside the drafter
+    ):
         target = open_target(source.config)
         calibration, file = calibrate_drafter(source, target, source.load(target), method, out)
     for fit in calibration.fits:

@@ -97,17 +97,27 @@ def print_findings(title: str, findings: Iterable[Finding]) -> bool:
 
 
 def _check_data(path: str, words: Sequence[str], recipe: str | None) -> bool:
+    from contextlib import nullcontext
+
+    from deepspec.commands.settings import take
+    from deepspec.outputs import hold
+
+    values, words = take(words, "out")
+    page = _page(values["out"]) if values.get("out") else None
+    with hold(page) if page is not None else nullcontext():
+        return _check_rows(path, words, recipe, page)
+
+
+def _check_rows(path: str, words: Sequence[str], recipe: str | None, page: Path | None) -> bool:
     from deepspec.checks.data import check_data
     from deepspec.commands import stages
-    from deepspec.commands.settings import listed, take
+    from deepspec.commands.settings import listed
     from deepspec.config.loading import config_from, load_config
     from deepspec.data.chat_template import ChatEncoder
     from deepspec.data.conversations import SkipCounts, load_conversations
     from deepspec.errors import ConfigError
     from deepspec.targets import load_text_side
 
-    values, words = take(words, "out")
-    page = _page(values["out"]) if values.get("out") else None
     named = f"data.path={listed('data', path)}"
     if recipe is not None:
         config = load_config(recipe, [*words, named])

@@ -43,11 +43,15 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         return
     from deepspec.commands import stages
     from deepspec.export.engines import loads_in
+    from deepspec.export.files import require_replaceable
+    from deepspec.outputs import hold
 
     out = Path(values["out"]).expanduser()
-    target = stages.open_target(source.config)
-    report = _measured(source)
-    traits = stages.export_drafter(source, target, source.load(target), out, report)
+    require_replaceable(out)
+    with hold(out):
+        target = stages.open_target(source.config)
+        report = _measured(source)
+        traits = stages.export_drafter(source, target, source.load(target), out, report)
     print(f"export: {out}")
     for support in loads_in(traits):
         answer = "loads" if support.loads else "does not load"

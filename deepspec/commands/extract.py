@@ -43,7 +43,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands import stages
     from deepspec.commands.beginnings import adopt_origin
     from deepspec.commands.feature_sources import extract_features
-    from deepspec.outputs import STORE, answers_output, claim, make_folder
+    from deepspec.outputs import FOLDER, STORE, answers_output, claim, hold, make_folder
     from deepspec.processes import rank, together
 
     config = adopt_origin(config, given_keys(others), Path(config.out) / "checkpoints")
@@ -51,15 +51,16 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if rank() == 0:  # the others may look while it writes
         claim(out, STORE, answers_output("answers"))
         make_folder(out)
-    target = stages.open_target(config)
-    with together() as wait:
-        answers = out / "answers.jsonl"
-        out.mkdir(parents=True, exist_ok=True)
-        if config.regenerate.enabled:
-            stages.print_skipped(stages.make_answers(config, target, answers, wait))
-        data = stages.load_samples(config, target, answers)
-        stages.print_skipped(data.skipped)
-        extract_features(config, target, data, out, wait)
+    answers = out / "answers.jsonl"
+    with hold(out, FOLDER), hold(answers):
+        target = stages.open_target(config)
+        with together() as wait:
+            out.mkdir(parents=True, exist_ok=True)
+            if config.regenerate.enabled:
+                stages.print_skipped(stages.make_answers(config, target, answers, wait))
+            data = stages.load_samples(config, target, answers)
+            stages.print_skipped(data.skipped)
+            extract_features(config, target, data, out, wait)
     if rank() == 0:
         print(f"store: {out}")
         same = [word for word in others if not word.startswith(("features=", "features."))]

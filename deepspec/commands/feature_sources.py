@@ -12,7 +12,8 @@ from deepspec.errors import ConfigError, DataError
 from deepspec.features.extract import check_room, extract, header_of, missing_shards
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
-from deepspec.features.store import Store
+from deepspec.features.store import HEADER, Store
+from deepspec.outputs import hold
 from deepspec.processes import rank, world_size
 from deepspec.progress import say
 from deepspec.targets import Target, TargetEnds
@@ -33,7 +34,8 @@ def extract_features(
     kind = drafter_kind(config.drafter.kind)
     header = header_of(target, samples, config.extract.dtype, kind.all_finals)
     if rank() == 0:
-        Store.create(out, header)
+        with hold(out / HEADER, patiently=True):  # a training may fill the same store
+            Store.create(out, header)
     wait()
     store = Store.create(out, header)
     missing = missing_shards(samples, store, config.extract)
@@ -116,7 +118,8 @@ def feature_source(
         samples = [*data.samples, *data.validation]
         header = header_of(target, samples, config.extract.dtype, all_finals)
         if engine.is_main:
-            Store.create(path, header)
+            with hold(path / HEADER, patiently=True):  # several trainings may share a store
+                Store.create(path, header)
         engine.wait()
         store = Store.create(path, header, wanted.verify)
         return Hybrid(target, store, f"hybrid-{engine.rank}", int(config.extract.shard_mib * 2**20))

@@ -77,8 +77,8 @@ def _plan(
     import psutil
     import torch
 
+    from deepspec.atomic import free_bytes
     from deepspec.commands.stages import check_trained, quiet_libraries
-    from deepspec.features.store import free_bytes
     from deepspec.planning.plan import Room, make_plan
     from deepspec.planning.shapes import Job, shapes_of
     from deepspec.planning.target import plan_target

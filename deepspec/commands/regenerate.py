@@ -40,16 +40,17 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if "out" not in values:
         raise ConfigError("out= is missing: the file that the answers go to, such as out=a.jsonl")
     from deepspec.commands.stages import make_answers, open_target, print_skipped
-    from deepspec.outputs import answers_output, make_folder, require_own
+    from deepspec.outputs import answers_output, hold, make_folder, require_own
     from deepspec.processes import rank, together
 
     out = Path(values["out"]).expanduser()
     if rank() == 0:
         require_own(out.parent, answers_output(out.stem))
         make_folder(out.parent)
-    target = open_target(config)
-    with together() as wait:
-        print_skipped(make_answers(config, target, out, wait))
+    with hold(out):
+        target = open_target(config)
+        with together() as wait:
+            print_skipped(make_answers(config, target, out, wait))
     if rank() != 0:
         return
     print(f"answers: {out}")

@@ -55,13 +55,13 @@ def _reproduce(config: RunConfig, words: Sequence[str], out: Path) -> None:
 
     from deepspec.reproduction.page import PAGE, findings, write_page
     from deepspec.reproduction.plan import check_jobs, make_plan
-    from deepspec.reproduction.run import Runner, hold
+    from deepspec.reproduction.run import Runner, hold_folder
 
-    with hold(out):
+    with hold_folder(out):
         plan = make_plan(config, words, out)
         runner = Runner(plan)
         check_jobs(runner.missing)
-        _check_settings(config, out)
+        check_settings(config, out)
         if runner.missing:
             _run(plan, runner)
         found = findings(plan, runner.done)
@@ -103,11 +103,17 @@ def _run(plan: Plan, runner: Runner) -> None:
     runner.run(Board(len(plan.jobs), at_once, scale), finished)
 
 
-def _check_settings(config: RunConfig, out: Path) -> None:
-    """Raises ConfigError where the folder was begun with other settings; else keeps them there."""
+def check_settings(config: RunConfig, out: Path) -> None:
+    """Keep the settings in the folder `out`.
+
+    Raises ConfigError where it was begun with others. A path written in another way is the same.
+    """
+    from operator import eq
+
     import yaml
 
     from deepspec.atomic import write_text
+    from deepspec.config.places import PATHS, same_place
     from deepspec.config.schema import as_dict, dotted
     from deepspec.errors import ConfigError
 
@@ -116,7 +122,8 @@ def _check_settings(config: RunConfig, out: Path) -> None:
     if path.is_file():
         before = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
         for key, value in now.items():
-            if before.get(key, value) != value:
+            same = same_place if key in PATHS else eq
+            if not same(before.get(key, value), value):
                 raise ConfigError(
                     f"{key}={value}, but {out} was begun with {before[key]}; set it back, or "
                     "set out= to a new folder"

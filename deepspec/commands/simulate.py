@@ -54,7 +54,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     seconds = positive("seconds", values.get("seconds", SECONDS))
     seed = whole_number("seed", values.get("seed", "1"))
     beside = values.get("out", values.get("load"))  # a load's folder takes several simulations
-    with output_folder(beside, "runs/simulate", SIMULATION) as out:
+    patiently = "out" not in values
+    with output_folder(beside, "runs/simulate", SIMULATION, patiently=patiently) as out:
         name = "simulate" if "out" in values else unused(out / "simulate.json").stem
         records = simulate_all(recorded, policies, levels, seconds, seed)
         about = {"traces": str(recorded.traces), "throughput": recorded.sources, "seconds": seconds}

@@ -175,6 +175,11 @@ def load_samples(
             conversations = load_conversations(data, skips)
         samples = encode_all(conversations, encoder, skips)
         samples = cut_samples(samples, data.max_length, target.context_length, skips)
+        if others := len(samples) - len({sample.sample_id for sample in samples}):
+            say(
+                f"training samples: {others} have the id of another one and other content; all of "
+                "them are used"
+            )
     training, validation = hold_out(samples, config.training.validation_samples, config.seed)
     return TrainingData(training, validation, {"training samples": dict(skips)})
 

@@ -52,7 +52,9 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.commands.feature_sources import feature_source, open_store
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
-    from deepspec.outputs import REPORT, require_own
+    from deepspec.export import layouts_for
+    from deepspec.export.files import require_replaceable
+    from deepspec.outputs import REPORT, hold, require_own
     from deepspec.regeneration import api_key_of
     from deepspec.targets.parallel import check_split
     from deepspec.training.engine import open_engine
@@ -69,6 +71,8 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
         require_own(folder.path, REPORT)
+    if layouts_for(config.drafter.kind, config.drafter):
+        require_replaceable(folder.export)
     start = starting_point(config, folder.checkpoints)
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     stored, remote = config.features.source == "stored", config.features.source == "remote"
@@ -83,7 +87,8 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
         folder.save_config(config)
     if config.regenerate.enabled and not stored:
         wait = partial(engine.wait, patiently=True)
-        skipped |= stages.make_answers(config, target, folder.answers, wait)
+        with hold(folder.answers):
+            skipped |= stages.make_answers(config, target, folder.answers, wait)
     store = open_store(config, target) if stored else None
     data = stages.load_samples(config, target, folder.answers, store)
     skipped |= data.skipped
@@ -103,7 +108,10 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
 
 
 def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Checkpoint) -> None:
-    """Evaluate and export the drafter, and say where everything is."""
+    """Evaluate and export the drafter, and say where everything is.
+
+    After hours of training it waits for a command that is writing a report or export here.
+    """
     from rich.console import Console
 
     from deepspec.commands import stages
@@ -111,6 +119,7 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     from deepspec.commands.sources import from_checkpoint
     from deepspec.evaluation.report import results_table
     from deepspec.export import layouts_for
+    from deepspec.outputs import RESULTS, hold
     from deepspec.targets import Target
 
     drafted = from_checkpoint(best)
@@ -119,12 +128,14 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
 
     def export() -> None:
         if exported:
-            stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
+            with hold(folder.export, patiently=True):
+                stages.export_drafter(drafted, target, drafted.load(target), folder.export, report)
 
     if config.evaluation.enabled:
         try:
             whole = target if isinstance(target, Target) else stages.open_target(config)
-            report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
+            with hold(folder.path, RESULTS, patiently=True):
+                report = stages.evaluate_drafter(drafted, whole, drafted.load(whole), folder.path)
         except Exception:  # it costs no export
             export()
             raise

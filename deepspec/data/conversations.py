@@ -22,6 +22,7 @@ SkipCounts = Counter[str]
 
 NOT_UNICODE = "half a surrogate pair"  # why a row is left out, or an answer
 TOO_DEEP = "a row nested too deeply"
+TWICE = "the same row again, with the same id and content"
 MOST_REASONS = 50  # data may name a role per row
 
 
@@ -60,15 +61,22 @@ def load_conversations(config: DataConfig, skips: SkipCounts) -> Iterator[Conver
 
     `skips` counts the rows that are left out by reason, and the turns of the other rows by each of
     their fields that is not read. Raises DataError for a missing path, a malformed line (file and
-    line named), and a source without one usable row.
+    line named), and a source without one usable row. A row that was there before, with the same id
+    and content, is left out; one with the same id and other content is not.
     """
     count, skip = 0, counter_of(skips)
+    before: set[int] = set()  # hashes, for the rows may not fit into memory
     for place, row in (pair for path in config.path for pair in rows_of(path, config, skips)):
         unread: list[str] = []
         reason, conversation = parse_row(row, config.fields, place, unread)
         if conversation is None:
             skip(reason, place)
             continue
+        content = _digest(conversation)
+        if content in before:
+            skip(TWICE, place)
+            continue
+        before.add(content)
         for name in unread:
             skip(f"field {name[:40]!r} of a turn", place)
         count += 1
@@ -114,6 +122,12 @@ def parse_row(
         conversation_id=None if whose is None else str(whose),
         tools=tools,
     )
+
+
+def _digest(row: Conversation) -> int:
+    """The hash of all that is read of a row."""
+    own = [row.id, row.messages, row.domain, row.truncated, row.conversation_id, row.tools]
+    return hash(json.dumps(own, ensure_ascii=False, default=str))
 
 
 def _messages(value: Any, fields: FieldsConfig) -> tuple[tuple[Message, ...], list[str]]:

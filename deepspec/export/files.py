@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.atomic import atomic_folder, sha256
+from deepspec.atomic import atomic_folder, room, sha256
 from deepspec.errors import CheckpointError
 from deepspec.scheduling.calibration_file import NAME as CALIBRATION
 
@@ -53,7 +53,7 @@ def write_folder(out: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
 
     Raises CheckpointError when `out` holds anything but an export of ours, or cannot be written.
     """
-    _require_free(out)
+    require_replaceable(out)
     try:
         with atomic_folder(out) as folder:
             files = _write_weights(folder, tensors)
@@ -61,9 +61,10 @@ def write_folder(out: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
+        need = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(
-            f"could not write the export {out}: {error}; free disk space or export to another "
-            "folder. What was there is untouched"
+            f"could not write the export {out}: {error}{room(out, need)}; free disk space or "
+            "export to another folder. What was there is untouched"
         ) from error
 
 
@@ -92,7 +93,8 @@ def headers_of(tensors: dict[str, Tensor]) -> Headers:
     return {name: TensorInfo(names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
-def _require_free(out: Path) -> None:
+def require_replaceable(out: Path) -> None:
+    """Raises CheckpointError where `out` holds anything but an earlier export of ours."""
     if not out.exists():
         return
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from deepspec.atomic import free_bytes
 from deepspec.config.schema import ExtractConfig
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode, resolve_dtype
-from deepspec.features.store import Store, StoreHeader, digest_all, free_bytes
+from deepspec.features.store import Store, StoreHeader, digest_all
 from deepspec.progress import Progress
 from deepspec.records import Sample
 from deepspec.targets import Target

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec.atomic import atomic_file, sha256, write_text
+from deepspec.atomic import atomic_file, free_bytes, sha256, write_text
 from deepspec.errors import DataError
 from deepspec.features.encoding import DTYPES, decode, state_bytes, token_bytes
 from deepspec.records import Sample, TargetFeatures
@@ -316,12 +315,6 @@ def digest_all(samples: Iterable[Sample]) -> str:
     """Of all samples, whatever their order."""
     lines = sorted(f"{sample.sample_id}\0{digest(sample)}" for sample in samples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def free_bytes(path: Path) -> int:
-    """Free disk at `path` or its nearest parent that exists."""
-    place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
-    return shutil.disk_usage(place).free
 
 
 def _index(file: Path) -> tuple[str, dict[str, _Place]]:

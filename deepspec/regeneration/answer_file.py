@@ -32,7 +32,8 @@ class RowCounts:
 
     `truncated` of the `rows` were cut by a length limit, `called` end at the target's own call of a
     tool though the data go on, and `as_text` have answers without token ids. They hold `answers` of
-    the target, and `kept` assistant turns of the data.
+    the target, and `kept` assistant turns of the data. `repeated` more rows have the id of a row
+    before them: they are not used, and not counted otherwise.
     """
 
     rows: int = 0
@@ -41,6 +42,7 @@ class RowCounts:
     as_text: int = 0
     answers: int = 0
     kept: int = 0
+    repeated: int = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Count `row`."""
@@ -170,6 +172,9 @@ class AnswerFile:
                 ) from None
 
     def _remember(self, row: dict[str, Any]) -> None:
+        if row["id"] in self._prompts:
+            self.counts.repeated += 1
+            return
         self.counts.add(row)
         prompts = prompts_of(row["messages"])
         self._prompts[row["id"]] = (len(prompts), hash(prompts))

@@ -16,6 +16,7 @@ from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
 from deepspec.data.conversations import (
     Conversation,
     SkipCounts,
+    counter_of,
     load_conversations,
     with_distinct_ids,
 )
@@ -83,6 +84,7 @@ class RegenerationCounts:
             (file.kept, "assistant turns were kept from the data and are not supervised"),
             (file.called, "rows end early, at a tool call of the target without a result"),
             (file.as_text, "rows as text: the server returns no token ids"),
+            (file.repeated, "more rows have the id of a row before them and are not used"),
         )
         found = "".join(f"; {count} {note}" for count, note in notes if count)
         return (
@@ -133,12 +135,21 @@ def load_answers(
 ) -> Iterator[Conversation]:
     """The rows of the answers at `path` that answer `data` as it is now.
 
-    The file may hold more: data.limit may have been lowered since. Other rows are skipped.
+    The file may hold more: data.limit may have been lowered since. Other rows are skipped. Of
+    several answers with one id the first counts; `skips` counts the others.
     """
     asked = with_distinct_ids(load_conversations(data, SkipCounts()))
+    found: set[str] = set()
     wanted = {name for each in asked for name in sample_ids(each.id, samples_per_prompt)}
     ours = replace(data, path=[str(path)], fields=FieldsConfig(), limit=None)
-    return (row for row in load_conversations(ours, skips) if row.id in wanted)
+    skip = counter_of(skips)
+    for row in load_conversations(ours, skips):
+        if row.id in wanted:
+            wanted.remove(row.id)
+            found.add(row.id)
+            yield row
+        elif row.id in found:
+            skip("another answer with the id of a row before it", row.id)
 
 
 def settings_of(config: RegenerateConfig, answerer: Answerer) -> dict[str, Any]:

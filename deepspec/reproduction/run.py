@@ -13,18 +13,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from deepspec.atomic import write_text
+from deepspec.config.places import PATHS, same_place
+from deepspec.config.values import read_value
 from deepspec.errors import ConfigError, Interrupted
-from deepspec.outputs import REPRODUCTION, claim
+from deepspec.json_files import read_json
+from deepspec.outputs import FOLDER, REPRODUCTION, claim, hold, make_folder
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.plan import Plan
@@ -35,24 +36,12 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Make the folder and keep it against other processes. Raises ConfigError."""
+def hold_folder(out: Path) -> Iterator[None]:
+    """Make the folder and keep it against other processes. Raises ConfigError or InUseError."""
     claim(out, REPRODUCTION)
-    lock = FileLock(out / ".lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"{out} is in use by another deepspec reproduce; wait for it, stop it, or set out= to "
-            "another folder"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error}") from None
-    try:
+    make_folder(out)
+    with hold(out, FOLDER):
         yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -190,16 +179,33 @@ class Runner:
 
     def _is_done(self, job: Job) -> bool:
         try:
-            found: dict[str, Any] = json.loads(self._marker(job).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_json(self._marker(job), ConfigError, "the job is run again")
+        except (FileNotFoundError, ConfigError):
             return False
-        return found.get("words") == list(job.words)
+        return same_command(found.get("words"), job.words)
 
     def _mark_done(self, job: Job, seconds: float) -> None:
         marker = self._marker(job)
         marker.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"words": job.words, "seconds": round(seconds, 1)}, indent=2)
         write_text(marker, text + "\n")
+
+
+def same_command(before: Any, words: Sequence[str]) -> bool:
+    """Whether the words `before` make the same command. A path written in another way is the
+    same."""
+    if not isinstance(before, list) or len(before) != len(words):
+        return False
+    return all(
+        one == other or _same_path(one, other) for one, other in zip(before, words, strict=True)
+    )
+
+
+def _same_path(one: Any, other: str) -> bool:
+    key = other.partition("=")[0]
+    if key not in (*PATHS, "recipe") or not str(one).startswith(f"{key}="):
+        return False
+    return same_place(read_value(one), read_value(other))
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

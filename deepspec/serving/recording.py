@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,23 @@ def read_recordings(path: Path, scaling: Scaling | None) -> dict[str, Recording]
     return found
 
 
+def _in_order(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rounds of a request. Raises DataError where two begin at one token: it is recorded twice,
+    and would count as longer than it is."""
+    ordered = sorted(rows, key=lambda row: row["position"])
+    for one, other in pairwise(ordered):
+        if one["position"] == other["position"]:
+            raise DataError(
+                f"{path}: {one['request']} has two rounds at position {one['position']}; record "
+                "again, or remove the lines that stand there twice"
+            )
+    return ordered
+
+
 def _recording(
     requests: Iterable[list[dict[str, Any]]], scaling: Scaling | None, path: Path
 ) -> Recording:
-    requests = [sorted(rows, key=lambda row: row["position"]) for rows in requests]
+    requests = [_in_order(rows, path) for rows in requests]
     rounds = [row for rows in requests for row in rows]
     size = max(row["proposed"] for row in rounds)
     for row in (row for rows in requests for row in rows[:-1]):

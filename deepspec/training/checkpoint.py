@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.atomic import atomic_folder, sha256
+from deepspec.atomic import atomic_folder, room, sha256
 from deepspec.config.places import located, places_of
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
@@ -102,9 +102,11 @@ def save_checkpoint(
             text = json.dumps({**description, **own}, indent=2)
             (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
+        need = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values()))
         raise TrainingError(
-            f"could not save {final}: {error}; earlier checkpoints are untouched. Free disk space "
-            "and start the same command again: it resumes from the last one"
+            f"could not save {final}: {error}{room(final, need)}; earlier checkpoints are "
+            "untouched. Free disk space and start the same command again: it resumes from the last "
+            "one"
         ) from error
     return final
 
@@ -224,7 +226,8 @@ def prune(folder: Path, keep_last: int, start: Path | None = None) -> None:
     `start`: what `training.resume` names, of this folder or of another.
     """
     for remains in folder.glob(".step-*"):
-        shutil.rmtree(remains)
+        if remains.is_dir():  # no lock of a checkpoint that is being calibrated
+            shutil.rmtree(remains)
     entries = list_checkpoints(folder)
     if entries:
         kept = {place.resolve() for place in (best_checkpoint(folder).folder, start) if place}

@@ -65,7 +65,8 @@ class MetricsLog:
         self._path = path
         # of a training that begins anew nothing is kept, whatever the file holds
         kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        # a link to another disk stays a link
+        write_text(path.resolve(), "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""

@@ -14,17 +14,17 @@ report.json|md|html
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import yaml
-from filelock import FileLock, Timeout
 
 from deepspec.atomic import write_text
 from deepspec.config.schema import RunConfig, as_dict
 from deepspec.errors import TrainingError
-from deepspec.outputs import RUN, claim
+from deepspec.outputs import FOLDER, RUN, claim, hold
 from deepspec.processes import rank
 
 
@@ -44,23 +44,16 @@ class RunFolder:
         self.features = path / "features"
         self.export = path / "export"
         self.traces = path / "traces.jsonl"
-        # the operating system lets go of it when the process dies, however it dies
-        self._lock = FileLock(path / ".lock")
+        self._held = ExitStack()
 
     def __enter__(self) -> Self:
         if rank() == 0:  # the others may look while it writes
             claim(self.path, RUN)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                self._lock.acquire(timeout=0)
-        except Timeout:
-            raise TrainingError(
-                f"{self.path} is in use by another deepspec process; wait for it, stop it, or set "
-                "out= to another folder"
-            ) from None
         except OSError as error:
             raise TrainingError(f"out={self.path} cannot be written: {error}") from None
+        self._held.enter_context(hold(self.path, FOLDER))
         return self
 
     def __exit__(
@@ -69,7 +62,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lock.release()
+        self._held.close()
 
     def save_config(self, config: RunConfig) -> None:
         """Write the resolved config."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -13,16 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.cli import main
+from deepspec.atomic import naming, write_text
+from deepspec.cli import in_words, main
 from deepspec.config.loading import load_config
 from deepspec.decoding import NoDrafts
 from deepspec.evaluation.evaluate import Evaluation
 from deepspec.evaluation.report import Table
 from deepspec.records import DecodeTrace
 from deepspec.reproduction.finding import Finding
+from deepspec.scheduling.calibration_file import Calibration
 from deepspec.serving.contest import Contender, save_rounds
+from deepspec.serving.record import write_records
 from deepspec.serving.traffic import Level
-from deepspec.training.metrics import read_metrics
+from deepspec.training.metrics import MetricsLog, read_metrics
 from deepspec.training.run_folder import RunFolder
 from tests.recipes.small import small, words, write_prompts
 
@@ -102,6 +107,36 @@ def save_config(folder: Path, seed: int) -> Path:
     return run.config
 
 
+def save_skipped(folder: Path, seed: int) -> Path:
+    run = RunFolder(folder)
+    run.save_skipped({"training samples": {f"reason {seed}": 1}})
+    return run.skipped
+
+
+def save_calibration(folder: Path, seed: int) -> Path:
+    return Calibration((), f"weights {seed}").save(folder)
+
+
+def save_page(folder: Path, seed: int) -> Path:
+    path = folder / "report.html"
+    write_text(path, f"<p>{seed}" * 10)
+    return path
+
+
+def save_records(folder: Path, seed: int) -> Path:
+    write_records([], {"seed": seed}, folder, "load")
+    (folder / "load.csv").unlink()
+    return folder / "load.json"
+
+
+def save_metrics(folder: Path, seed: int) -> Path:
+    """At its start a training that goes on drops rows."""
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(9))) if not seed else None
+    MetricsLog(path, 8 - seed)
+    return path
+
+
 def save_traces(folder: Path, seed: int) -> Path:
     path = folder / "traces.jsonl"
     Evaluation(traces=[("tiny", 0.0, seed, TRACE)]).save_traces(path)
@@ -119,15 +154,24 @@ def save_finding(folder: Path, seed: int) -> Path:
     return replace(FINDING, rows=[{**FINDING.rows[0], "seed": seed}] * 3).save(folder)
 
 
-@pytest.mark.parametrize("save", [save_config, save_traces, save_loads, save_finding])
+SAVED = [save_config, save_skipped, save_calibration, save_page, save_records, save_metrics]
+
+
+@pytest.mark.parametrize("save", [*SAVED, save_traces, save_loads, save_finding])
 def test_a_file_is_whole_or_as_it_was(save: Callable[[Path, int], Path], tmp_path: Path) -> None:
-    """As after a kill: what had been written before is still there, and nothing else is."""
+    """As after a kill: what had been written before is still there, and nothing else is. The
+    message has the file, the room there is, and a way out."""
     path = save(tmp_path, 0)
     before = path.read_bytes()
     assert len(before) > 20
     with little_room(20), pytest.raises(OSError, match="File too large") as caught:
         save(tmp_path, 1)
     assert caught.value.filename == str(path)
+    words = in_words(caught.value)
+    assert words.startswith(f"{path}: File too large (")
+    assert ("B needed, " in words) == (save in SAVED)
+    assert "B free); raise the limit of the size of files (ulimit -f), or choose" in words
+    assert "out=" in words
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     save(tmp_path, 1)
@@ -417,11 +461,82 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_full_disk_names_the_file(
     settings: list[str], refused: Refused, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Settings of the answers fit into one page, and the answers do not."""
-    place = disk("size=4k")
+    """The note of the lock and the settings of the answers fit into a page each, and the answers
+    do not."""
+    place = disk("size=8k")
     message = refused("regenerate", *settings, f"out={place / 'a.jsonl'}")
-    assert f"error: {place / 'a.jsonl'}: No space left on device; free disk space" in message
+    assert f"error: {place / 'a.jsonl'}: No space left on device (0.0 KiB free); free" in message
     assert "out=" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "helps"),
+    [
+        (errno.ENOSPC, "; free disk space, or"),
+        (errno.EDQUOT, "; free some of your quota of disk space, or"),
+        (errno.EFBIG, "; raise the limit of the size of files (ulimit -f), or"),
+    ],
+)
+def test_a_way_out_of_every_full_disk(number: int, helps: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, naming(tmp_path / "new" / "file", 3 * 2**20):
+        raise OSError(number, os.strerror(number))
+    words = in_words(caught.value)
+    assert words.startswith(f"{tmp_path / 'new' / 'file'}: {os.strerror(number)} (3.0 MiB needed, ")
+    assert helps in words
+
+
+def test_rows_that_do_not_fit(
+    settings: list[str], refused: Refused, run: Path, tmp_path: Path
+) -> None:
+    """Of appended files the rows before stay, and the same command goes on once there is room."""
+    out = tmp_path / "a.jsonl"
+    main(["regenerate", *settings, f"out={out}", "data.limit=2"])
+    before = out.read_bytes()
+    with little_room(len(before) + 9):
+        message = refused("regenerate", *settings, f"out={out}")
+    assert f"error: {out}: File too large (" in message
+    assert out.read_bytes().startswith(before)
+    main(["regenerate", *settings, f"out={out}"])
+    assert len(out.read_text().splitlines()) == 8
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1})
+    with little_room(15), pytest.raises(OSError, match=r"File too large .* free") as caught:
+        log.write({"step": 2})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_results_that_do_not_fit(
+    run: Path, held_out: Path, refused: Refused, tmp_path: Path
+) -> None:
+    """The export, report and traces that were there stay as they were."""
+    out = tmp_path / "measured"
+    export = ["export", f"checkpoint={run}", f"out={tmp_path / 'drafter'}"]
+    evaluate = ["evaluate", f"run={run}", f"evaluation.benchmarks={held_out}", f"out={out}"]
+    for command, folder in ((export, tmp_path / "drafter"), (evaluate, out)):
+        main(command)
+        before = contents(folder)
+        with little_room(5000):
+            message = refused(*command)
+        assert str(folder) in message
+        assert " needed, " in message
+        assert " free)" in message
+        assert contents(folder) == before
+
+
+def test_links_to_another_disk_stay_links(settings: list[str], tmp_path: Path) -> None:
+    """Of the files that grow; the user made them."""
+    out, big = tmp_path / "out", tmp_path / "big"
+    for folder in (out, big):
+        folder.mkdir()
+    for name in ("answers.jsonl", "metrics.jsonl"):
+        (big / name).touch()
+        (out / name).symlink_to(big / name)
+    for _ in range(2):
+        main(["train", *settings, "evaluation.enabled=false", f"out={out}"])
+    for name in ("answers.jsonl", "metrics.jsonl"):
+        assert (out / name).is_symlink()
+        assert (big / name).stat().st_size
 
 
 @pytest.mark.parametrize(

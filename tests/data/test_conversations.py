@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from deepspec.config.schema import DataConfig, FieldsConfig
-from deepspec.data.conversations import Conversation, SkipCounts, load_conversations
+from deepspec.data.conversations import TWICE, Conversation, SkipCounts, load_conversations
 from deepspec.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -108,6 +108,24 @@ def test_every_skipped_row_is_counted_by_reason(tmp_path: Path) -> None:
         "tools as text that is not JSON (first in a-16)": 1,
         "half a surrogate pair (first in a-17)": 3,
     }
+
+
+def test_a_row_counts_once(tmp_path: Path) -> None:
+    """The same id with other content is another row: files number theirs from 0. `limit` is of the
+    rows that count."""
+    turns = [("a", "one"), ("a", "one"), ("a", "two"), (None, "one"), (None, "one"), ("b", "one")]
+    rows = [{"turns": [text]} | ({"id": name} if name else {}) for name, text in turns]
+    path = write(tmp_path / "rows.jsonl", rows)
+    found, skips = load(path, path)
+    assert [(each.id, each.messages[0]["content"]) for each in found] == [
+        ("a", "one"),
+        ("a", "two"),
+        ("rows-4", "one"),
+        ("rows-5", "one"),
+        ("b", "one"),
+    ]
+    assert skips == {f"{TWICE} (first in rows-2)": 7}
+    assert load(path, limit=2)[0] == found[:2]
 
 
 def test_reasons_do_not_grow_with_the_data(tmp_path: Path) -> None:
@@ -305,8 +323,11 @@ def test_folders_as_the_hub_lays_them_out(
     for name in (*files, "data/test-00000-of-00001.parquet"):
         write_as(tmp_path / name)
     conversations, skips = load(str(tmp_path), split=split)
-    assert len(conversations) == len(ROWS) * len(files)
-    assert skips == {f"files of other splits than data.split={split}": 1}
+    others = f"files of other splits than data.split={split}"
+    again = {name: count for name, count in skips.items() if name.startswith(TWICE)}
+    assert skips == {others: 1, **again}
+    assert len(conversations) == len(ROWS)
+    assert sum(again.values()) == len(ROWS) * (len(files) - 1)  # the files are alike
     with pytest.raises(DataError, match=r"no file of data\.split=trian; .* test"):
         load(str(tmp_path / "data"), split="trian")
 

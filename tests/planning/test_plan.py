@@ -287,7 +287,7 @@ def test_warns_of_memory_and_disk(
     assert "does not fit" not in run(
         capsys, "recipe=tiny", "memory=60MB", "data.limit=50", found[1]
     )
-    monkeypatch.setattr("deepspec.features.store.free_bytes", lambda place: 1000)
+    monkeypatch.setattr("deepspec.atomic.free_bytes", lambda place: 1000)
     assert "training.keep_last=1" in run(capsys, "recipe=tiny", "data.limit=50")
 
 

@@ -53,7 +53,10 @@ def test_leaves_what_it_promises(run: tuple[str, list[str], Path], target: Targe
     exported = config.drafter.kind not in WITHOUT_EXPORT
     # the folder's contents are those that deepspec/training/run_folder.py lists
     assert {path.name for path in out.iterdir()} == {
+        ".answers.jsonl.lock",
         ".lock",
+        ".results.lock",
+        *([".export.lock"] if exported else []),
         "answers.json",
         "answers.jsonl",
         "checkpoints",

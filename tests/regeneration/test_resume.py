@@ -150,6 +150,35 @@ def test_a_lower_limit_uses_the_answers_that_are_wanted(
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_rows_that_stand_there_twice_count_once(
+    writer: Target, whole: Path, tmp_path: Path
+) -> None:
+    """As two processes left them that wrote into one file: with the same answers and with others.
+    Resuming gives the reason, and a training takes the first row of each id."""
+    out, prompts = copy_of(whole, tmp_path), tmp_path / "prompts.jsonl"
+    rows = [{"id": each.id, "turns": [each.messages[0]["content"]]} for each in CONVERSATIONS]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = out.read_text().splitlines(keepends=True)
+    changed = json.loads(lines[3])
+    changed["messages"][-1] = {"role": "assistant", "content": "another answer"}
+    with out.open("a") as stream:
+        stream.write("".join(lines[:3]) + json.dumps(changed) + "\n")
+    data = DataConfig(path=[str(prompts)])
+    answerer = TargetAnswerer(writer, data)
+    counts = regenerate(CONVERSATIONS, answerer, CONFIG, out, show=False)
+    assert (counts.samples, counts.resumed, counts.unused, counts.tokens) == (40, 40, 0, 0)
+    assert (counts.file.rows, counts.file.repeated) == (40, 4)
+    assert "40 rows, 40 from before" in str(counts)
+    assert "; 4 more rows have the id of a row before them and are not used;" in str(counts)
+    skips = SkipCounts()
+    taken = list(load_answers(data, 2, out, skips))
+    assert taken == list(load_answers(data, 2, whole, SkipCounts()))
+    assert skips == {
+        "the same row again, with the same id and content (first in a-41)": 3,
+        f"another answer with the id of a row before it (first in {changed['id']})": 1,
+    }
+
+
 def test_more_data_is_added(writer: Target, whole: Path, tmp_path: Path) -> None:
     out = copy_of(whole, tmp_path)
     more = [*CONVERSATIONS, talk("new", "What else?")]

@@ -56,7 +56,11 @@ def test_two_are_killed_and_others_finish(recipe: Path, tmp_path: Path) -> None:
     assert job.returncode == 0, output
     assert f"answers: 56 rows, {there} from before" in output
     assert rows(out) == rows(alone)
-    assert {path.name for path in out.parent.iterdir()} == {"answers.json", "answers.jsonl"}
+    assert {path.name for path in out.parent.iterdir()} == {
+        ".answers.jsonl.lock",
+        "answers.json",
+        "answers.jsonl",
+    }
 
     # what a job of several left behind is taken over by a single process too
     out.with_name("answers.part-0007.json").write_text(out.with_suffix(".json").read_text())

@@ -13,12 +13,14 @@ import psutil
 import pytest
 
 from deepspec.cli import main
+from deepspec.commands.reproduce import check_settings
 from deepspec.config.loading import load_config
+from deepspec.errors import ConfigError
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.page import PAGE
 from deepspec.reproduction.plan import Plan
-from deepspec.reproduction.run import Runner
+from deepspec.reproduction.run import Runner, same_command
 from tests.jobs import LAST, open_process, train_command, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -49,6 +51,35 @@ def test_a_failed_job_costs_only_what_needs_it(
     assert [job.name for job in again.missing] == ["bad", "lost", "lost-too"]
     changed = Job("good", ("recipes", "--traceback"))
     assert Runner(Plan(tmp_path, plan.config, (changed,), {})).missing == [changed]
+
+
+def test_a_path_written_in_another_way_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is done is not run again, and the folder is not refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(".")
+
+    def missing(data: str) -> list[str]:
+        config = load_config("tiny", [f"data.path=[{data}]"])
+        check_settings(config, tmp_path)
+        words = ("train", "recipe=tiny", f"data.path=[{data}]", "seed=1")
+        runner = Runner(Plan(tmp_path, config, (Job("training", words),), {}))
+        return [job.name for job in runner.missing]
+
+    assert missing("a.jsonl") == ["training"]
+    (tmp_path / "done").mkdir()
+    done = {"words": ["train", "recipe=tiny", "data.path=[a.jsonl]", "seed=1"]}
+    (tmp_path / "done" / "training.json").write_text(json.dumps(done))
+    for written in ("a.jsonl", "./a.jsonl", "link/a.jsonl", f"{tmp_path}/a.jsonl"):
+        assert missing(written) == []
+    with pytest.raises(ConfigError, match=r"data\.path=\['b\.jsonl'\], but .* was begun with"):
+        missing("b.jsonl")
+
+
+@pytest.mark.parametrize("words", [None, 1, [], [1, 2], ["train", "seed=1"], ["train", "seed"]])
+def test_markers_of_other_commands(words: object) -> None:
+    assert not same_command(words, ("train", "data.path=a"))
 
 
 RUN = """

@@ -178,6 +178,9 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", row, {**row, "position": 5})
     with pytest.raises(DataError, match=r"verified 1 of 3 drafts.*policy fixed"):
         read_recordings(path, None)
+    write(path, row, {**row, "position": 5}, {**row, "position": 5})
+    with pytest.raises(DataError, match="a has two rounds at position 5"):
+        read_recordings(path, None)
     for text in ("", "{", '{"request": 1}\n'):
         path.write_text(text)
         with pytest.raises(DataError, match=r"t\.jsonl"):
