@@ -179,7 +179,7 @@ def quiet(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
+def nothing_left(tmp_path: Path) -> Iterator[None]:
     """A job that hangs fails its test, and does not outlive it."""
     yield
-    kill_jobs()
+    kill_jobs(tmp_path)

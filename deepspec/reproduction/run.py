@@ -6,7 +6,6 @@ its own means when it is started again. `logs/NAME.log` has what a job said.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -25,13 +24,13 @@ from filelock import FileLock, Timeout
 from deepspec.atomic import write_text
 from deepspec.errors import ConfigError, Interrupted
 from deepspec.outputs import REPRODUCTION, claim
+from deepspec.processes import die_with_parent
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.plan import Plan
 
 POLL = 0.1  # seconds
 PATIENCE = 60.0  # seconds that a job has to save and leave
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @contextmanager
@@ -151,7 +150,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C is for us, who pass it on
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self._running.append(Running(job, process, time.monotonic(), fresh))
 
@@ -200,16 +199,3 @@ class Runner:
         marker.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"words": job.words, "seconds": round(seconds, 1)}, indent=2)
         write_text(marker, text + "\n")
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """In a new process: SIGKILL when the one that started it ends, however it ends.
-
-    Nobody would wait for its result, and the same command, started again, would meet it at work in
-    the same folder. Elsewhere than on Linux the folder's lock says so.
-    """
-    if _LIBC is not None:
-        _LIBC.prctl(DIE_WITH_PARENT, signal.SIGKILL)
