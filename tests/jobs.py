@@ -83,6 +83,17 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def all_gone(folder: Path, within: float = 20) -> bool:
+    """Whether no process of `folder` is left in the end; those that nobody waited for count not."""
+    deadline = time.monotonic() + within
+    while left := processes_of(folder):
+        if time.monotonic() > deadline:
+            print("left:", *(process.cmdline() for process in left), sep="\n")
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def kill_jobs(folder: Path) -> None:
     """What a test started and what works in its `folder`: no job that hangs outlives its test."""
     for process in {*psutil.Process().children(recursive=True), *processes_of(folder)}:

@@ -10,11 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from deepspec.processes import die_with_parent
-from tests.jobs import processes_of
+from tests.jobs import all_gone, processes_of
 
 # a process of a job, which says that it runs and then sleeps
 JOB = """
@@ -48,6 +47,9 @@ def out(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
+MOMENT = 0.4  # seconds, in which a process looks several times
+
+
 def begin(out: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
     """`command` with a job's words at its end, once that job runs."""
     words = [*command, sys.executable, "-c", JOB, "train", f"out={out}"]
@@ -65,15 +67,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=20)[1]
-
-
-def alive(processes: list[psutil.Process]) -> bool:
-    time.sleep(0.4)
-    return all(process.is_running() for process in processes)
-
-
 LAUNCH = (sys.executable, "-c", LAUNCHER)
 
 
@@ -82,43 +75,41 @@ def test_a_process_of_a_job_lives_as_long_as_its_launcher(
 ) -> None:
     """That the thread which started it has ended is not the end of the launcher."""
     launcher = begin(out, *LAUNCH, RANK="1", WORLD_SIZE="2")
-    (job,) = psutil.Process(launcher.pid).children()
-    assert alive([job])
+    time.sleep(MOMENT)
+    assert len(processes_of(out)) == 2
     end(launcher)
-    assert gone([job])
+    assert all_gone(out)
     said = capfd.readouterr().err
     assert f"process 1 of 2 ends because its launcher (process {launcher.pid}) is gone" in said
 
 
 def test_so_it_is_where_one_launcher_starts_another(out: Path) -> None:
     """`deepspeed` does."""
-    outer = begin(out, *LAUNCH, *LAUNCH, RANK="0", WORLD_SIZE="2")
-    started = psutil.Process(outer.pid).children(recursive=True)
-    assert len(started) == 2
-    end(outer)
-    assert gone(started)
+    launcher = begin(out, *LAUNCH, *LAUNCH, RANK="0", WORLD_SIZE="2")
+    assert len(processes_of(out)) == 3
+    end(launcher)
+    assert all_gone(out)
 
 
 def test_without_a_launcher_it_outlives_what_started_it(out: Path) -> None:
-    process = begin(out, *LAUNCH)
-    (job,) = psutil.Process(process.pid).children()
-    end(process)
-    assert alive([job])
+    end(begin(out, *LAUNCH))
+    time.sleep(MOMENT)
+    assert len(processes_of(out)) == 1
 
 
 def test_a_shell_that_started_a_job_may_end(out: Path) -> None:
     """A script that has the job's words, and a RANK that is set by hand."""
     script = out / "job.sh"
-    script.write_text('"$@" &\n')
-    process = begin(out, "bash", str(script), RANK="0")
-    assert process.wait() == 0
-    assert alive(processes_of(out))
+    script.write_text(f'"$@" &\nuntil [ -e "{out}/running" ]; do sleep 0.02; done\n')
+    assert begin(out, "bash", str(script), RANK="0").wait() == 0
+    time.sleep(MOMENT)
+    assert len(processes_of(out)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a parent's end")
 def test_what_we_start_dies_with_us(out: Path) -> None:
     """As the jobs of `deepspec reproduce` do."""
     process = begin(out, sys.executable, "-c", PARENT)
-    (job,) = psutil.Process(process.pid).children()
+    assert len(processes_of(out)) == 2
     end(process)
-    assert gone([job])
+    assert all_gone(out)
