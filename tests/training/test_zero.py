@@ -23,8 +23,8 @@ from deepspec.training.checkpoint import OPTIMIZER, WEIGHTS, read_checkpoint, st
 from deepspec.training.engine import contact, open_engine
 from tests.conftest import make_model, make_tokenizer
 from tests.forked import job, succeed
-from tests.training.zero_job import train
 from tests.trainers import MakeTrainer, build_trainer
+from tests.training.zero_job import train
 
 STEPS, HALF = 6, 3
 HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -35,7 +35,7 @@ ZERO3 = ("engine.kind=zero3", "engine.persistence_threshold=100")  # else all of
 def run_jobs(
     processes: int, target: Path, jobs: dict[Path, tuple[int, str, tuple[str, ...]]]
 ) -> None:
-    """The same processes for all of `jobs`: run folder -> (last step, checkpoint or new, overrides)."""
+    """Run all of `jobs` in the same processes: run folder -> (last step, start, overrides)."""
     words: list[str] = []
     for folder, (steps, start, overrides) in jobs.items():
         words += ["then"] if words else []
