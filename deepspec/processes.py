@@ -12,12 +12,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from deepspec.streams import tell
-
-if TYPE_CHECKING:
-    import psutil
 
 POLL = 0.5  # seconds between two looks at the launchers
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -73,7 +69,7 @@ def end_with_launchers() -> None:
         Thread(target=_exit_without, args=(launchers,), daemon=True).start()
 
 
-def _launchers() -> set[psutil.Process]:
+def _launchers() -> set[int]:
     """The programs that were started to start this process: their command lines end with its own.
 
     Not shells, which may end when they have started a job.
@@ -81,27 +77,34 @@ def _launchers() -> set[psutil.Process]:
     import psutil
 
     words, found = [word for word in sys.argv[1:] if not word.startswith("--local")], set()
-    for process in psutil.Process().parents():
+    for pid in _ancestors():
         with suppress(psutil.Error):
-            program, *others = process.cmdline()
+            program, *others = psutil.Process(pid).cmdline() or [""]
             if words and others[-len(words) :] == words and not Path(program).name.endswith("sh"):
-                found.add(process)
+                found.add(pid)
     return found
 
 
-def _exit_without(launchers: set[psutil.Process]) -> None:
-    """Exit once one of `launchers` is gone."""
+def _ancestors() -> list[int]:
+    """The process that started this one, that one's, and so on. By number: `psutil` tells processes
+    apart by the time of their start, which a clock that is set changes."""
     import psutil
 
-    own, present = psutil.Process(), launchers
-    while launchers <= present:
+    found, pid = [], os.getppid()
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        while pid:
+            found.append(pid)
+            pid = psutil.Process(pid).ppid()
+    return found
+
+
+def _exit_without(launchers: set[int]) -> None:
+    """Exit once one of `launchers` is gone."""
+    while not (gone := launchers.difference(_ancestors())):
         time.sleep(POLL)
-        with suppress(psutil.NoSuchProcess):  # one ended between two questions; ask again
-            present = set(own.parents())
-    gone = ", ".join(str(process.pid) for process in launchers - present)
     line = (
-        f"error: process {rank()} of {world_size()} ends because its launcher (process {gone}) is "
-        "gone; the same command goes on from what was saved"
+        f"error: process {rank()} of {world_size()} ends because its launcher (process "
+        f"{', '.join(map(str, gone))}) is gone; the same command goes on from what was saved"
     )
     # beside this thread: a terminal that is stopped, or another thread at a print, must not hold it
     last_words = Thread(target=tell, args=(line,), daemon=True)

@@ -22,7 +22,7 @@ from deepspec.data.thoughts import KNOWN
 from deepspec.targets import Target, load_target
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
-from tests.forked import command, succeed
+from tests.forked import command, kill_all, succeed
 from tests.jobs import LAST, kill_jobs, write_recipe
 from tests.trainers import MakeTrainer, build_trainer
 
@@ -182,3 +182,4 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
     """A job that hangs fails its test, and does not outlive it."""
     yield
     kill_jobs(tmp_path)
+    kill_all()

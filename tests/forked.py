@@ -18,6 +18,7 @@ from typing import Any
 from deepspec.cli import main
 from deepspec.processes import die_with_parent
 
+_STARTED: list[Forked] = []
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
 
@@ -34,6 +35,7 @@ class Forked:
         environment = {**os.environ, **variables}
         self._process = _CONTEXT.Process(target=_run, args=(function, words, environment, name))
         self._process.start()
+        _STARTED.append(self)
         self.pid = self._process.pid
 
     @property
@@ -90,6 +92,16 @@ def job(processes: int, function: Callable[[list[str]], Any], words: list[str]) 
 
 def succeed(*processes: Forked, within: float = 300) -> str:
     """What the first one said, once all have ended well."""
-    outputs = [process.communicate(timeout=within)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=within)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert not any(process.returncode for process in processes), "\n".join(outputs)[-5000:]
     return outputs[0]
+
+
+def kill_all() -> None:
+    """SIGKILL of what still runs."""
+    while _STARTED:
+        _STARTED.pop().kill()
