@@ -16,6 +16,10 @@ from threading import Thread
 from deepspec.streams import tell
 
 POLL = 0.5  # seconds between two looks at the launchers
+# what torchrun, deepspeed, mpirun (Open MPI, MPICH) and srun set
+MARKS = frozenset(
+    ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+)
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -70,18 +74,23 @@ def end_with_launchers() -> None:
 
 
 def _launchers() -> set[int]:
-    """The programs that were started to start this process: their command lines end with its own.
+    """The program that started this process, where the environment shows that it is a launcher, and
+    those that were started to start it: their command lines end with its own (`deepspeed`).
 
     Not shells, which may end when they have started a job.
     """
     import psutil
 
-    words, found = [word for word in sys.argv[1:] if not word.startswith("--local")], set()
+    nearest, found = not MARKS.isdisjoint(os.environ), set()
+    words = [word for word in sys.argv[1:] if not word.startswith("--local")]
     for pid in _ancestors():
         with suppress(psutil.Error):
             program, *others = psutil.Process(pid).cmdline() or [""]
-            if words and others[-len(words) :] == words and not Path(program).name.endswith("sh"):
+            if Path(program).name.endswith("sh"):
+                continue
+            if nearest or (words and others[-len(words) :] == words):
                 found.add(pid)
+            nearest = False
     return found
 
 

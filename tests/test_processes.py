@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.processes import die_with_parent
+from deepspec.processes import MARKS, die_with_parent
 from tests.jobs import all_gone, processes_of
 
 # a process of a job, which says that it runs and then sleeps
@@ -21,7 +21,7 @@ import pathlib, sys, time
 from deepspec import processes
 processes.POLL = 0.02
 processes.end_with_launchers()
-pathlib.Path(sys.argv[-1].removeprefix("out="), "running").touch()
+pathlib.Path(sys.argv[2].removeprefix("out="), "running").touch()
 time.sleep(60)
 """
 # starts its words, from a thread that ends at once
@@ -47,13 +47,14 @@ def out(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
+LAUNCHED = {"RANK", *MARKS}
 MOMENT = 0.4  # seconds, in which a process looks several times
 
 
 def begin(out: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
     """`command` with a job's words at its end, once that job runs."""
     words = [*command, sys.executable, "-c", JOB, "train", f"out={out}"]
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
     process = subprocess.Popen(words, env=environment | variables, preexec_fn=die_with_parent)
     deadline = time.monotonic() + 30
     while not (out / "running").exists():
@@ -87,6 +88,14 @@ def test_so_it_is_where_one_launcher_starts_another(out: Path) -> None:
     """`deepspeed` does."""
     launcher = begin(out, *LAUNCH, *LAUNCH, RANK="0", WORLD_SIZE="2")
     assert len(processes_of(out)) == 3
+    end(launcher)
+    assert all_gone(out)
+
+
+def test_so_it_is_behind_a_wrapper_that_changes_its_words(out: Path) -> None:
+    script = out / "wrapper.sh"
+    script.write_text('"$@" engine=zero2; true\n')
+    launcher = begin(out, *LAUNCH, "bash", str(script), RANK="0", TORCHELASTIC_RUN_ID="none")
     end(launcher)
     assert all_gone(out)
 
