@@ -370,4 +370,4 @@ def test_the_whole_storm(recipe: Path, quiet: Path, tmp_path: Path, stack: ExitS
     kinds |= {"disk": 1, "weights": 1, "description": 1, "shard": 1}
     faults = [name for name, times in kinds.items() for _ in range(times)]
     random.Random(1).shuffle(faults)
-    storm(faults, 250, recipe, answers, tmp_path, stack)
+    storm(faults, 320, recipe, answers, tmp_path, stack)
