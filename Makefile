@@ -14,7 +14,7 @@ help:
 	@echo "make reproduce   the paper's figures, in kind; an hour on 2 cores (ARGS='seeds=3', ...)"
 	@echo "make test        lint, format, types and the tests"
 	@echo "make test-slow   the slow suites too, with freshly drawn inputs"
-	@echo "make storm       20 kills and cuts at random moments of a training, and other faults"
+	@echo "make storm       30 faults of a training at random moments: kills, cuts, damaged files"
 	@echo "make clean       remove the environment and caches"
 
 # Remade when the dependencies change. pip takes a torch build that is at hand when the range

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from deepspec import __version__
 from deepspec.errors import DeepSpecError, Interrupted
-from deepspec.processes import rank
+from deepspec.processes import end_with_launchers, rank
 from deepspec.streams import drop_unread, escape_unknown_signs, tell
 
 COMMANDS = (
@@ -49,6 +49,8 @@ NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0; 1 where a check does not hold; 2 for a mistake of the user's;
     128 + n after signal n, and as after SIGPIPE where nobody read the results to their end."""
+    if arguments is None:  # a program of its own
+        end_with_launchers()
     parser, commands = _parser()
     # argparse takes key=value words before the first flag only; those behind it come as a rest
     options, rest = parser.parse_known_args(arguments)

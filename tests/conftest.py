@@ -27,7 +27,8 @@ from deepspec.data.thoughts import KNOWN
 from deepspec.targets import Target, load_target
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
-from tests.jobs import LAST, kill_jobs, open_process, train_command, write_recipe
+from tests.forked import command, kill_all, succeed
+from tests.jobs import LAST, kill_jobs, write_recipe
 from tests.trainers import MakeTrainer, build_trainer
 
 # Tests share the cores, and threads that wait for one another there take four times as long; those
@@ -204,14 +205,13 @@ def recipe(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def quiet(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last weights of a run of `recipe` that nothing disturbed, in one process."""
     out = tmp_path_factory.mktemp("quiet")
-    process = open_process(train_command(recipe, out))
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    succeed(command("train", f"recipe={recipe}", f"out={out}"))
     return out / LAST
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
+def nothing_left(tmp_path: Path) -> Iterator[None]:
     """A job that hangs fails its test, and does not outlive it."""
     yield
-    kill_jobs()
+    kill_jobs(tmp_path)
+    kill_all()

@@ -9,11 +9,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import load_file
 
+from deepspec.processes import die_with_parent
 from deepspec.training.checkpoint import WEIGHTS, list_checkpoints
 
 STEPS = 24
@@ -59,17 +61,45 @@ def train_command(
     return [*command, f"recipe={recipe}", f"out={out}", *words]
 
 
-def open_process(command: list[str]) -> subprocess.Popen[str]:
-    """`command`, started, with all it says in one stream."""
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def open_process(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    """`command`, started, with all it says in one stream; it does not outlive the tests."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=die_with_parent,
+        **options,
+    )
 
 
-def kill_jobs() -> None:
-    """Of what this test started, the trainers: a job that hangs must not outlive its test."""
-    for child in psutil.Process().children(recursive=True):
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those that have `folder`, or what lies in it, among their words."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def all_gone(folder: Path, within: float = 20) -> bool:
+    """Whether no process of `folder` is left in the end; those that nobody waited for count not."""
+    deadline = time.monotonic() + within
+    while left := processes_of(folder):
+        if time.monotonic() > deadline:
+            print("left:", *(process.cmdline() for process in left), sep="\n")
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def kill_jobs(folder: Path) -> None:
+    """What a test started and what works in its `folder`: no job that hangs outlives its test."""
+    for process in {*psutil.Process().children(recursive=True), *processes_of(folder)}:
         with suppress(psutil.Error):  # it ends, or has ended, by itself
-            if "deepspec" in child.cmdline():
-                child.kill()
+            if "deepspec" in process.cmdline():
+                process.kill()
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:

@@ -6,7 +6,6 @@ its own means when it is started again. `logs/NAME.log` has what a job said.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -26,13 +25,13 @@ from deepspec.config.values import read_value
 from deepspec.errors import ConfigError, Interrupted
 from deepspec.json_files import read_json
 from deepspec.outputs import FOLDER, REPRODUCTION, claim, hold, make_folder
+from deepspec.processes import die_with_parent
 from deepspec.reproduction.board import Board
 from deepspec.reproduction.jobs import Job
 from deepspec.reproduction.plan import Plan
 
 POLL = 0.1  # seconds
 PATIENCE = 60.0  # seconds that a job has to save and leave
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @contextmanager
@@ -140,7 +139,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C is for us, who pass it on
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self._running.append(Running(job, process, time.monotonic(), fresh))
 
@@ -206,16 +205,3 @@ def _same_path(one: Any, other: str) -> bool:
     if key not in (*PATHS, "recipe") or not str(one).startswith(f"{key}="):
         return False
     return same_place(read_value(one), read_value(other))
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """In a new process: SIGKILL when the one that started it ends, however it ends.
-
-    Nobody would wait for its result, and the same command, started again, would meet it at work in
-    the same folder. Elsewhere than on Linux the folder's lock says so.
-    """
-    if _LIBC is not None:
-        _LIBC.prctl(DIE_WITH_PARENT, signal.SIGKILL)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.training.checkpoint import WEIGHTS, list_checkpoints, read_checkpoint, read_tensors
+from tests.forked import Forked, command
 from tests.jobs import (
     HAVE_DEEPSPEED,
     LAST,
@@ -29,9 +30,11 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 def start(
     recipe: Path, out: Path, *words: str, processes: int | None = None
-) -> subprocess.Popen[str]:
+) -> subprocess.Popen[str] | Forked:
     """`deepspec train`, by torchrun where a number of processes is given."""
-    launcher = ("--standalone", "--nproc-per-node", str(processes)) if processes else ()
+    if processes is None:
+        return command("train", f"recipe={recipe}", f"out={out}", *words)
+    launcher = ("--standalone", "--nproc-per-node", str(processes))
     return open_process(train_command(recipe, out, *words, launcher=launcher))
 
 

@@ -1,17 +1,15 @@
 """A `deepspec train` that notes what of its training is alive when its evaluation begins.
 
-python -m tests.training.left_job NOTES.json train recipe=... key=value ...
+NOTES.json train recipe=... key=value ...
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deepspec.cli import main
@@ -37,8 +35,9 @@ def alive() -> tuple[list[str], dict[int, int]]:
     return left, storages(kinds)
 
 
-def run(notes: Path, *words: str) -> None:
-    """Train with `words`; `notes` gets what was alive."""
+def run(given: list[str]) -> None:
+    """Train; the first of the words `given`, a file, gets what was alive."""
+    notes, words = Path(given[0]), given[1:]
     evaluate = stages.evaluate_drafter
 
     def noting(source: Any, target: Any, drafter: Any, out: Path) -> Any:
@@ -56,11 +55,6 @@ def run(notes: Path, *words: str) -> None:
 
     stages.evaluate_drafter = noting
     try:
-        main(list(words))
+        main(words)
     finally:
         stages.evaluate_drafter = evaluate
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), *sys.argv[2:])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked, succeed
 from tests.jobs import HAVE_DEEPSPEED
 from tests.recipes.small import small, words, write_prompts
+from tests.training.left_job import run
 
 KINDS = ["single", *(["zero2", "zero3"] if HAVE_DEEPSPEED else [])]
 
@@ -21,10 +21,8 @@ def test_nothing_is_left_for_the_evaluation(kind: str, target_folder: Path, tmp_
     tensors beside the target and the drafter take less than the drafter alone."""
     settings = small(target_folder, write_prompts(tmp_path / "prompts.jsonl"))
     notes = tmp_path / "notes.json"
-    command = [sys.executable, "-m", "tests.training.left_job", str(notes), "train", "recipe=tiny"]
-    command += [f"out={tmp_path / 'run'}", *words(settings), f"engine={kind}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = [str(notes), "train", "recipe=tiny", f"out={tmp_path / 'run'}"]
+    succeed(Forked(run, [*given, *words(settings), f"engine={kind}"]), within=240)
     found = json.loads(notes.read_text())
     assert found["left"] == []
     assert found["bytes"] < found["weights"], found

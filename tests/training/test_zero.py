@@ -1,6 +1,6 @@
 """Processes and sharding change nothing: every engine on 1, 2 and 4 processes against one process.
 
-Each torchrun is real (gloo, DeepSpeed where it is installed). 13 samples in steps of four leave a
+The processes are real (gloo, DeepSpeed where it is installed). 13 samples in steps of four leave a
 last step of one, so all other processes are without work there.
 """
 
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,9 @@ from deepspec.targets import Target, load_target
 from deepspec.training.checkpoint import OPTIMIZER, WEIGHTS, read_checkpoint, step_folder
 from deepspec.training.engine import contact, open_engine
 from tests.conftest import make_model, make_tokenizer
+from tests.forked import job, succeed
 from tests.trainers import MakeTrainer, build_trainer
+from tests.training.zero_job import train
 
 STEPS, HALF = 6, 3
 HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -36,17 +35,13 @@ ZERO3 = ("engine.kind=zero3", "engine.persistence_threshold=100")  # else all of
 def run_jobs(
     processes: int, target: Path, jobs: dict[Path, tuple[int, str, tuple[str, ...]]]
 ) -> None:
-    """One torchrun for all of `jobs`: run folder -> (last step, checkpoint or new, overrides)."""
+    """Run all of `jobs` in the same processes: run folder -> (last step, start, overrides)."""
     words: list[str] = []
     for folder, (steps, start, overrides) in jobs.items():
         words += ["then"] if words else []
         words += [str(folder), str(steps), start, f"target.path={target}", "target.dtype=float32"]
         words += overrides
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--standalone", "-m", "tests.training.zero_job", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed(*job(processes, train, words), within=240)
 
 
 def result(folder: Path, rank: int = 0) -> dict[str, Any]:

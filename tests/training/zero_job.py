@@ -1,15 +1,13 @@
-"""A training job for tests, started by torchrun: train some steps, maybe from a checkpoint.
+"""A training job for tests, in each of its processes: train some steps, maybe from a checkpoint.
 
-    torchrun --nproc-per-node 2 -m tests.training.zero_job FOLDER STEPS RESUME key=value ...
+    FOLDER STEPS RESUME key=value ...
 
-Several jobs may follow each other in one process (separated by the word `then`), because starting
-Python and DeepSpeed takes longer than the training.
+Several jobs may follow each other in one process (separated by the word `then`).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +22,11 @@ from deepspec.training.checkpoint import read_checkpoint
 from tests.trainers import SETTINGS, build_trainer
 
 
-def main() -> None:
-    """Run the jobs of the command line."""
+def train(words: list[str]) -> None:
+    """Run the jobs of the command line `words`."""
     torch.set_num_threads(1)
     jobs: list[list[str]] = [[]]
-    for word in sys.argv[1:]:
+    for word in words:
         if word == "then":
             jobs.append([])
         else:
@@ -49,7 +47,3 @@ def main() -> None:
         row = {"losses": losses, "seen": seen, "validation": validation}
         Path(folder, f"rank{rank()}.json").write_text(json.dumps(row))
     trainer.engine.close()
-
-
-if __name__ == "__main__":
-    main()
