@@ -31,7 +31,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     bad = []
     for shard in track(store.finished(), "verify", len(store.finished()), "shards"):
         try:
-            store.check(shard)
+            store.verify(shard)
         except DataError as error:
             bad.append(str(error))
     if bad:

@@ -14,7 +14,8 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode
-from deepspec.features.store import BadShardError, Store, digest
+from deepspec.features.store import Store
+from deepspec.features.store_index import BadShardError, digest
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 
