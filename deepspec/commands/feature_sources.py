@@ -121,7 +121,7 @@ def feature_source(
         samples = [*data.samples, *data.validation]
         header = header_of(target, samples, config.extract.dtype, all_finals)
         if engine.is_main:
-            Store.create(path, header)
+            Store.create(path, header, repair=True)
         engine.wait()
         store = Store.create(path, header, wanted.verify)
         return Hybrid(target, store, f"hybrid-{engine.rank}", int(config.extract.shard_mib * 2**20))

@@ -153,7 +153,7 @@ class Hybrid(FeatureSource):
         """All that was computed is on disk, and every process knows of it."""
         self._flush()
         wait()
-        self._store.refresh()
+        self._store.refresh(repair=True)  # what is damaged is computed again
 
     @property
     def _tokens(self) -> int:

@@ -125,7 +125,7 @@ def read_header(path: Path) -> StoreHeader:
             f"{path} is no store of features ({HEADER} is missing); make one by deepspec extract "
             f"recipe=R out={path}"
         )
-    again = "make the store again"
+    again = "delete it, and run the same deepspec extract again: it keeps the shards that fit"
     raw = read_json(file, DataError, again)
     version, checksum = raw.pop("format", None), raw.pop("checksum", None)
     if version not in (UNPROTECTED, FORMAT):

@@ -194,7 +194,7 @@ def _name_of(module: Any, model: Any, files: WeightFiles | GgufFile, config: Tar
     wanted = {name for name, tensor in own.items() if tensor is module.weight}  # tied: two names
     its_own = next(f"{name}.weight" for name, each in model.named_modules() if each is module)
     found: str | None = None
-    for name in sorted(files.names()):
+    for name in sorted(files.names(), key=lambda name: (name != its_own, name)):
         loaded, _ = rename_source_key(
             name,
             renamings,

@@ -13,11 +13,11 @@ the clock, or on a network file system that makes up its ctime. The hub's cache 
 sha256, but a download is not held against it later, and it depends on how the checkpoint is cut;
 so those files are hashed as any others.
 
-What it costs: the bytes are read once more, right after the model was loaded and so mostly from the
-page cache, in threads, while training begins; the first checkpoint waits for the result. On an Intel
-Xeon with SHA-NI, beside other work, 8.6 GB took 9.5 s of a core (0.9 GB/s; `python
-benchmarks/target_hash.py --gib 8`), and a second start 0.01 s. By that, 700 GB take 780 s of a core:
-100 s on 8 cores. Where they are not in the page cache, a disk of 2 GB/s needs 350 s to read them.
+What it costs: the bytes are read once more, right after the model was loaded and so mostly from
+the page cache, in threads, while training begins; the first checkpoint waits for the result. On an
+Intel Xeon with SHA-NI, beside other work, 8.6 GB took 9.5 s of a core (0.9 GB/s; `python
+benchmarks/target_hash.py --gib 8`), and a second start 0.01 s. By that, 700 GB take 780 s of a
+core: 100 s on 8 cores. What the page cache lacks has to be read: 350 s from a disk of 2 GB/s.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from deepspec.commands.feature_sources import extract_features
 from deepspec.commands.stages import TrainingData
 from deepspec.config.loading import config_from
 from deepspec.errors import DataError
+from deepspec.features.sources import Hybrid
 from deepspec.features.store import Store
 from deepspec.features.store_index import digest_all
 from deepspec.records import Sample, TargetFeatures
@@ -172,6 +173,41 @@ def test_what_is_no_index_is_made_again(
     assert not is_verified(path)
     extract(target, path)
     assert_same(content(path), content(whole))
+
+
+def test_a_lost_header_is_written_again_and_shards_are_kept(
+    target: Target, whole: Path, tmp_path: Path
+) -> None:
+    """What the message about a damaged one says to do helps."""
+    path = shutil.copytree(whole, tmp_path / "store")
+    (path / "store.json").write_text("{")
+    with pytest.raises(DataError, match="delete it, and run the same deepspec extract again"):
+        extract(target, path)
+    (path / "store.json").unlink()
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    extract(target, path)
+    assert all(file.stat().st_mtime_ns == moment for file, moment in before.items())
+    assert_same(content(path), content(whole))
+
+
+def test_a_hybrid_store_goes_on_without_a_damaged_index(
+    target: Target, whole: Path, tmp_path: Path
+) -> None:
+    """Whether the job begins with it or meets it at a checkpoint."""
+    path = shutil.copytree(whole, tmp_path / "store")
+    first, second, *_ = sorted(path.glob("shard-*.json"))
+    first.write_text("{")
+    header = Store.open(whole).header
+    source = Hybrid(target, Store.create(path, header, repair=True), "hybrid-0", 2**30)
+    assert not first.exists()
+    other = Hybrid(target, Store.create(path, header), "hybrid-1", 2**30)
+    source.features(SAMPLES)
+    source.settle(lambda: None)
+    (mine,) = path.glob("hybrid-0-*.json")
+    mine.write_text("[]")
+    other.settle(lambda: None)
+    assert not mine.exists()
+    assert second.exists()
 
 
 def test_conversation_ids_are_protected(whole: Path, tmp_path: Path) -> None:
