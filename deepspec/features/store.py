@@ -171,7 +171,7 @@ class Store:
         opened = self._file(shard)  # of which this reads the tokens, a thousandth
         ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
         for name, place in places_in(shard, self._known[shard]):
-            if self._places[name].shard == shard:  # else another process has stored it too
+            if self._places.get(name, place).shard == shard:  # else another shard has it too
                 sample = Sample(ids[place.tokens], mask[place.tokens], name, place.conversation_id)
                 finals = place.finals.stop - place.finals.start
                 if digest(sample) != place.digest or finals != self.header.finals(sample):

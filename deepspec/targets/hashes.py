@@ -118,6 +118,10 @@ class HashedFiles:
             found = {}
             for file, spans in self.spans(names):
                 found |= hashes_in(file, {name: spans[name] for name in names if name in spans})
+        if lacking := [name for name in names if name not in found]:
+            raise TargetError(
+                f"{lacking[0]} is not in the file where the index of the target has it"
+            )
         return combined_ends(*(found[name] for name in names))
 
     def _hash_all(self) -> dict[str, str]:

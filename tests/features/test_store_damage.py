@@ -210,6 +210,21 @@ def test_a_hybrid_store_goes_on_without_a_damaged_index(
     assert second.exists()
 
 
+def test_an_older_store_is_read_and_what_is_not_protected_is_said(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(whole, tmp_path / "store")
+    make_older(path)
+    assert is_verified(path)
+    said = capsys.readouterr()
+    assert "no checksum protects its store.json" in said.err
+    assert "all that has a checksum is as it was written" in said.out
+    (rows, features, header), expected = content(path), content(whole)
+    assert_same(
+        (rows, features, {**header, "conversations": expected[2]["conversations"]}), expected
+    )
+
+
 def test_conversation_ids_are_protected(whole: Path, tmp_path: Path) -> None:
     """By which training holds samples out."""
     path = shutil.copytree(whole, tmp_path / "store")
@@ -277,5 +292,6 @@ def test_more_samples_than_the_store_is_of_are_refused(whole: Path, tmp_path: Pa
     header = json.loads((path / "store.json").read_text())
     header |= {"samples": 3, "data": digest_all(SAMPLES[:3])}
     (path / "store.json").write_text(json.dumps(header))
+    assert not is_verified(path)
     with pytest.raises(DataError, match=r"are not those that store\.json was written for"):
         content(path)
