@@ -120,7 +120,7 @@ class HashedFiles:
                 found |= hashes_in(file, {name: spans[name] for name in names if name in spans})
         if lacking := [name for name in names if name not in found]:
             raise TargetError(
-                f"{lacking[0]} is not in the file where the index of the target has it"
+                f"{lacking[0]} is not in the file where the target's index has it; fetch both again"
             )
         return combined_ends(*(found[name] for name in names))
 
