@@ -37,7 +37,8 @@ from stored import training_on
 
 from deepspec.features.encoding import encode, token_bytes
 from deepspec.features.extract import Shard
-from deepspec.features.store import Store, StoreHeader
+from deepspec.features.store import Store
+from deepspec.features.store_index import StoreHeader
 from deepspec.machine import describe_machine
 from deepspec.records import Sample, TargetFeatures
 

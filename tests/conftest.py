@@ -25,6 +25,7 @@ from deepspec.config.resources import resource
 from deepspec.config.schema import TargetConfig
 from deepspec.data.thoughts import KNOWN
 from deepspec.targets import Target, load_target
+from deepspec.targets.hashes import CACHE
 from deepspec.training.run_folder import RunFolder
 from deepspec.training.trainer import Trainer
 from tests.forked import command, kill_all, succeed
@@ -156,6 +157,12 @@ def make_model(vocabulary: int = 260, layers: int = 6, seed: int = 0) -> Qwen3Fo
         bos_token_id=None,
     )
     return Qwen3ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hashes of the tiny targets' weights are of no use to whoever runs the tests."""
+    os.environ[CACHE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

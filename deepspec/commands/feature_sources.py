@@ -9,7 +9,7 @@ from deepspec.commands.stages import TrainingData
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import ConfigError, DataError
-from deepspec.features.extract import check_room, extract, header_of, missing_shards
+from deepspec.features.extract import check_room, discard_bad, extract, header_of, missing_shards
 from deepspec.features.remote import RemoteTarget
 from deepspec.features.sources import Ahead, FeatureSource, Hybrid, Online, Overlapped
 from deepspec.features.store import HEADER, Store
@@ -33,11 +33,16 @@ def extract_features(
         raise DataError("no sample to extract; see the rows left out above and data.path")
     kind = drafter_kind(config.drafter.kind)
     header = header_of(target, samples, config.extract.dtype, kind.all_finals)
+    verify = config.features.verify
     if rank() == 0:
         with hold(out / HEADER, patiently=True):  # a training may fill the same store
-            Store.create(out, header)
+            Store.create(out, header, repair=True)
     wait()
-    store = Store.create(out, header)
+    store = Store.create(out, header, verify)
+    wait()  # all share out the same shards before any is deleted
+    discard_bad(store, store.finished()[rank() :: world_size()], samples)
+    wait()
+    store = Store.create(out, header, verify)  # without what other processes deleted
     missing = missing_shards(samples, store, config.extract)
     tokens = sum(shard.tokens for shard in missing)
     need = store.header.bytes_of(sample for shard in missing for sample in shard.samples)
@@ -119,7 +124,7 @@ def feature_source(
         header = header_of(target, samples, config.extract.dtype, all_finals)
         if engine.is_main:
             with hold(path / HEADER, patiently=True):  # several trainings may share a store
-                Store.create(path, header)
+                Store.create(path, header, repair=True)
         engine.wait()
         store = Store.create(path, header, wanted.verify)
         return Hybrid(target, store, f"hybrid-{engine.rank}", int(config.extract.shard_mib * 2**20))

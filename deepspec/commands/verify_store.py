@@ -31,7 +31,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     bad = []
     for shard in track(store.finished(), "verify", len(store.finished()), "shards"):
         try:
-            store.check(shard)
+            store.verify(shard)
         except DataError as error:
             bad.append(str(error))
     if bad:
@@ -39,8 +39,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     store.require_complete()
     header = store.header
     finals = "of all tokens" if header.all_finals else "where a supervised token follows"
+    whole = header.conversations is not None
+    written = (
+        "all as they were written" if whole else "all that has a checksum is as it was written"
+    )
     print(
         f"{store.path}: {len(store)} samples of {header.target} in {len(store.finished())} shards, "
-        f"{header.dtype}, at most {header.bytes_a_token} bytes a token, final states {finals}; all "
-        "as they were written"
+        f"{header.dtype}, at most {header.bytes_a_token} bytes a token, final states {finals}; "
+        f"{written}"
     )

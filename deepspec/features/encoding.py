@@ -35,6 +35,20 @@ def token_bytes(dtype: str, layers: int, hidden_size: int) -> int:
     return (layers + 1) * state_bytes(dtype, hidden_size)
 
 
+def shapes(
+    dtype: str, layers: int, hidden_size: int, tokens: int, finals: int
+) -> dict[str, tuple[str, list[int]]]:
+    """Number type, as safetensors calls it, and shape of each tensor that `encode` gives."""
+    kind = {"bfloat16": "BF16", "float8": "F8_E4M3", "float32": "F32"}[dtype]
+    found = {
+        "context": (kind, [tokens, layers * hidden_size]),
+        "final": (kind, [finals, hidden_size]),
+    }
+    if dtype == "float8":
+        found |= {"context_scale": ("F32", [tokens, layers]), "final_scale": ("F32", [finals, 1])}
+    return found
+
+
 def encode(features: TargetFeatures, dtype: str, layers: int) -> dict[str, Tensor]:
     """`context` [T, L*D] and `final` [F, D] in `dtype`; with float8 `context_scale` [T, L] and
     `final_scale` [F, 1] fp32."""

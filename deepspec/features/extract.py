@@ -18,9 +18,11 @@ from deepspec.atomic import free_bytes
 from deepspec.config.schema import ExtractConfig
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode, resolve_dtype
-from deepspec.features.store import Store, StoreHeader, digest_all
-from deepspec.progress import Progress
+from deepspec.features.store import Store
+from deepspec.features.store_index import BadShardError, StoreHeader, digest_all, digest_of
+from deepspec.progress import Progress, track
 from deepspec.records import Sample
+from deepspec.streams import tell
 from deepspec.targets import Target
 
 GIB = 2**30
@@ -62,7 +64,22 @@ def header_of(
         samples=len(samples),
         data=digest_all(samples),
         all_finals=all_finals,
+        conversations=digest_of((s.sample_id, s.conversation_id) for s in samples),
     )
+
+
+def discard_bad(store: Store, shards: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Reread `shards` whole, and delete those that are not what was written for `samples`:
+    `missing_shards` then has them made again."""
+    known = {sample.sample_id for sample in samples}
+    for shard in track(shards, "check", len(shards), "shards") if shards else ():
+        try:
+            if others := store.verify(shard) - known:
+                what = f"{store.path / shard}.json has samples of other data, such as {min(others)}"
+                raise BadShardError(what, shard)
+        except BadShardError as error:
+            tell(f"{error.what}; it is made again")
+            store.discard(shard)
 
 
 def missing_shards(samples: Sequence[Sample], store: Store, config: ExtractConfig) -> list[Shard]:

@@ -38,8 +38,15 @@ from deepspec.records import Sample, TargetFeatures
 
 TOKEN = "DEEPSPEC_TOKEN"
 IDENTITY = "x-target-weights"  # in every answer: a server may be started again with another model
+ALL_WEIGHTS = "x-target-all-weights"  # the same of all values, where the server knows it
 CONNECT_SECONDS = 5.0
 REST_SECONDS = 5.0  # a server that failed is asked again after it, or when all have failed
+
+
+def headers_of(identity: dict[str, str]) -> list[tuple[str, str]]:
+    """What answers of the server of this target carry."""
+    known = {IDENTITY: identity["weights"], ALL_WEIGHTS: identity.get("all_weights", "")}
+    return [(key, value) for key, value in known.items() if value]
 
 
 class _Unavailable(Exception):
@@ -133,7 +140,7 @@ class RemoteTarget:
             raise _Unavailable(said)
         if response.status_code != 200:
             raise ServerError(f"{said}; {_advice(response.status_code)}")
-        if response.headers.get(IDENTITY) != self.identity["weights"]:
+        if any(response.headers.get(key) != value for key, value in headers_of(self.identity)):
             raise ServerError(
                 f"{server.address} serves another target than before; start it again with the "
                 "one that training began with"

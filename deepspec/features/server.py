@@ -33,7 +33,7 @@ from starlette.routing import Route
 from deepspec.config.schema import ServeConfig
 from deepspec.errors import ConfigError
 from deepspec.features.encoding import encode, resolve_dtype
-from deepspec.features.remote import IDENTITY
+from deepspec.features.remote import headers_of
 from deepspec.records import Sample
 from deepspec.targets import Target
 
@@ -46,6 +46,7 @@ class FeatureServer:
     def __init__(self, target: Target, config: ServeConfig, token: str | None) -> None:
         self._target, self._config, self._token = target, config, token
         self._dtype = resolve_dtype(config.dtype, target.dtype)
+        headers_of(target.identity)  # waits for the hash of its weights before any request does
         self._waiting = 0
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="target")
         registry = CollectorRegistry()
@@ -91,7 +92,7 @@ class FeatureServer:
             body = await loop.run_in_executor(self._compute, self._answer, *wanted)
         finally:
             self._waiting -= 1
-        headers = {IDENTITY: self._target.identity["weights"]}
+        headers = dict(headers_of(self._target.identity))
         return Response(body, media_type="application/octet-stream", headers=headers)
 
     def _answer(self, samples: list[Sample], all_finals: bool) -> bytes:

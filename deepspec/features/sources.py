@@ -14,7 +14,8 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.features.encoding import encode
-from deepspec.features.store import BadShardError, Store, digest
+from deepspec.features.store import Store
+from deepspec.features.store_index import BadShardError, digest
 from deepspec.records import Sample, TargetFeatures
 from deepspec.targets import Target
 
@@ -152,7 +153,7 @@ class Hybrid(FeatureSource):
         """All that was computed is on disk, and every process knows of it."""
         self._flush()
         wait()
-        self._store.refresh()
+        self._store.refresh(repair=True)  # what is damaged is computed again
 
     @property
     def _tokens(self) -> int:

@@ -1,11 +1,14 @@
 """A store of samples and their features: safetensors shards, each of them whole or not there.
 
-    store.json           format, identity of the target, layer ids, dtype, which samples
+    store.json           format, identity of the target, layer ids, dtype, which samples; a checksum
     shard-*.safetensors  samples end to end: input_ids [T] int32, loss_mask [T] bool, context
                          [T, L*D], final [F, D] and, in float8, their scales
-    shard-*.json         written behind it: sample ids, lengths, final states of each (F in all),
-                         digests, the tensors' sha256
+    shard-*.json         its index, written after it: sample ids, lengths, final states of each (F
+                         in all), digests, the tensors' sha256; a checksum
     hybrid-*             the same two of `features=hybrid`
+
+The checksum of an index covers its rows, its name and the header, so that a shard of another store
+is refused. Stores of format 1 have no checksums; they are read, and what is not protected is said.
 
 A killed process leaves finished shards and nothing else that is looked at. Variable lengths, no
 padding. Several processes may write shards of their own names into one folder, where other files
@@ -15,13 +18,11 @@ who has read the one file must not find the other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,83 +34,50 @@ from torch import Tensor
 
 from deepspec.atomic import atomic_file, free_bytes, sha256, write_text
 from deepspec.errors import DataError
-from deepspec.features.encoding import DTYPES, decode, state_bytes, token_bytes
+from deepspec.features.encoding import decode, shapes
+from deepspec.features.store_index import (
+    FORMAT,
+    HEADER,
+    BadShardError,
+    Index,
+    Place,
+    Row,
+    StoreHeader,
+    digest,
+    digest_of,
+    places_in,
+    read_header,
+    read_index,
+)
+from deepspec.progress import say, say_once
 from deepspec.records import Sample, TargetFeatures
+from deepspec.targets.identity import differing
 
-FORMAT = 1
-HEADER = "store.json"
 SHARDS = ("shard-*.json", "hybrid-*.json")  # other files may lie beside them
-TOKEN_BYTES = 4 + 1  # of input_ids and loss_mask
 OPEN_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class StoreHeader:
-    """What a store is of. `samples` of them when it is complete, `data` their digest.
-
-    `all_finals`: whether final states are there of all tokens, as in stores that do not say, or of
-    those alone that a supervised one follows.
-    """
-
-    target: str
-    identity: dict[str, str]
-    layer_ids: list[int]
-    hidden_size: int
-    dtype: str
-    samples: int
-    data: str
-    all_finals: bool = True
-
-    @property
-    def bytes_a_token(self) -> int:
-        """Of a shard, id and mask included; at most, where not `all_finals`."""
-        return token_bytes(self.dtype, len(self.layer_ids), self.hidden_size) + TOKEN_BYTES
-
-    def finals(self, sample: Sample) -> int:
-        """Final states of `sample` that the store keeps."""
-        return len(sample) if self.all_finals else int(sample.followed.sum())
-
-    def bytes_of(self, samples: Iterable[Sample]) -> int:
-        """What `samples` take in shards."""
-        spared = state_bytes(self.dtype, self.hidden_size)
-        return sum(
-            len(sample) * self.bytes_a_token - (len(sample) - self.finals(sample)) * spared
-            for sample in samples
-        )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a sample lies: its `tokens`, and its `finals` among the final states of the shard."""
-
-    shard: str
-    tokens: slice
-    finals: slice
-    digest: str
-    conversation_id: str | None
-
-
-class BadShardError(DataError):
-    """The file of `shard` is not what was written, or not there."""
-
-    def __init__(self, message: str, shard: str) -> None:
-        super().__init__(message)
-        self.shard = shard
 
 
 class Store:
     """The folder at `path`. `verify`: check a shard's hash before its features are first read by
-    this process; tokens are always held against their own digests."""
+    this process; tokens are always held against their own digests. `repair`: delete shards with
+    a damaged index."""
 
-    def __init__(self, path: Path, header: StoreHeader, verify: bool = True) -> None:
+    def __init__(
+        self, path: Path, header: StoreHeader, verify: bool = True, repair: bool = False
+    ) -> None:
         self.path, self.header = path, header
         self._verify = verify
-        self._places: dict[str, _Place] = {}
-        self._known: dict[str, str] = {}  # shards, and the sha256 that their places hold for
+        self._places: dict[str, Place] = {}
+        self._known: dict[str, Index] = {}  # shards as they were when their places were read
         self._checked: set[str] = set()
         self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open)
         self._lock = threading.Lock()  # readers run ahead of the training in threads
-        self.refresh()
+        if header.conversations is None:
+            say_once(
+                f"{path} was made by an earlier version: no checksum protects its {HEADER} (dtype, "
+                "layers, target) and the conversation ids of its samples; extract again for one"
+            )
+        self.refresh(repair)
 
     # ---------------------------------------------------------------------------- the folder
 
@@ -119,7 +87,9 @@ class Store:
         return cls(path, read_header(path), verify)
 
     @classmethod
-    def create(cls, path: Path, header: StoreHeader, verify: bool = True) -> Store:
+    def create(
+        cls, path: Path, header: StoreHeader, verify: bool = True, repair: bool = False
+    ) -> Store:
         """A new store, or the one there, to be continued; where that keeps all final states, so
         it does of what is added.
 
@@ -127,26 +97,44 @@ class Store:
         """
         if not (path / HEADER).is_file():
             path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"format": FORMAT, **asdict(header)}, indent=2)
-            write_text(path / HEADER, text + "\n")
+            content = {"format": FORMAT, **asdict(header), "checksum": header.checksum}
+            write_text(path / HEADER, json.dumps(content, indent=2) + "\n")
         found = read_header(path)
         header = replace(header, all_finals=header.all_finals or found.all_finals)
-        names = [field.name for field in fields(header) if field.name != "target"]
+        unequal = {"target", "identity"} | ({"conversations"} if not found.conversations else set())
+        names = [field.name for field in fields(header) if field.name not in unequal]
         different = [name for name in names if getattr(found, name) != getattr(header, name)]
+        if differing(found.identity, header.identity):
+            different.append("identity")
         if different:
             raise DataError(
                 f"{path} is a store of something else: its {', '.join(different)} differ(s); "
                 "give another folder, or delete it"
             )
-        return cls(path, header, verify)
+        return cls(path, found, verify, repair)
 
-    def refresh(self) -> None:
-        """Look for shards that were finished since."""
+    def refresh(self, repair: bool = False) -> None:
+        """Look for shards that were finished since. Raises BadShardError for a damaged index, or
+        deletes the shard to `repair` the store."""
         for file in sorted(file for names in SHARDS for file in self.path.glob(names)):
             if file.stem not in self._known:
                 with suppress(FileNotFoundError):  # another process has just discarded it
-                    self._known[file.stem], places = _index(file)
-                    self._places |= places
+                    try:
+                        self._add(file.stem, read_index(file, self.header))
+                    except BadShardError as error:
+                        if not repair:
+                            raise
+                        say(f"{error.what}; it is made again")
+                        self.discard(error.shard)
+
+    def _add(self, shard: str, index: Index) -> None:
+        places = dict(places_in(shard, index))
+        for name, place in places.items():
+            if (other := self._places.get(name)) and other.digest != place.digest:
+                what = f"{self.path / shard}.json has other tokens under {name} than {other.shard}"
+                raise BadShardError(what, shard)
+        self._known[shard] = index
+        self._places |= places
 
     def finished(self) -> list[str]:
         """Names of the shards that are whole."""
@@ -175,26 +163,35 @@ class Store:
 
     def samples(self) -> Iterator[Sample]:
         """All samples, shard by shard. Raises DataError for tokens that are not as written."""
-        held: dict[str, list[tuple[str, _Place]]] = defaultdict(list)
-        for sample_id, place in self._places.items():
-            held[place.shard].append((sample_id, place))
         for shard in self.finished():
-            opened = self._file(shard)  # of which this reads the tokens, a thousandth
-            ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
-            for sample_id, place in held[shard]:
-                own, supervised = ids[place.tokens], mask[place.tokens].bool()
-                sample = Sample(own, supervised, sample_id, place.conversation_id)
-                if digest(sample) != place.digest:
+            yield from self._samples(shard)
+
+    def _samples(self, shard: str) -> Iterator[Sample]:
+        opened = self._file(shard)  # of which this reads the tokens, a thousandth
+        ids, mask = opened.get_tensor("input_ids").long(), opened.get_tensor("loss_mask")
+        for name, place in places_in(shard, self._known[shard]):
+            if self._places.get(name, place).shard == shard:  # else another shard has it too
+                sample = Sample(ids[place.tokens], mask[place.tokens], name, place.conversation_id)
+                finals = place.finals.stop - place.finals.start
+                if digest(sample) != place.digest or finals != self.header.finals(sample):
                     self.check(shard)
-                    raise DataError(f"{self.path / shard}.json is damaged; delete it and extract")
+                    raise self._unfit(shard, f"{name} has other tokens or final states")
                 yield sample
 
     def require_complete(self) -> None:
-        """Raises DataError where samples are missing."""
+        """Raises DataError where samples are missing, or are not those that the store is of."""
         if len(self) < self.header.samples:
             raise DataError(
                 f"{self.path} has {len(self)} of {self.header.samples} samples; finish it by the "
                 "same deepspec extract command"
+            )
+        places = self._places.items()
+        data = digest_of((name, place.digest) for name, place in places)
+        conversations = digest_of((name, place.conversation_id) for name, place in places)
+        if data != self.header.data or self.header.conversations not in (None, conversations):
+            raise DataError(
+                f"{self.path}: the samples in its shard-*.json are not those that {HEADER} was "
+                "written for; delete it and extract again"
             )
 
     def check(self, shard: str) -> None:
@@ -202,24 +199,27 @@ class Store:
         lay under its name when this process first saw it: places in it would be of other rows."""
         file = self.path / f"{shard}.safetensors"
         found = sha256(file) if file.is_file() else None
-        if found != self._known[shard]:
-            raise BadShardError(
-                f"{file} is {'corrupt: its sha256 is not the recorded one' if found else 'missing'}"
-                f"; delete {shard}.json and what is left of it, and make it again by the same "
-                "deepspec extract command, which keeps all other shards",
-                shard,
-            )
+        if found != self._known[shard].sha256:
+            what = "corrupt: its sha256 is not the recorded one" if found else "missing"
+            raise BadShardError(f"{file} is {what}", shard)
+
+    def verify(self, shard: str) -> set[str]:
+        """Check all that is known of one shard: its hash, its layout, and each sample's tokens; the
+        hash only where the store verifies. Return the ids in it. Raises BadShardError."""
+        if self._verify:
+            self.check(shard)
+        return {sample.sample_id for sample in self._samples(shard)}
 
     def discard(self, shard: str) -> None:
-        """Forget a bad shard and delete it."""
-        for suffix in (".json", ".safetensors"):
+        """Forget a bad shard and delete it; its index last, by which another process finds it."""
+        for suffix in (".safetensors", ".json"):
             (self.path / f"{shard}{suffix}").unlink(missing_ok=True)
-        self._known.pop(shard)
+        self._known.pop(shard, None)
         self._checked.discard(shard)
         self._opened.cache_clear()  # one that is made again gets its name
         self._places = {i: place for i, place in self._places.items() if place.shard != shard}
 
-    def _slice(self, place: _Place) -> dict[str, Tensor]:
+    def _slice(self, place: Place) -> dict[str, Tensor]:
         opened, wanted = self._shard(place.shard), {}
         for name in opened.keys():  # noqa: SIM118
             if name not in ("input_ids", "loss_mask"):
@@ -238,11 +238,26 @@ class Store:
         return self._file(shard)
 
     def _file(self, shard: str) -> Any:
+        """The tensors of `shard`, which are as many and as long as its index has it."""
+        rows, layers = self._known[shard].samples, len(self.header.layer_ids)
+        tokens, finals = sum(row.length for row in rows), sum(row.kept for row in rows)
+        wanted = {"input_ids": ("I32", [tokens]), "loss_mask": ("BOOL", [tokens])}
+        wanted |= shapes(self.header.dtype, layers, self.header.hidden_size, tokens, finals)
         try:
-            return safe_open(self.path / f"{shard}.safetensors", "pt")
+            opened: Any = safe_open(self.path / f"{shard}.safetensors", "pt")
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: (own.get_dtype(), own.get_shape()) for name, own in slices.items()}
         except (SafetensorError, OSError) as error:
             self.check(shard)  # says more
             raise DataError(f"{self.path / shard}.safetensors is unreadable: {error}") from None
+        if found != wanted:
+            self.check(shard)
+            raise self._unfit(shard, "number types or sizes of the tensors are others")
+        return opened
+
+    def _unfit(self, shard: str, why: str) -> BadShardError:
+        file = self.path / f"{shard}.json"
+        return BadShardError(f"{file} does not fit its .safetensors ({why})", shard)
 
     # ------------------------------------------------------------------------------- writing
 
@@ -257,13 +272,13 @@ class Store:
             **{name: tensor.cpu().contiguous() for name, tensor in encoded.items()},
         }
         rows = [
-            {
-                "id": sample.sample_id,
-                "length": len(sample),
-                "finals": self.header.finals(sample),
-                "digest": digest(sample),
-                "conversation_id": sample.conversation_id,
-            }
+            Row(
+                sample.sample_id,
+                len(sample),
+                digest(sample),
+                self.header.finals(sample),
+                sample.conversation_id,
+            )
             for sample in samples
         ]
         assert len(encoded["final"]) == sum(self.header.finals(sample) for sample in samples)
@@ -271,7 +286,9 @@ class Store:
             with atomic_file(self.path / f"{shard}.safetensors") as partial:
                 save_file(tensors, partial)
                 hashed = sha256(partial)
-            text = json.dumps({"sha256": hashed, "samples": rows})
+            index = Index(hashed, rows)
+            index = replace(index, checksum=self.header.checksum_of(shard, index))
+            text = json.dumps(asdict(index))
             write_text(self.path / f"{shard}.json", text + "\n")
         except (OSError, SafetensorError) as error:
             need = sum(tensor.nbytes for tensor in tensors.values())
@@ -281,57 +298,3 @@ class Store:
                 "Finished shards are kept: free disk space and start the same command again"
             ) from error
         self.refresh()
-
-
-def read_header(path: Path) -> StoreHeader:
-    """`store.json` of the folder `path`. Raises DataError."""
-    file = path / HEADER
-    if not file.is_file():
-        raise DataError(
-            f"{path} is no store of features ({HEADER} is missing); make one by deepspec extract "
-            f"recipe=R out={path}"
-        )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        version = raw.pop("format")
-        header = StoreHeader(**raw) if version == FORMAT else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is damaged ({error}); make the store again") from None
-    if header is None:
-        raise DataError(f"{file} has format {version}, this version reads {FORMAT}; extract again")
-    if header.dtype not in DTYPES:
-        raise DataError(f"{file} has dtype {header.dtype!r}, expected one of {', '.join(DTYPES)}")
-    return header
-
-
-def digest(sample: Sample) -> str:
-    """Of its tokens and mask."""
-    own = hashlib.blake2b(sample.input_ids.numpy().tobytes(), digest_size=8)
-    own.update(sample.loss_mask.numpy().tobytes())
-    return own.hexdigest()
-
-
-def digest_all(samples: Iterable[Sample]) -> str:
-    """Of all samples, whatever their order."""
-    lines = sorted(f"{sample.sample_id}\0{digest(sample)}" for sample in samples)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def _index(file: Path) -> tuple[str, dict[str, _Place]]:
-    """The sha256 of a shard, and what lies in it by sample id. Raises DataError."""
-    places = {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        token = final = 0
-        for row in content["samples"]:
-            length = row["length"]
-            kept = row.get("finals", length)  # older ones: all
-            tokens, finals = slice(token, token + length), slice(final, final + kept)
-            conversation = row.get("conversation_id")  # older ones do not say
-            places[row["id"]] = _Place(file.stem, tokens, finals, row["digest"], conversation)
-            token, final = tokens.stop, finals.stop
-        return content["sha256"], places
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{file} is damaged ({error}); delete it and run the same deepspec extract again"
-        ) from None

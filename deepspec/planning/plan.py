@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from deepspec.features.encoding import token_bytes as encoded_bytes
-from deepspec.features.store import TOKEN_BYTES
+from deepspec.features.store_index import TOKEN_BYTES
 from deepspec.planning.memory import Memory, checkpoint_bytes, memory_of
 from deepspec.planning.shapes import Job, MicroBatch
 from deepspec.planning.work import batch_flops

@@ -22,6 +22,7 @@ from deepspec.atomic import write_text
 from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
 from deepspec.regeneration.dialogue import Dialogue, is_answer, prompts_of
+from deepspec.targets.identity import ALL
 
 FORMAT = 2  # since answers have their token ids
 
@@ -198,6 +199,7 @@ class AnswerFile:
             f"{key} is {found.get(key)!r} there and {settings.get(key)!r} here"
             for key in {**settings, **found}
             if found.get(key) != settings.get(key)
+            and (key in found or not key.startswith(ALL))  # which older versions did not record
         ]
         if different:
             raise DataError(

@@ -70,6 +70,7 @@ class TargetEnds:
         self.embedding = _scaled(parts.embedding, self.embedding_scale)
         self.head = FrozenHead(_scaled(parts.head, self.logit_scale), rules.soft_cap(config))
         self.in_files = (parts.embedding, parts.head)
+        self._hash_of_ends = parts.hash_of_ends
         self.hidden_size = int(self.embedding.shape[1])
         self.vocab_size = int(self.head.weight.shape[0])
         self.num_layers = len(parts.layers)
@@ -98,7 +99,8 @@ class TargetEnds:
         length = self.context_length
         own = length == getattr(self.config, "max_position_embeddings", None)
         rotated_for = None if own or not kinds_of(self.config) else length
-        return identity_of_ends(self.config, self.tokenizer, *self.in_files, rotated_for)
+        every = self._hash_of_ends() if self._hash_of_ends else None
+        return identity_of_ends(self.config, self.tokenizer, *self.in_files, rotated_for, every)
 
     def adopt(self, identity: Identity, whose: str) -> None:
         """Take `identity` of the target that computed the features, which these are the ends of.
@@ -110,7 +112,7 @@ class TargetEnds:
                 f"{whose} is of another target than target.path={self.name}: the "
                 f"{', '.join(different)} differ(s); set target.path to that target"
             )
-        self._identity = dict(identity)
+        self._identity = {**self.identity, **identity}
 
     @property
     def device(self) -> torch.device:
@@ -153,9 +155,19 @@ def read_ends(parts: Parts, model: Any, config: TargetConfig, device: torch.devi
         dtype = parts.embedding.dtype if wanted == "auto" else wanted
         return files.read(name).to(device, dtype)
 
+    names = names_of_ends(model, files, config)
+    embedding, head = map(read, names)
+    hashed = functools.partial(files.hash_of, names)
+    return replace(parts, embedding=embedding, head=head, hash_of_ends=hashed)
+
+
+def names_of_ends(
+    model: Any, files: WeightFiles | GgufFile, config: TargetConfig
+) -> tuple[str, str]:
+    """What embedding and LM head of `model` are called in its files. Raises TargetError."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    embedding, head = (read(_name_of(module, model, files, config)) for module in ends)
-    return replace(parts, embedding=embedding, head=head)
+    embedding, head = (_name_of(module, model, files, config) for module in ends)
+    return embedding, head
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:
@@ -182,7 +194,7 @@ def _name_of(module: Any, model: Any, files: WeightFiles | GgufFile, config: Tar
     wanted = {name for name, tensor in own.items() if tensor is module.weight}  # tied: two names
     its_own = next(f"{name}.weight" for name, each in model.named_modules() if each is module)
     found: str | None = None
-    for name in sorted(files.names()):
+    for name in sorted(files.names(), key=lambda name: (name != its_own, name)):
         loaded, _ = rename_source_key(
             name,
             renamings,

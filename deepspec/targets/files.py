@@ -6,24 +6,33 @@ A hub name stands for its files in the hub's cache; what is not there is fetched
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.json_files import parse_json, read_as
+from deepspec.targets.hashes import HashedFiles, Span, Spans
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SAMPLED_ROWS, SAMPLED_COLUMNS = 4, 64
 
 
-class WeightFiles:
+@dataclass(frozen=True)
+class _Index:
+    """What a checkpoint of several files has: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+class WeightFiles(HashedFiles):
     """Tensors of the checkpoint at `target.path`, by the names they have in its files.
 
     Raises TargetError where there are no safetensors.
@@ -33,7 +42,8 @@ class WeightFiles:
         self._path, self._revision = os.path.expanduser(config.path), config.revision
         index = self._find(INDEX)
         if index is not None:
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            found = read_as(_Index, index, TargetError, "fetch it again")
+            self._files = found.weight_map
             return
         single = self._find(SINGLE)
         if single is None:
@@ -54,11 +64,26 @@ class WeightFiles:
             return opened.get_tensor(name)
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes and a few values of every tensor; reads some pages of each."""
+        """A hash of names, shapes and a few values of every tensor; reads some pages of each. All
+        that older versions recorded of a target's weights."""
         digest = hashlib.sha256()
         for name, values in sorted(self._slices(), key=lambda pair: pair[0]):
             update_digest(digest, name, list(values.get_shape()), values)
         return digest.hexdigest()[:32]
+
+    def spans(self, names: Collection[str] | None = None) -> Iterator[Spans]:
+        """See `HashedFiles.spans`. Every tensor of a file counts, also one the index leaves out."""
+        wanted = self._files if names is None else {name: self._files[name] for name in names}
+        for file in sorted(set(wanted.values())):
+            path = self._local(file)
+            try:
+                with safe_open(path, "pt"), path.open("rb") as stream:  # safe_open checks offsets
+                    size = int.from_bytes(stream.read(8), "little")
+                    header = parse_json(stream.read(size))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise TargetError(f"{path} is damaged ({error}); fetch it again") from None
+            header.pop("__metadata__", None)
+            yield path, {name: _span(own, 8 + size) for name, own in header.items()}
 
     def _slices(self) -> Iterator[tuple[str, Any]]:
         for file in sorted(set(self._files.values())):
@@ -81,6 +106,12 @@ class WeightFiles:
             _raise_exceptions_for_missing_entries=False,
         )
         return None if found is None else Path(found)
+
+
+def _span(entry: dict[str, Any], data: int) -> Span:
+    """A tensor's entry in the header of a file with values from byte `data` on."""
+    start, stop = entry["data_offsets"]
+    return Span(entry["dtype"], entry["shape"], data + start, stop - start)
 
 
 def update_digest(digest: Any, name: str, shape: list[int], values: Any) -> None:

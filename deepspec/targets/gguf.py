@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from deepspec.errors import TargetError
-from deepspec.targets.identity import update_digest
+from deepspec.targets.files import update_digest
+from deepspec.targets.hashes import HashedFiles, Span, Spans
 
 SUFFIX = ".gguf"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -96,7 +97,7 @@ def alone(path: str) -> Iterator[tuple[str, str]]:
         yield folder, file.name
 
 
-class GgufFile:
+class GgufFile(HashedFiles):
     """Tensors of a GGUF file by its own names, dequantised to float32, read one at a time.
 
     `path` names it in messages. Raises TargetError for one part of a split file.
@@ -130,6 +131,21 @@ class GgufFile:
         for name, tensor in sorted(self._tensors.items()):
             update_digest(digest, name, _shape(tensor), _Rows(tensor))
         return digest.hexdigest()[:32]
+
+    def spans(self, names: Collection[str] | None = None) -> Iterator[Spans]:
+        """See `HashedFiles.spans`: the one file, quantised as it is."""
+        yield (
+            Path(os.path.expanduser(self.path)),
+            {
+                name: Span(
+                    tensor.tensor_type.name,
+                    _shape(tensor),
+                    int(tensor.data_offset),
+                    int(tensor.n_bytes),
+                )
+                for name, tensor in self._tensors.items()
+            },
+        )
 
     def value(self, key: str) -> Any:
         """The metadata under `key`, None where there is none."""

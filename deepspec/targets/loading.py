@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from deepspec.targets.checkpoint import (
     read_config,
     with_dtype,
 )
-from deepspec.targets.ends import read_ends
+from deepspec.targets.ends import names_of_ends, read_ends
 from deepspec.targets.families import find_parts
 from deepspec.targets.gguf import GgufFile, is_gguf
 from deepspec.targets.parallel import (
@@ -64,11 +66,15 @@ def load_target(config: TargetConfig, device: torch.device | str, checked: bool 
         files = open_files(config)
         with zero3_loading(zero3) if zero3 else nullcontext():
             model = _from_pretrained(config)
+        files.begin_hashing()  # now: loading has just read the files into memory
         if shapes is None:
             model.to(device)
         parts = find_parts(model)
         if shapes is not None:
             parts = read_ends(parts, shapes, config, device)
+        else:
+            names = names_of_ends(model, files, config)
+            parts = replace(parts, hash_of_ends=partial(files.hash_of, names))
         check_tokens(tokenizer, len(parts.embedding), config.path)
         if zero3:
             zero3_backbone(parts, zero3, device)

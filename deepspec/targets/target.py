@@ -19,7 +19,7 @@ from deepspec.targets.families import Parts, find_parts, resolve_rollback
 from deepspec.targets.features import FeatureCapture, Packing
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.gguf import GgufFile
-from deepspec.targets.identity import Identity, fingerprint_of_model
+from deepspec.targets.identity import ALL, Identity, fingerprint_of_model, hash_of_model
 from deepspec.targets.rotation import fix_rotation, kinds_of
 
 
@@ -64,8 +64,10 @@ class Target(TargetEnds):
         self._cache = "cache" if "cache" in named else "past_key_values"  # renamed in 5.24
 
     def _fingerprint(self) -> Identity:
-        known = self._files.fingerprint() if self._files else fingerprint_of_model(self.model)
-        return {**super()._fingerprint(), "weights": known}
+        files = self._files
+        known = files.fingerprint() if files else fingerprint_of_model(self.model)
+        every = files.hash_of_all() if files else hash_of_model(self.model)
+        return {**super()._fingerprint(), "weights": known, f"{ALL}weights": every}
 
     @torch.no_grad()
     def features(self, samples: Sequence[Sample], all_finals: bool = True) -> TargetFeatures:

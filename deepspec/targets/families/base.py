@@ -6,7 +6,7 @@ Legend: B rows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,8 @@ class Parts:
     """The pieces of one loaded model.
 
     `backbone` runs everything but the LM head; `layers` are its decoder layers; `embedding` and
-    `head` [V, D] are the weights as the files hold them, before they are scaled.
+    `head` [V, D] are the weights as the files hold them, before they are scaled; `hash_of_ends`
+    gives a hash of both in those files, None where they came from none.
     """
 
     family: str
@@ -108,6 +109,7 @@ class Parts:
     embedding: Tensor
     head: Tensor
     embedding_scale: float
+    hash_of_ends: Callable[[], str] | None = None
 
 
 def attention_kinds(config: Any) -> set[str]:
