@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from deepspec.config.schema import RunConfig
     from deepspec.reproduction.plan import Plan
@@ -67,12 +69,13 @@ def _reproduce(config: RunConfig, words: Sequence[str], out: Path) -> None:
         found = findings(plan, runner.done)
         write_page(plan, found, runner.failed)
     for finding in found:
-        print(f"{finding.title}\n  {finding.sentence}")
-    print(f"report: {out / PAGE}")
+        show(finding.title)
+        show(f"  {finding.sentence}")
+    show(f"report: {out / PAGE}")
     if runner.failed:
-        print("failed, and tried again by the same command:")
+        show("failed, and tried again by the same command:")
         for name, log in runner.failed.items():
-            print(f"  {name}: {log}")
+            show(f"  {name}: {log}")
         sys.exit(1)
 
 
