@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepspec.streams import show
 
@@ -112,12 +112,17 @@ def _check_settings(config: RunConfig, out: Path) -> None:
 
     from deepspec.atomic import write_text
     from deepspec.config.schema import as_dict, dotted
+    from deepspec.config.yaml_text import read_yaml
     from deepspec.errors import ConfigError
+    from deepspec.json_files import as_kind
 
     now = {key: value for key, value in dotted(as_dict(config)).items() if key not in FREE}
     path = out / "config.yaml"
     if path.is_file():
-        before = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+        try:
+            before = dotted(as_kind(dict[str, Any], read_yaml(path)))
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); set out= to a new folder") from None
         for key, value in now.items():
             if before.get(key, value) != value:
                 raise ConfigError(
