@@ -6,7 +6,6 @@ A hub name stands for its files in the hub's cache; what is not there is fetched
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
+from deepspec.model_files import read_weight_map
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SAMPLED_ROWS, SAMPLED_COLUMNS = 4, 64
@@ -33,7 +33,8 @@ class WeightFiles:
         self._path, self._revision = os.path.expanduser(config.path), config.revision
         index = self._find(INDEX)
         if index is not None:
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            again = "fetch it again"
+            self._files = read_weight_map(index, TargetError, again)
             return
         single = self._find(SINGLE)
         if single is None:
