@@ -174,13 +174,11 @@ def checked_shape(config: dict[str, Any], file: Path) -> DSparkConfig:
 
 
 def size_faults(shape: DSparkConfig) -> Iterator[str]:
-    """What in a shape contradicts itself, a sentence each."""
+    """Sizes with which no drafter can work, a sentence each."""
     if not 0 <= shape.mask_token_id < shape.vocab_size:
         yield f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}"
     if shape.markov_rank < 0:
         yield f"markov_rank is {shape.markov_rank}, expected at least 0"
-    if shape.confidence_with_markov and not shape.markov_rank:
-        yield "confidence_head_with_markov is true, but there is no Markov head (rank 0)"
 
 
 def shape_of(config: dict[str, Any], kind: type[Shape]) -> Shape:

@@ -29,6 +29,8 @@ def dspark_faults(flat: dict[str, Any], headers: Headers | None) -> Iterator[str
         shape = shape_of(flat, DSparkConfig)
         yield from layer_faults(shape.target_layer_ids, shape.num_target_layers)
         yield from size_faults(shape)
+        if shape.confidence_with_markov and not shape.markov_rank:
+            yield "confidence_head_with_markov is true, but there is no Markov head (rank 0)"
     except CheckpointError as error:
         yield str(error)
     if headers is not None:

@@ -204,7 +204,9 @@ def load_tokenizer(config: TargetConfig) -> Any:
     with explained(config), loaded_from(config) as (path, options):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, TypeError, ValueError) as error:
+        except ImportError:  # a package that the tokenizer needs
+            raise
+        except Exception as error:  # tokenizers raises no type of its own
             held = is_gguf(config.path) or _holds_tokenizer(path)
             if "trust_remote_code" in str(error):
                 raise
