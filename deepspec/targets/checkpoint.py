@@ -117,7 +117,7 @@ def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             if folder not in str(error):
                 raise
             why = first_line(error).replace(f"{folder}/", "").replace(folder, path)
-            raise TargetError(f"target.path={config.path} could not be read ({why})") from error
+            raise TargetError(f"target.path={config.path} could not be loaded ({why})") from error
 
 
 def read_config(config: TargetConfig) -> Any:

@@ -171,7 +171,7 @@ def test_broken_generation_config(
     copy = Path(shutil.copytree(target_folder, tmp_path / "copy"))
     (copy / "generation_config.json").write_text(text)
     message = refused(*command.format(copy).split())
-    assert f"{copy / 'generation_config.json'} is not a JSON object" in message
+    assert f"{copy / 'generation_config.json'} is damaged or unreadable" in message
 
 
 def test_tokenizer_without_a_chat_template(refused: Refused, tmp_path: Path) -> None:
