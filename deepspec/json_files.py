@@ -32,6 +32,11 @@ def parse_json(raw: bytes | str) -> Any:
     return value
 
 
+def beyond(error: Exception) -> str:
+    """Return what an error of `parse_json` says, without Python's advice on its limit of digits."""
+    return str(error).partition("; use sys.")[0]
+
+
 def read_json(file: Path, error: type[DeepSpecError], way_out: str) -> dict[str, Any]:
     """Return the object in `file`.
 

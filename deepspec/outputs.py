@@ -24,10 +24,10 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import yaml
 from filelock import FileLock, Timeout
 
 from deepspec.atomic import write_text
+from deepspec.config.yaml_text import read_yaml
 from deepspec.errors import ConfigError, InUseError
 from deepspec.processes import rank
 from deepspec.progress import say
@@ -292,9 +292,11 @@ def _is_empty(entry: Path) -> bool:
 def _keys(file: Path) -> set[str]:
     """The keys of the mapping in a JSON or YAML file; empty where it holds none."""
     try:
-        text = file.read_text(encoding="utf-8")
-        found = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        if file.suffix == ".yaml":
+            found = read_yaml(file)
+        else:
+            found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return set()
     return {key for key in found if isinstance(key, str)} if isinstance(found, dict) else set()
 

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from deepspec.processes import rank
-from deepspec.streams import tell
+from deepspec.streams import tell, visible
+from deepspec.terminal import Terminal
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0
@@ -34,12 +34,12 @@ class Progress:
         self._begun = self._printed = time.monotonic()
         if self._show and sys.stderr.isatty():
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=Terminal(stderr=True),
             )
             self._bar.start()
             self._task = self._bar.add_task(
@@ -69,7 +69,7 @@ class Progress:
         rate = f"{self.rate:.3g} {self._unit}/s"
         note = f"{note}  {rate}" if note else rate
         if self._bar is not None:
-            self._bar.update(self._task, advance=count, note=note)
+            self._bar.update(self._task, advance=count, note=visible(note))
             return
         now = time.monotonic()
         if now - self._printed >= LINE_SECONDS or self._done >= self._total:

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import sys
+
+# what moves the cursor, colours, ends a line, or turns the direction of writing
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def tell(line: str) -> None:
     """A line on standard error; what is told to nobody stops no work."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
     except BrokenPipeError:
         drop_unread()
+
+
+def show(line: str = "") -> None:
+    """Print one line of results to standard output."""
+    print(visible(line))
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Return `text` with escapes in place of what a terminal would act on; `lines` stay apart."""
+
+    def escaped(found: re.Match[str]) -> str:
+        return "\n" if lines and found[0] == "\n" else repr(found[0])[1:-1]
+
+    return CONTROL.sub(escaped, text)
 
 
 def drop_unread() -> bool:

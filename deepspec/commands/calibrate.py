@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from deepspec.streams import show
+
 SETTINGS = (
     "run=DIR (its best checkpoint) or checkpoint=DIR (a checkpoint, a run, or an export, which may "
     "take its config from recipe=R), prompts=[FILE or benchmark, ...] (else those of the "
@@ -43,12 +45,11 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(source.config)
         return
-    from rich.console import Console
-
     from deepspec.commands.confidences import calibrate_drafter
     from deepspec.commands.stages import open_target
     from deepspec.evaluation.calibrate import outcome, results_table
     from deepspec.outputs import CALIBRATION, hold, output_folder
+    from deepspec.terminal import Terminal
 
     default = f"runs/calibrate-{source.config.recipe}"
     assert source.place is not None, "run= or checkpoint= was given"
@@ -59,7 +60,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         target = open_target(source.config)
         calibration, file = calibrate_drafter(source, target, source.load(target), method, out)
     for fit in calibration.fits:
-        Console().print(results_table(fit))
-        print(outcome(fit))
-    print(f"calibration: {file}")
-    print(f"report:      {out / 'calibration.html'}")
+        Terminal().print(results_table(fit))
+        show(outcome(fit))
+    show(f"calibration: {file}")
+    show(f"report:      {out / 'calibration.html'}")

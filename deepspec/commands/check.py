@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from deepspec.checks import Finding
     from deepspec.checks.data import DataCheck
@@ -73,23 +75,25 @@ def _check_target(path: str, words: Sequence[str], recipe: str | None) -> bool:
 
 def print_findings(title: str, findings: Iterable[Finding]) -> bool:
     """Print a table with a row per finding, once all are made; return whether all of them hold."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
+
+    from deepspec.streams import visible
+    from deepspec.terminal import Terminal
 
     found = list(findings)
     compared = any(finding.difference is not None for finding in found)
-    table = Table(title=escape(title), box=None, pad_edge=False, title_justify="left")
+    table = Table(title=Text(visible(title)), box=None, pad_edge=False, title_justify="left")
     for column in ("", "what", *(["largest difference"] if compared else []), "found"):
         table.add_column(column, overflow="fold")
     for finding in found:
-        state = "[green]holds[/]" if finding.holds else "[red]fails[/]"
+        state = Text("holds", "green") if finding.holds else Text("fails", "red")
         difference = "" if finding.difference is None else f"{finding.difference:.2g}"
         cells = (finding.what, *([difference] if compared else []), finding.detail)
-        table.add_row(state, *map(escape, cells))
-    Console().print(table)
+        table.add_row(state, *map(visible, cells))
+    Terminal().print(table)
     failed = sum(not finding.holds for finding in found)
-    print(f"{failed} of {len(found)} do not hold" if failed else "all checks hold")
+    show(f"{failed} of {len(found)} do not hold" if failed else "all checks hold")
     return not failed
 
 
@@ -136,7 +140,7 @@ def _check_rows(path: str, words: Sequence[str], recipe: str | None, page: Path 
     found.skips.update(skips)
     _print_samples(found)
     for name, value in found.facts.items():
-        print(f"{name}: {value}")
+        show(f"{name}: {value}")
     if page is not None:
         _write_page(page, found, path, config.target.path)
     return print_findings(f"{path}, as {config.target.path} would emit it", found.findings)
@@ -144,26 +148,21 @@ def _check_rows(path: str, words: Sequence[str], recipe: str | None, page: Path 
 
 def _print_samples(found: DataCheck) -> None:
     """The first samples; what is supervised stands out, and long stretches are shortened."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from deepspec.streams import visible
+    from deepspec.terminal import Terminal
+
+    console = Terminal(highlight=False, soft_wrap=True)
     for name, spans in found.shown:
-        text = Text(f"{_visible(name)}: ", style="bold")
+        text = Text(f"{visible(name)}: ", style="bold")
         for span in spans:
-            shown = _visible(span.text)
+            shown = visible(span.text, lines=True)
             if len(shown) > LONGEST:
                 half = LONGEST // 2
                 shown = f"{shown[:half]} [... {len(shown) - 2 * half} more ...] {shown[-half:]}"
             text.append(shown, style="bold green" if span.supervised else "dim")
         console.print(text, end="\n\n")
-
-
-def _visible(text: str) -> str:
-    """`text` with escapes in place of what a terminal would act on."""
-    return "".join(
-        each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
-    )
 
 
 def _page(out: str) -> Path:
@@ -194,20 +193,21 @@ def _write_page(path: Path, found: DataCheck, title: str, target: str) -> None:
         "shown": found.shown,
     }
     write_text(path, environment().get_template("data.html.j2").render(context))
-    print(f"page: {path}")
+    show(f"page: {path}")
 
 
 # ---------------------------------------------------------------------------------------- export
 
 
 def _check_export(path: str, words: Sequence[str], recipe: str | None) -> bool:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from deepspec.checks.export import check_export
     from deepspec.commands import stages
     from deepspec.config.loading import config_from, load_config
+    from deepspec.streams import visible
+    from deepspec.terminal import Terminal
 
     target, place = None, Path(path).expanduser()
     light = ["engine.device=cpu", "target.num_layer_ids=1"]  # no layer is captured
@@ -217,18 +217,18 @@ def _check_export(path: str, words: Sequence[str], recipe: str | None) -> bool:
         raw = {"recipe": "check", "data": {"path": []}}
         target = stages.open_ends(config_from(raw, [*light, *words]))
     found = check_export(place, target)
-    console = Console()
-    print(f"{place}: {found.layout or 'no known'} layout")
+    console = Terminal()
+    show(f"{place}: {found.layout or 'no known'} layout")
     for colour, kind, texts in (("red", "fault", found.faults), ("yellow", "doubt", found.doubts)):
         for text in texts:
-            console.print(f"[{colour}]{kind}[/]: {escape(text)}", highlight=False)
+            console.print(Text.assemble((kind, colour), f": {visible(text)}"))
     if found.support:
         table = Table(box=None, pad_edge=False)
         for column in ("loads in", "", "why"):
             table.add_column(column, overflow="fold")
         for entry in found.support:
-            answer = "[green]yes[/]" if entry.loads else "[red]no[/]"
-            table.add_row(entry.engine, answer, escape(entry.why))
+            answer = Text("yes", "green") if entry.loads else Text("no", "red")
+            table.add_row(entry.engine, answer, visible(entry.why))
         console.print(table)
     return found.fine
 
@@ -255,34 +255,36 @@ def _check_run(path: str, words: Sequence[str], recipe: str | None) -> bool:
     if whole and source.run is not None and is_export(folder := source.run.export):
         different = differing_tensors(drafter, open_export(folder).load(target))
         for name, size in sorted(different.items()):
-            print(f"{folder}: {name} is not the checkpoint's in bf16 (differs by {size:.3g})")
+            show(f"{folder}: {name} is not the checkpoint's in bf16 (differs by {size:.3g})")
         if not different:
-            print(f"{folder}: the checkpoint's weights, rounded to bf16")
+            show(f"{folder}: the checkpoint's weights, rounded to bf16")
         fine = fine and not different
     return fine
 
 
 def _print(found: Comparison, place: Path | None) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from deepspec.streams import visible
+    from deepspec.terminal import Terminal
 
     names = list(found.differences)
     table = Table(box=None, pad_edge=False)
     for column in ("position", *names):
         table.add_column(column, justify="right")
 
-    def cell(value: float) -> str:
-        return f"{value:.1e}" if value <= found.tolerance else f"[red]{value:.1e}[/]"
+    def cell(value: float) -> Text:
+        return Text(f"{value:.1e}", "red" if value > found.tolerance else "")
 
     for index, values in enumerate(zip(*found.differences.values(), strict=True)):
         table.add_row(str(index + 1), *map(cell, values))
     verdict = "decodes as it was trained" if found.fine else "does NOT decode as it was trained"
-    console = Console()
+    console = Terminal()
     console.print(
-        f"{place} {verdict}: largest differences between the training forward and the decoding "
-        f"path in {found.blocks} blocks of {found.rows} texts, over the largest value; at most "
-        f"{found.tolerance:g} is allowed, and {found.apart} blocks are above that",
-        markup=False,
+        f"{visible(str(place))} {verdict}: largest differences between the training forward and "
+        f"the decoding path in {found.blocks} blocks of {found.rows} texts, over the largest "
+        f"value; at most {found.tolerance:g} is allowed, and {found.apart} blocks are above that",
         highlight=False,
     )
     console.print(table)

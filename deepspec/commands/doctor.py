@@ -32,11 +32,12 @@ class Finding:
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Print a table of findings; exit with 2 when there is a fault."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from deepspec.errors import ConfigError
+    from deepspec.streams import visible
+    from deepspec.terminal import Terminal
 
     if settings:
         raise ConfigError(f"deepspec doctor takes no settings; found {' '.join(settings)}")
@@ -46,9 +47,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         table.add_column(column, overflow="fold")
     colours = {"ok": "green", "note": "yellow", "fault": "red"}
     for finding in findings:
-        state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(state, *map(escape, (finding.what, finding.found, finding.mend)))
-    Console().print(table)
+        state = Text(finding.state, colours[finding.state])
+        table.add_row(state, *map(visible, (finding.what, finding.found, finding.mend)))
+    Terminal().print(table)
     if any(finding.state == "fault" for finding in findings):
         sys.exit(2)
 

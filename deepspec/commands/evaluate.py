@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from deepspec.streams import show
+
 SETTINGS = (
     "run=DIR (its best checkpoint) or checkpoint=DIR (a checkpoint, a run, or an export, which may "
     "take its config from recipe=R); recipe=R alone for drafter.kind=ngram, which needs no "
@@ -47,17 +49,16 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(source.config)
         return
-    from rich.console import Console
-
     from deepspec.commands import stages
     from deepspec.evaluation.report import results_table
     from deepspec.outputs import REPORT, output_folder
+    from deepspec.terminal import Terminal
 
     default = f"runs/evaluate-{source.config.recipe}"
     with output_folder(values.get("out"), default, REPORT) as out:
         target = stages.open_target(source.config)
         report = stages.evaluate_drafter(source, target, source.load(target), out)
     stages.print_skipped(report.skipped)
-    Console().print(results_table(report))
-    print(f"report: {out / 'report.html'}")
-    print(f"traces: {out / 'traces.jsonl'}")
+    Terminal().print(results_table(report))
+    show(f"report: {out / 'report.html'}")
+    show(f"traces: {out / 'traces.jsonl'}")

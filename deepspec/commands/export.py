@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from deepspec.commands.sources import Source
     from deepspec.evaluation.results import Report
@@ -52,10 +54,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         target = stages.open_target(source.config)
         report = _measured(source)
         traits = stages.export_drafter(source, target, source.load(target), out, report)
-    print(f"export: {out}")
+    show(f"export: {out}")
     for support in loads_in(traits):
         answer = "loads" if support.loads else "does not load"
-        print(f"  {support.engine}: {answer}{f' ({support.why})' if support.why else ''}")
+        show(f"  {support.engine}: {answer}{f' ({support.why})' if support.why else ''}")
 
 
 def _measured(source: Source) -> Report | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from deepspec.streams import show
+
 SETTINGS = "recipe=R, out=DIR for the store, and overrides of the config"
 EXAMPLES = """\
   deepspec extract recipe=tiny out=features
@@ -62,7 +64,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
             stages.print_skipped(data.skipped)
             extract_features(config, target, data, out, wait)
     if rank() == 0:
-        print(f"store: {out}")
+        show(f"store: {out}")
         same = [word for word in others if not word.startswith(("features=", "features."))]
         training = command_line("train", *same, "features=stored", f"features.path={out}")
-        print(f"next:  {training}")
+        show(f"next:  {training}")

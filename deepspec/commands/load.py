@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from deepspec.serving.traffic import Level
 
@@ -56,19 +58,18 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(source.config)
         return
-    from rich.console import Console
-
     from deepspec.commands.loads import measure_load
     from deepspec.outputs import LOAD, THROUGHPUT, output_folder
     from deepspec.serving.tables import records_table
+    from deepspec.terminal import Terminal
 
     others = [open_source(Path(place)) for place in listed("against", values.get("against", "[]"))]
     default = f"runs/load-{source.config.recipe}"
     with output_folder(values.get("out"), default, LOAD, THROUGHPUT) as out:
         records = measure_load(source, others, policies, levels, seconds, temperature, out)
-    Console().print(records_table(records))
-    print(f"load:   {out / 'load.csv'}")
-    print(f"traces: {out / 'traces.jsonl'}")
+    Terminal().print(records_table(records))
+    show(f"load:   {out / 'load.csv'}")
+    show(f"traces: {out / 'traces.jsonl'}")
 
 
 def parse_levels(values: Mapping[str, str]) -> list[Level]:

@@ -46,11 +46,12 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(config)
         return
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from deepspec.commands.beginnings import adopt_origin
+    from deepspec.streams import visible
+    from deepspec.terminal import Terminal
 
     config = adopt_origin(config, given_keys(words), Path(config.out) / "checkpoints")
     plan, room, origin = _plan(config, gpus, memory, tokens)
@@ -63,10 +64,10 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         *_memory(plan, room),
         *_disk(plan, room),
     ):
-        table.add_row(*map(escape, (what, size, how)))
-    Console().print(table)
+        table.add_row(*map(visible, (what, size, how)))
+    Terminal().print(table)
     for warning in _warnings(plan, room):
-        Console().print(f"[yellow]does not fit:[/] {escape(warning)}")
+        Terminal().print(Text.assemble(("does not fit:", "yellow"), f" {visible(warning)}"))
 
 
 def _plan(

@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -74,8 +76,6 @@ def _measure(
     from dataclasses import asdict
     from datetime import UTC, datetime
 
-    from rich.console import Console
-
     from deepspec import __version__
     from deepspec.commands.stages import open_target
     from deepspec.drafters.base import Proposer
@@ -83,6 +83,7 @@ def _measure(
     from deepspec.errors import ConfigError
     from deepspec.evaluation.profiling import Blanks, default_tokens, profile
     from deepspec.machine import describe_machine
+    from deepspec.terminal import Terminal
 
     wanted = _listed(tokens) if tokens is not None else None
     target = open_target(config)
@@ -108,10 +109,10 @@ def _measure(
     counts = wanted or default_tokens(load.rows, proposer.block_size)
     table = profile(target, proposer, load, counts, about)
     table.save(out)
-    Console().print(_shown(table, load))
-    print(f"throughput: {out}")
+    Terminal().print(_shown(table, load))
+    show(f"throughput: {out}")
     words = ["decoding.scheduler=algorithm1", f"decoding.throughput={out}"]
-    print(f"next:       {shlex.join(words)}")
+    show(f"next:       {shlex.join(words)}")
 
 
 def _shown(table: Throughput, load: Load) -> RichTable:

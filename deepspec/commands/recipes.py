@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from deepspec.streams import show
+
 SETTINGS = "none"
 EXAMPLES = """\
   deepspec recipes
@@ -26,5 +28,6 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     recipes = list_recipes()
     width = max(len(name) for name, _ in recipes)
     for name, description in recipes:
-        print(f"{name:{width}}  {description}")
-    print(f"\nfiles: {resource('recipes')}")
+        show(f"{name:{width}}  {description}")
+    show()
+    show(f"files: {resource('recipes')}")

@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -53,8 +55,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
             print_skipped(make_answers(config, target, out, wait))
     if rank() != 0:
         return
-    print(f"answers: {out}")
-    print(f"next:    {command_line('train', *_on_answers(config, others, out))}")
+    show(f"answers: {out}")
+    show(f"next:    {command_line('train', *_on_answers(config, others, out))}")
 
 
 def _on_answers(config: RunConfig, words: Sequence[str], answers: Path) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from deepspec.streams import show
 
 if TYPE_CHECKING:
     from deepspec.config.schema import RunConfig
@@ -67,12 +69,13 @@ def _reproduce(config: RunConfig, words: Sequence[str], out: Path) -> None:
         found = findings(plan, runner.done)
         write_page(plan, found, runner.failed)
     for finding in found:
-        print(f"{finding.title}\n  {finding.sentence}")
-    print(f"report: {out / PAGE}")
+        show(finding.title)
+        show(f"  {finding.sentence}")
+    show(f"report: {out / PAGE}")
     if runner.failed:
-        print("failed, and tried again by the same command:")
+        show("failed, and tried again by the same command:")
         for name, log in runner.failed.items():
-            print(f"  {name}: {log}")
+            show(f"  {name}: {log}")
         sys.exit(1)
 
 
@@ -115,12 +118,17 @@ def check_settings(config: RunConfig, out: Path) -> None:
     from deepspec.atomic import write_text
     from deepspec.config.places import PATHS, same_place
     from deepspec.config.schema import as_dict, dotted
+    from deepspec.config.yaml_text import read_yaml
     from deepspec.errors import ConfigError
+    from deepspec.json_files import as_kind
 
     now = {key: value for key, value in dotted(as_dict(config)).items() if key not in FREE}
     path = out / "config.yaml"
     if path.is_file():
-        before = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+        try:
+            before = dotted(as_kind(dict[str, Any], read_yaml(path)))
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); set out= to a new folder") from None
         for key, value in now.items():
             same = same_place if key in PATHS else eq
             if not same(before.get(key, value), value):

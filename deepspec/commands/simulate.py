@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from deepspec.streams import show
+
 SETTINGS = (
     "load=DIR (what deepspec load wrote), or traces=FILE (its traces.jsonl, or that of deepspec "
     "evaluate) with throughput=FILE (JSON of deepspec profile, or .csv; synthetic takes a made-up "
@@ -28,8 +30,6 @@ SECONDS, SYNTHETIC = "60", "synthetic"
 
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Simulate, save, and print the table."""
-    from rich.console import Console
-
     from deepspec.commands.load import parse_levels
     from deepspec.commands.settings import listed, positive, take, whole_number
     from deepspec.commands.simulations import open_recorded, simulate_all
@@ -38,6 +38,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.serving.policies import DEFAULT, parse_policies
     from deepspec.serving.record import write_records
     from deepspec.serving.tables import key_of, records_table
+    from deepspec.terminal import Terminal
 
     own = ("load", "traces", "throughput", "policies", "concurrency", "rates", "seconds", "seed")
     values, others = take(settings, *own, "out")
@@ -62,5 +63,5 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         write_records(records, about, out, name)
     same = values.get("throughput") is None
     real = {key_of(record): record for record in recorded.measured} if same else {}
-    Console().print(records_table(records, real))
-    print(f"simulated: {out / name}.csv")
+    Terminal().print(records_table(records, real))
+    show(f"simulated: {out / name}.csv")

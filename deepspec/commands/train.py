@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deepspec.streams import show
+
 if TYPE_CHECKING:
     from deepspec.config.schema import RunConfig
     from deepspec.targets import TargetEnds
@@ -112,8 +114,6 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
 
     After hours of training it waits for a command that is writing a report or export here.
     """
-    from rich.console import Console
-
     from deepspec.commands import stages
     from deepspec.commands.settings import command_line
     from deepspec.commands.sources import from_checkpoint
@@ -121,6 +121,7 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
     from deepspec.export import layouts_for
     from deepspec.outputs import RESULTS, hold
     from deepspec.targets import Target
+    from deepspec.terminal import Terminal
 
     drafted = from_checkpoint(best)
     exported = bool(layouts_for(drafted.kind, config.drafter))
@@ -141,10 +142,10 @@ def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Chec
             raise
     export()
     if report is not None:
-        Console().print(results_table(report))
-        print(f"report:     {folder.path / 'report.html'}")
-    print(f"checkpoint: {drafted.place}")
+        Terminal().print(results_table(report))
+        show(f"report:     {folder.path / 'report.html'}")
+    show(f"checkpoint: {drafted.place}")
     where = folder.export if exported else f"none: no layout holds a drafter.kind={drafted.kind}"
-    print(f"export:     {where}")
+    show(f"export:     {where}")
     evaluation = command_line("evaluate", f"run={folder.path}", "decoding.batch_size=8")
-    print(f"next:       {evaluation}")
+    show(f"next:       {evaluation}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from deepspec.streams import show
+
 SETTINGS = "path=DIR, the store"
 EXAMPLES = """\
   deepspec verify-store path=features
@@ -35,7 +37,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         except DataError as error:
             bad.append(str(error))
     if bad:
-        raise DataError("\n".join(bad))
+        raise DataError("; ".join(bad))
     store.require_complete()
     header = store.header
     finals = "of all tokens" if header.all_finals else "where a supervised token follows"
@@ -43,7 +45,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     written = (
         "all as they were written" if whole else "all that has a checksum is as it was written"
     )
-    print(
+    show(
         f"{store.path}: {len(store)} samples of {header.target} in {len(store.finished())} shards, "
         f"{header.dtype}, at most {header.bytes_a_token} bytes a token, final states {finals}; "
         f"{written}"

@@ -34,6 +34,7 @@ from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
 from deepspec.config.values import read_value
+from deepspec.config.yaml_text import read_yaml
 from deepspec.errors import ConfigError
 
 OmegaConf.register_new_resolver(
@@ -60,7 +61,7 @@ def list_recipes() -> list[tuple[str, str]]:
     """(name, one line) of every shipped recipe."""
     found = []
     for path in sorted(resource("recipes").glob("*.yaml")):
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
         found.append((path.stem, str(raw.get("description", ""))))
     return found
 
@@ -74,6 +75,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     choices = [word for word in overrides if _is_choice(word)]
     for choice in choices:
         _check_choice(choice, path.parent)
+    _check_files(path, [dict([choice.split("=", 1)]) for choice in choices])
     try:
         raw = _composed(path, *choices)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -194,6 +196,35 @@ def _check_choice(choice: str, beside: Path) -> None:
             f"{choice} must be one of {', '.join(names)}; a key of the group {group} is set "
             f"by its whole name, such as {next(iter(members(group).values()))}=..."
         )
+
+
+def _check_files(recipe: Path, choices: Sequence[Any]) -> None:
+    """Raise ConfigError for a file beside `recipe`, or itself, that is beyond the limits of YAML:
+    Hydra reads them, and those that they build on, without any."""
+    waiting, found = [recipe], set()
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        try:
+            raw = read_yaml(path)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        defaults = raw.get("defaults") if isinstance(raw, dict) else None
+        entries = [*(defaults if isinstance(defaults, list) else ()), *choices]
+        for name in (name for entry in entries for name in _parents(entry)):
+            waiting += [place / f"{name}.yaml" for place in (recipe.parent, path.parent)]
+
+
+def _parents(entry: Any) -> list[str]:
+    """The files that an entry of a recipe's defaults may mean, without their suffix."""
+    pairs = entry.items() if isinstance(entry, dict) else [("", entry)]
+    return [
+        f"{str(group).split()[-1].partition('@')[0]}/{name}" if group else str(name).split("@")[0]
+        for group, names in pairs
+        for name in (names if isinstance(names, list) else [names])
+    ]
 
 
 def _search_path() -> str:

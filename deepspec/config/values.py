@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from deepspec.config.yaml_text import load_yaml
 from deepspec.errors import ConfigError
 
 NULL = "tag:yaml.org,2002:null"
@@ -40,10 +41,9 @@ def read_value(word: str, typed: bool = False) -> Any:
     if not text.startswith(("[", "{", "'", '"')):
         return None if text == "null" else text
     try:
-        value = yaml.load(text, _Values if typed else _Texts)
-    except yaml.YAMLError as error:
-        problem = str(getattr(error, "problem", error)).splitlines()[0]
-        raise ConfigError(f"{word} is not readable: {problem}") from None
+        value = load_yaml(text, _Values if typed else _Texts)
+    except ValueError as error:
+        raise ConfigError(f"{word:.200} is not readable: {error}") from None
     # YAML reads {a:b} as the key "a:b" without a value
     pairs = value.items() if isinstance(value, dict) else ()
     if any(":" in str(key) and inner in (None, "") for key, inner in pairs):

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepspec.config.schema import DataConfig, FieldsConfig
 from deepspec.data.files import rows_of
-from deepspec.data.turns import Message, Unusable, first_of, parse_tools, parse_turn
+from deepspec.data.turns import Message, Unusable, first_of, from_text, parse_tools, parse_turn
 from deepspec.errors import DataError
 
 SkipCounts = Counter[str]
@@ -23,6 +23,7 @@ SkipCounts = Counter[str]
 NOT_UNICODE = "half a surrogate pair"  # why a row is left out, or an answer
 TOO_DEEP = "a row nested too deeply"
 TWICE = "the same row again, with the same id and content"
+MOST_TURNS = 100_000
 MOST_REASONS = 50  # data may name a role per row
 
 
@@ -134,13 +135,11 @@ def _messages(value: Any, fields: FieldsConfig) -> tuple[tuple[Message, ...], li
     """The turns of a row, and their fields that were not read. Raises Unusable."""
     if value is None:
         raise Unusable("no messages field")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Unusable("messages as text that is not JSON") from None
+    value = from_text(value, "messages")
     if not isinstance(value, list) or not value:
         raise Unusable("empty conversation")
+    if len(value) > MOST_TURNS:
+        raise Unusable(f"more than {MOST_TURNS} turns")
     if all(isinstance(turn, str) for turn in value):
         return tuple({"role": "user", "content": turn} for turn in value), []
     messages, unread = [], []

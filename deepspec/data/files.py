@@ -23,10 +23,15 @@ import pyarrow.parquet
 
 from deepspec.config.schema import DataConfig
 from deepspec.errors import DataError, first_line
+from deepspec.json_files import beyond, parse_json
 
 Row = dict[str, Any]
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
+# A small compressed file can unpack to more than the memory: what is parsed at once has a limit.
+MAX_LINE = 64 * 2**20  # bytes
+MAX_ARRAY = 2 * 2**30
 # Words for splits in names of files and folders, and the split: as `datasets` reads them.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -71,23 +76,29 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
         with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
+                if len(line) > MAX_LINE:
+                    raise DataError(
+                        f"{path}, line {number}: longer than {MAX_LINE} bytes; write one "
+                        "conversation per line"
+                    )
                 if line.strip():
-                    yield number, _row_of(line, f"{path}, line {number}", first=number == 1)
+                    yield number, _row_of(line, path, number)
     except OSError as error:  # the disk's, or a damaged compressed file's
         raise DataError(f"{path}, after line {number}: {error}") from None
 
 
-def _row_of(line: bytes, place: str, first: bool) -> Row:
+def _row_of(line: bytes, path: Path, number: int) -> Row:
+    place, first = f"{path}, line {number}", number == 1
     try:
         # some editors put a byte order mark before the first line
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+        row = parse_json(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise DataError(f"{place}: nested too deeply") from None
+        raise DataError(f"{place}: not JSON ({error.msg}){_other_format(path)}") from None
+    except ValueError as error:
+        raise DataError(f"{place}: {beyond(error)}") from None
     if not isinstance(row, dict):
         array = "; one object per line, not one array" if isinstance(row, list) else ""
         raise DataError(f"{place}: expected a JSON object, found {row!r:.60}{array}")
@@ -97,25 +108,40 @@ def _row_of(line: bytes, place: str, first: bool) -> Row:
 def _array_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         with _open(path) as stream:
-            rows = json.loads(stream.read().decode("utf-8-sig"))
+            raw = stream.read(MAX_ARRAY + 1)
+        if len(raw) > MAX_ARRAY:
+            raise ValueError(f"more than {MAX_ARRAY} bytes; write JSON lines")
+        rows = parse_json(raw.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a JSON array ({error})") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
+        raise DataError(f"{path}: not a JSON array that can be read ({beyond(error)})") from None
+    except MemoryError:
+        raise DataError(f"{path}: larger than the memory; write JSON lines") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, element {number}: expected an object, found {row!r:.60}")
         yield number, row
 
 
+def _other_format(path: Path) -> str:
+    if _format(path) in FORMATS:
+        return ""
+    return f"; files are read as {', '.join(FORMATS)}, and others as JSON lines"
+
+
 def _table_rows(path: Path, batches: Any) -> Iterator[tuple[int, Row]]:
+    number = 0
+    rows = (row for batch in batches(path) for row in batch.to_pylist())
     try:
-        rows = (row for batch in batches(path) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield number, without_nulls(row)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = first_line(error)
-        raise DataError(f"{path} is not a whole {_format(path)[1:]} file ({reason})") from None
+    except RecursionError:
+        raise DataError(f"{path}, after row {number}: nested too deeply") from None
+    # the last two: text that is not UTF-8, and dates beyond those of Python
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{path}, after row {number}: not a whole {_format(path)[1:]} file "
+            f"({first_line(error)})"
+        ) from None
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
@@ -202,7 +228,7 @@ def _find_files(path: str, split: str) -> tuple[list[Path] | None, int]:
 
 def _folder_files(folder: Path, name: str, split: str) -> tuple[list[Path], int]:
     found = sorted(path for path in folder.glob("**/*") if path.is_file())
-    files = [path for path in found if _format(path) in (".jsonl", ".parquet", ".arrow")]
+    files = [path for path in found if _format(path) in FORMATS and _format(path) != ".json"]
     # beside others, .json files describe the data; alone, they are the data
     files = files or [path for path in found if _format(path) == ".json"]
     if not files:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deepspec.data.turns import Message, squeezed
+from deepspec.json_files import parse_json
 
 OTHER = "Zcallz"  # a name and an argument that no data holds
 
@@ -107,7 +108,7 @@ def _changed(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 def _as_object(arguments: Any) -> Any:
     """`arguments` as an object where they are the JSON text of one, or no text for none at all."""
     try:
-        parsed = json.loads(arguments or "{}") if isinstance(arguments, str) else None
+        parsed = parse_json(arguments or "{}") if isinstance(arguments, str) else None
     except ValueError:
         return arguments
     return parsed if isinstance(parsed, Mapping) else arguments

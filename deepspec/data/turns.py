@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from deepspec.config.schema import FieldsConfig
+from deepspec.json_files import beyond, parse_json
 
 # One turn: `role` and `content` (text), and where it has them `reasoning_content` (the thought
 # before the answer), `tool_calls`, `name` and `tool_call_id`, in the form that templates read.
@@ -71,10 +72,10 @@ def parse_turn(turn: Any, fields: FieldsConfig) -> tuple[Message, list[str]]:
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """The tools on offer, each as {"type": "function", "function": {...}}. Raises Unusable."""
-    tools = _from_text(value, "tools") if value else []
+    tools = from_text(value, "tools") if value else []
     tools = [tools] if isinstance(tools, dict) else tools
     if isinstance(tools, list):
-        tools = [_from_text(tool, "tools") for tool in tools]
+        tools = [from_text(tool, "tools") for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("tools that are no list of objects")
     return tuple(
@@ -124,11 +125,11 @@ def _part(part: str | dict[str, Any]) -> str:
 
 def _tool_calls(turn: dict[str, Any], fields: FieldsConfig) -> list[dict[str, Any]]:
     value = first_of(turn, [*fields.tool_calls, OLD_CALL])
-    calls = _from_text(value, "tool calls") if value else []
+    calls = from_text(value, "tool calls") if value else []
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise Unusable("tool calls that are no list")
-    return [_tool_call(_from_text(call, "tool calls")) for call in calls]
+    return [_tool_call(from_text(call, "tool calls")) for call in calls]
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unusable("a tool call without a name")
     arguments = first_of(function, ("arguments", "parameters"))
-    arguments = _from_text(arguments, "arguments of a tool call") if arguments else {}
+    arguments = from_text(arguments, "arguments of a tool call") if arguments else {}
     if not isinstance(arguments, dict):
         raise Unusable("arguments of a tool call that are no object")
     named = {"id": str(call["id"])} if call.get("id") is not None else {}
@@ -148,14 +149,16 @@ def _nested(function: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _from_text(value: Any, what: str) -> Any:
+def from_text(value: Any, what: str) -> Any:
     """`value`, read as JSON where it is text."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        return parse_json(value)
+    except json.JSONDecodeError:
         raise Unusable(f"{what} as text that is not JSON") from None
+    except ValueError as error:
+        raise Unusable(f"{what} as text that is beyond the limits: {beyond(error)}") from None
 
 
 def _has_content(value: Any) -> bool:

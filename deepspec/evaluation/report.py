@@ -21,6 +21,7 @@ from rich.text import Text
 
 from deepspec.atomic import write_text
 from deepspec.evaluation.results import Baseline, Report, mean_over_seeds
+from deepspec.streams import visible
 
 NONE = "–"
 COLUMNS = {
@@ -264,8 +265,8 @@ def results_table(report: Report) -> RichTable:
             if number
             else min(24, max((len(row[0]) for row in table.rows), default=9)),
         )
-    for row in table.rows:  # Text, not str: a benchmark's name is no markup
-        drawn.add_row(Text(row[0]), *(row[index].replace(", ", "\n") for index in shown[1:]))
+    for row in table.rows:
+        drawn.add_row(visible(row[0]), *(row[index].replace(", ", "\n") for index in shown[1:]))
     drawn.add_section()
     for row in table.foot:
         drawn.add_row(*(row[index] for index in shown), style="bold")

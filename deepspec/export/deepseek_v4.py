@@ -12,15 +12,13 @@ drafter are opened; block-scaled FP8 and FP4 weights become what they stand for.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DeepseekV4Config
@@ -30,12 +28,21 @@ from deepspec import __version__
 from deepspec.config.schema import TargetConfig
 from deepspec.drafters.dspark_v4 import DSparkV4Config, DSparkV4Drafter, shape_for
 from deepspec.drafters.dspark_v4.experts import GROUP
-from deepspec.errors import CheckpointError, ConfigError, TargetError
+from deepspec.errors import CheckpointError, ConfigError, TargetError, first_line
 from deepspec.export.block_scales import dequantised
 from deepspec.export.engines import Traits
-from deepspec.export.files import CONFIG, Headers, check_hash, weight_map
+from deepspec.export.files import (
+    AGAIN,
+    CONFIG,
+    Headers,
+    check_hash,
+    deepspec_of,
+    identity_in,
+    weight_map,
+)
 from deepspec.export.inspection import layer_faults
 from deepspec.export.names import public_name
+from deepspec.model_files import read_model_config
 from deepspec.targets import TargetEnds
 from deepspec.targets.files import INDEX, SINGLE, WeightFiles
 from deepspec.targets.identity import differing
@@ -50,7 +57,7 @@ OWN = {
 }
 SCALES = ("scale", "weight_scale_inv")  # beside `weight`: V4's name for it, and an older one
 FP32 = re.compile(r".*\.(attn_sink|gate\.bias|hc_\w+)")  # as published; the rest is bf16
-STAGE = re.compile(r"mtp\.(\d+)\.")
+STAGE = re.compile(r"mtp\.(\d{1,3})\.")
 EXPERTS = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])")  # of a group
 
 
@@ -165,9 +172,9 @@ def load_deepseek_v4(folder: Path, target: TargetEnds | None = None) -> DSparkV4
     if target is not None:
         _check_target(folder, config, shape, target)
     check_hash(folder, config)
+    expected = _on_meta(shape)
     with torch.device("meta"):
         drafter = DSparkV4Drafter(shape)
-    expected = drafter.state_dict()
     tensors.check_names([name for own in expected for name in published_names(own, shape)])
     weights = {
         own: _stacked(tensors, published_names(own, shape), like) for own, like in expected.items()
@@ -185,11 +192,11 @@ class _Tensors:
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; it is incomplete")
         with self._readable():
             self._files = WeightFiles(TargetConfig(path=str(folder)))
-        found = {name: STAGE.match(name) for name in self._files.names()}
-        self.names = {name for name, stage in found.items() if stage}
-        if not self.names:
-            raise CheckpointError(f"{folder} holds no mtp.* tensors, which a V4 drafter is made of")
-        self.stages = 1 + max(int(stage[1]) for stage in found.values() if stage)
+        self.names = {name for name in self._files.names() if STAGE.match(name)}
+        try:
+            self.stages = _stages(self.names)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
 
     def check_names(self, wanted: list[str]) -> None:
         """Raises CheckpointError where some of `wanted` are missing or there are others."""
@@ -228,6 +235,16 @@ class _Tensors:
             ) from None
 
 
+def _stages(names: Iterable[str]) -> int:
+    """Return how many stages the tensors of these `names` make. Raises CheckpointError."""
+    found = {int(stage[1]) for stage in map(STAGE.match, names) if stage}
+    if not found:
+        raise CheckpointError("there are no mtp.* tensors, which a V4 drafter is made of")
+    if found != set(range(len(found))):
+        raise CheckpointError(f"of the stages up to mtp.{max(found)} some are missing")
+    return len(found)
+
+
 def _scale_names(weight: str) -> list[str]:
     base, _, kind = weight.rpartition(".")
     return [f"{base}.{scale}" for scale in SCALES] if kind == "weight" else []
@@ -246,13 +263,13 @@ def _stacked(tensors: _Tensors, names: list[str], like: Tensor) -> Tensor:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         file = folder / CONFIG if folder.exists() else Path(str(cached_file(str(folder), CONFIG)))
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = read_model_config(file, CheckpointError, AGAIN, finite=True)
+    except OSError as error:
         raise CheckpointError(f"{folder} holds no readable {CONFIG} ({error})") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPE:
-        found = raw.get("model_type") if isinstance(raw, dict) else raw
+    if raw.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"{folder / CONFIG} has model_type {found!r:.60}, expected {MODEL_TYPE!r}"
+            f"{folder / CONFIG} has model_type {raw.get('model_type')!r:.60}, expected "
+            f"{MODEL_TYPE!r}"
         )
     if missing := [key for key in OWN if key not in raw]:
         raise CheckpointError(
@@ -272,17 +289,27 @@ def _shape(file: Path, config: dict[str, Any], stages: int) -> DSparkV4Config:
             **{name: int(value) for name, value in own.items()},
             target_layer_ids=tuple(int(layer) for layer in layers),
             num_layers=stages,
-            confidence_detached=config.get("deepspec", {}).get("confidence_detached", False),
+            confidence_detached=deepspec_of(config).get("confidence_detached") is True,
         )
-    except (AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file} describes no V4 drafter: {error}") from None
+    except Exception as error:  # Transformers looks at sizes and rotations in many ways
+        raise CheckpointError(f"{file} describes no V4 drafter: {first_line(error)}") from None
+
+
+def _on_meta(shape: DSparkV4Config) -> dict[str, Tensor]:
+    """Return the tensors of a drafter of `shape` without values. Raises CheckpointError where there
+    can be none."""
+    try:
+        with torch.device("meta"):
+            return dict(DSparkV4Drafter(shape).state_dict())
+    except Exception as error:
+        raise CheckpointError(f"no V4 drafter has these sizes: {first_line(error)}") from None
 
 
 def _check_target(
     folder: Path, config: dict[str, Any], shape: DSparkV4Config, target: TargetEnds
 ) -> None:
-    made_for = config.get("deepspec", {})
-    different = differing(made_for.get("identity", {}), target.identity)
+    made_for = deepspec_of(config)
+    different = differing(identity_in(config), target.identity)
     sizes = {
         "family": (MODEL_TYPE, target.config.model_type),
         "hidden_size": (shape.hidden_size, target.hidden_size),
@@ -311,14 +338,10 @@ def deepseek_v4_faults(config: dict[str, Any], headers: Headers | None) -> Itera
     if headers is None:
         return
     own = {name: info for name, info in headers.items() if STAGE.match(name)}
-    if not own:
-        yield "there are no mtp.* tensors, which a V4 drafter is made of"
-        return
     try:
-        shape = _shape(Path(CONFIG), config, 1 + max(int(name.split(".")[1]) for name in own))
-        with torch.device("meta"):
-            module = DSparkV4Drafter(shape).state_dict()
-    except (CheckpointError, ArithmeticError, RuntimeError, ValueError) as error:
+        shape = _shape(Path(CONFIG), config, _stages(own))
+        module = _on_meta(shape)
+    except CheckpointError as error:
         yield str(error)
         return
     yield from layer_faults(shape.target_layer_ids, shape.num_target_layers, last=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from deepspec.atomic import atomic_folder, room, sha256
 from deepspec.errors import CheckpointError
+from deepspec.model_files import read_model_config, read_weight_map
 from deepspec.scheduling.calibration_file import NAME as CALIBRATION
 
 WEIGHTS, INDEX, CONFIG, CARD = (
@@ -33,6 +34,7 @@ WEIGHTS, INDEX, CONFIG, CARD = (
     "config.json",
     "README.md",
 )
+AGAIN = "copy it again or export again"
 SHARD_BYTES = 5 * 10**9  # what the hub's libraries cut at
 _NAMES = "|".join(re.escape(name) for name in (WEIGHTS, INDEX, CONFIG, CARD, CALIBRATION))
 OWN_FILES = re.compile(rf"{_NAMES}|model-\d+-of-\d+\.safetensors")
@@ -116,16 +118,10 @@ def _is_ours(folder: Path) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises CheckpointError where it is missing or no JSON object."""
-    file = folder / CONFIG
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        return read_model_config(folder / CONFIG, CheckpointError, AGAIN, finite=True)
+    except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no export ({CONFIG} is missing)") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is unreadable: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} is unreadable: expected a JSON object, found {raw!r:.60}")
-    return raw
 
 
 def read_headers(folder: Path) -> Headers:
@@ -162,7 +158,7 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     for file in files:
         try:
             tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, LookupError) as error:  # the last: a type of no torch
             raise _broken(file, str(error)) from None
     return tensors
 
@@ -190,13 +186,10 @@ def identity_in(config: dict[str, Any]) -> dict[str, str]:
 
 def weight_map(folder: Path) -> dict[str, str] | None:
     """The file of every tensor, where there are several files. Raises CheckpointError."""
-    if not (folder / INDEX).is_file():
-        return None
     try:
-        found = json.loads((folder / INDEX).read_text())["weight_map"]
-        return {name: Path(str(file)).name for name, file in found.items()}  # nothing outside
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise _broken(folder / INDEX, repr(error)) from None
+        return read_weight_map(folder / INDEX, CheckpointError, AGAIN)
+    except FileNotFoundError:
+        return None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -210,4 +203,4 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _broken(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{file} is corrupt or incomplete: {why}; copy it again or export again")
+    return CheckpointError(f"{file} is corrupt or incomplete: {why}; {AGAIN}")

@@ -43,6 +43,17 @@ FIXED = {
     "attention_bias": False,
     "use_sliding_window": False,
 }
+POSITIVE = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "block_size",
+    "max_position_embeddings",
+)
 # what JSON may hold for a field of each type
 TYPES: dict[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
@@ -154,9 +165,20 @@ def checked_shape(config: dict[str, Any], file: Path) -> DSparkConfig:
     for problem in conventions(config):
         raise CheckpointError(f"{file}: {problem}")
     try:
-        return shape_of(config, DSparkConfig)
+        shape = shape_of(config, DSparkConfig)
+        for problem in size_faults(shape):
+            raise CheckpointError(problem)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    return shape
+
+
+def size_faults(shape: DSparkConfig) -> Iterator[str]:
+    """Sizes with which no drafter can work, a sentence each."""
+    if not 0 <= shape.mask_token_id < shape.vocab_size:
+        yield f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}"
+    if shape.markov_rank < 0:
+        yield f"markov_rank is {shape.markov_rank}, expected at least 0"
 
 
 def shape_of(config: dict[str, Any], kind: type[Shape]) -> Shape:
@@ -181,6 +203,9 @@ def shape_of(config: dict[str, Any], kind: type[Shape]) -> Shape:
         key = names[field.name]
         if not TYPES[str(field.type)](known[key]):
             raise CheckpointError(f"{key} is {known[key]!r}, expected {field.type}")
+    for key in POSITIVE:
+        if known[key] <= 0:
+            raise CheckpointError(f"{key} is {known[key]}, expected at least 1")
     size, whole = known["draft_vocab_size"], known["vocab_size"]
     if size is not None and not 0 < size <= whole:
         raise CheckpointError(f"draft_vocab_size is {size}, expected 1 to vocab_size={whole}")

@@ -13,7 +13,7 @@ from deepspec.drafters.dspark.config import DSparkConfig
 from deepspec.errors import CheckpointError
 from deepspec.export.engines import Traits
 from deepspec.export.files import Headers, deepspec_of
-from deepspec.export.flat import DSPARK, conventions, rotation_in, shape_of
+from deepspec.export.flat import DSPARK, conventions, rotation_in, shape_of, size_faults
 from deepspec.export.tensors import D2T, EMBEDDING, HEAD, T2D, Form, misfits
 
 INTEGERS = {D2T: "I64", T2D: "BOOL"}
@@ -28,7 +28,9 @@ def dspark_faults(flat: dict[str, Any], headers: Headers | None) -> Iterator[str
     try:
         shape = shape_of(flat, DSparkConfig)
         yield from layer_faults(shape.target_layer_ids, shape.num_target_layers)
-        yield from _size_faults(shape)
+        yield from size_faults(shape)
+        if shape.confidence_with_markov and not shape.markov_rank:
+            yield "confidence_head_with_markov is true, but there is no Markov head (rank 0)"
     except CheckpointError as error:
         yield str(error)
     if headers is not None:
@@ -89,15 +91,6 @@ def layer_faults(
             f"the target's layers {ids} of {num_target_layers} have {beyond}, {whose} output to "
             f"capture: an id names a block's output, of 0 to {most}, and engines add 1 themselves"
         )
-
-
-def _size_faults(shape: DSparkConfig) -> Iterator[str]:
-    if not 0 <= shape.mask_token_id < shape.vocab_size:
-        yield f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}"
-    if shape.block_size < 1:
-        yield f"block_size is {shape.block_size}, expected at least 1"
-    if shape.confidence_with_markov and not shape.markov_rank:
-        yield "confidence_head_with_markov is true, but there is no Markov head (rank 0)"
 
 
 def _name_faults(headers: Headers) -> Iterator[str]:

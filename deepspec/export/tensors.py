@@ -25,6 +25,7 @@ from deepspec.export.files import (
     as_saved,
     deepspec_of,
     identity_in,
+    read_headers,
     read_weights,
 )
 from deepspec.targets import TargetEnds
@@ -66,6 +67,9 @@ def misfits(form: Form, found: Mapping[str, Sequence[int]], shape: Any) -> Itera
 
     Raises CheckpointError where there can be no drafter of that shape.
     """
+    if shape.num_layers > len(found):  # before so many are built
+        yield f"{shape.num_layers} layers, but {len(found)} tensors"
+        return
     with torch.device("meta"):
         parameters = build(form, shape).state_dict()
     needed = {form.rename(name): tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -110,12 +114,9 @@ def load_tensors(
     """
     if target is not None:
         _check_target(folder, config, shape, target)
+    _check_fit(form, folder, shape)
     tensors = read_weights(folder, config)
-    try:
-        drafter = build(form, shape)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / CONFIG} {error}") from error
-    _check_fit(form, folder, tensors, shape)
+    drafter = build(form, shape)
     own = {name: tensors.pop(form.rename(name)) for name in drafter.state_dict()}
     if D2T in own:
         for fault in vocabulary_faults(own[D2T], tensors.get(T2D), shape.vocab_size):
@@ -130,7 +131,7 @@ def build(form: Form, shape: Any) -> Drafter:
     """A drafter of this shape. Raises CheckpointError where none can be."""
     try:
         return form.build(shape)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # torch and Transformers look at sizes and rotations in many ways
         raise CheckpointError(
             f"describes no drafter that can be built ({type(error).__name__}: {error}); "
             "compare its sizes, markov_head_type and rope_parameters with those it was trained with"
@@ -163,9 +164,14 @@ def misfits_of_target(shape: Any, target: TargetEnds) -> list[str]:
     return [f"{key} ({own}, not {its})" for key, (own, its) in sizes.items() if own not in (0, its)]
 
 
-def _check_fit(form: Form, folder: Path, tensors: dict[str, Tensor], shape: Any) -> None:
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if problems := list(misfits(form, found, shape)):
+def _check_fit(form: Form, folder: Path, shape: Any) -> None:
+    """Raise CheckpointError where config.json is of other sizes than the tensors that are there."""
+    found = {name: info.shape for name, info in read_headers(folder).items()}
+    try:
+        problems = list(misfits(form, found, shape))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG} {error}") from error
+    if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
             f"{folder / WEIGHTS} does not fit {CONFIG} beside it: {'; '.join(problems[:5])}{more}. "

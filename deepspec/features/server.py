@@ -35,6 +35,7 @@ from deepspec.errors import ConfigError
 from deepspec.features.encoding import encode, resolve_dtype
 from deepspec.features.remote import headers_of
 from deepspec.records import Sample
+from deepspec.streams import visible
 from deepspec.targets import Target
 
 MIB = 2**20
@@ -175,5 +176,6 @@ def serve(target: Target, config: ServeConfig, token: str | None) -> None:
             f"serve.host={config.host} serve.port={config.port} cannot be listened on ({error}); "
             "give another port, or 0 for a free one"
         ) from None
-    print(f"serving {target.name} at http://{config.host}:{listener.getsockname()[1]}", flush=True)
+    address = f"http://{config.host}:{listener.getsockname()[1]}"
+    print(visible(f"serving {target.name} at {address}"), flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])

@@ -68,7 +68,9 @@ class Board:
         """A job failed; the end of its log says why."""
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         said = [line for line in lines if line.strip()][-3:]
-        say("\n  ".join([f"reproduce: {job.name} failed, see {log}", *said]))
+        say(f"reproduce: {job.name} failed, see {log}")
+        for line in said:
+            say(f"  {line}")
 
     def close(self) -> None:
         """Give the terminal back."""

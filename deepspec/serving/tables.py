@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from deepspec.serving.record import LoadRecord
+from deepspec.streams import visible
 
 Key = tuple[str, str, int, float | None]
 
@@ -34,7 +35,7 @@ def records_table(
         off = None if measured is None else record.throughput / measured - 1
         drawn.add_row(
             f"{record.concurrency}{rate}",
-            f"{record.policy} {record.drafter}",
+            visible(f"{record.policy} {record.drafter}"),
             _shown(record.throughput, ",.0f"),
             _shown(record.user_p50, ".1f"),
             _shown(record.budget, ".2f"),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from deepspec.config.schema import TargetConfig
 from deepspec.data.chat_template import media_tokens
 from deepspec.errors import TargetError, first_line
+from deepspec.json_files import read_as, read_json
 from deepspec.machine import lacks_bf16
+from deepspec.model_files import read_model_config
 from deepspec.progress import say_once
 from deepspec.targets.files import WeightFiles
 from deepspec.targets.gguf import SUFFIX, GgufFile, alone, is_gguf
@@ -36,7 +37,8 @@ def checked_path(config: TargetConfig) -> str:
         return path
     adapter = Path(path, "adapter_config.json")
     if adapter.is_file() and not Path(path, "config.json").is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        found = read_json(adapter, TargetError, "fetch it again")
+        base = f"{found.get('base_model_name_or_path') or 'BASE':.200}"
         raise TargetError(
             f"target.path={config.path} is an adapter (adapter_config.json without config.json), "
             f"not a whole model; merge it into its base model ({base}) by PEFT's "
@@ -51,21 +53,29 @@ def checked_path(config: TargetConfig) -> str:
             f"target.path={config.path}: no config.json there{missing}; give the folder of a "
             "Hugging Face checkpoint or the name of one on the hub"
         )
-    _check_generation_config(Path(path, "generation_config.json"))
+    if there:
+        read_model_config(Path(path, "config.json"), TargetError, "mend or fetch it again")
+        _check_generation_config(Path(path, "generation_config.json"))
     return path
+
+
+@dataclass(frozen=True)
+class _Generation:
+    eos_token_id: int | list[int] | None = None
 
 
 def _check_generation_config(file: Path) -> None:
     """Raise TargetError for a broken file, which Transformers would take as missing."""
-    try:
-        whole = not file.is_file() or isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise TargetError(
-            f"{file} is not a JSON object; mend or fetch it again: it names the tokens at which "
-            "generation stops"
-        )
+    with suppress(FileNotFoundError):
+        way_out = "mend or fetch it again: it names the tokens at which generation stops"
+        read_as(_Generation, file, TargetError, way_out)
+
+
+def _check_json(path: str) -> None:
+    """Raise TargetError that names the first file of the folder `path` that is no JSON: what reads
+    them elsewhere names the folder at best."""
+    for file in sorted(Path(path).glob("*.json")):
+        read_as(Any, file, TargetError, "mend or fetch it again")
 
 
 @contextmanager
@@ -82,6 +92,7 @@ def explained(config: TargetConfig) -> Iterator[None]:
                 "config.json), which has to run to load it; read that code, and where you trust "
                 "it set target.trust_remote_code=true"
             ) from error
+        _check_json(os.path.expanduser(config.path))
         where = f"target.path={config.path}"
         if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(config.path)):
             where += f" is no folder in {Path.cwd()}, and as a name on the hub it"
@@ -100,7 +111,13 @@ def loaded_from(config: TargetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield path, options
         return
     with alone(path) as (folder, file):
-        yield folder, {**options, "gguf_file": file}
+        try:
+            yield folder, {**options, "gguf_file": file}
+        except Exception as error:
+            if folder not in str(error):
+                raise
+            why = first_line(error).replace(f"{folder}/", "").replace(folder, path)
+            raise TargetError(f"target.path={config.path} could not be loaded ({why})") from error
 
 
 def read_config(config: TargetConfig) -> Any:
@@ -187,9 +204,19 @@ def load_tokenizer(config: TargetConfig) -> Any:
     with explained(config), loaded_from(config) as (path, options):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, TypeError, ValueError) as error:
+        except ImportError:  # a package that the tokenizer needs
+            raise
+        except Exception as error:  # tokenizers raises no type of its own
             held = is_gguf(config.path) or _holds_tokenizer(path)
-            if held or "trust_remote_code" in str(error):
+            if "trust_remote_code" in str(error):
+                raise
+            _check_json(path)
+            if Path(path, "tokenizer.json").is_file():
+                raise TargetError(
+                    f"{Path(path, 'tokenizer.json')}, or a file beside it, is no tokenizer "
+                    f"({type(error).__name__}: {first_line(error)}); fetch it again"
+                ) from error
+            if held:
                 raise
             raise lacking from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,12 @@ from torch import Tensor
 
 from deepspec.config.schema import TargetConfig
 from deepspec.errors import TargetError
-from deepspec.json_files import parse_json, read_as
+from deepspec.json_files import parse_json
+from deepspec.model_files import read_weight_map
 from deepspec.targets.hashes import HashedFiles, Span, Spans
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SAMPLED_ROWS, SAMPLED_COLUMNS = 4, 64
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What a checkpoint of several files has: the file of each tensor."""
-
-    weight_map: dict[str, str]
 
 
 class WeightFiles(HashedFiles):
@@ -42,8 +35,7 @@ class WeightFiles(HashedFiles):
         self._path, self._revision = os.path.expanduser(config.path), config.revision
         index = self._find(INDEX)
         if index is not None:
-            found = read_as(_Index, index, TargetError, "fetch it again")
-            self._files = found.weight_map
+            self._files = read_weight_map(index, TargetError, "fetch it again")
             return
         single = self._find(SINGLE)
         if single is None:

@@ -100,11 +100,14 @@ FLAT: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "wrong type": (lambda f: edit(f, block_size="four"), "block_size is 'four', expected int"),
     "sizes": (lambda f: edit(f, hidden_size=48), r"fc\.weight is \[32, 96\], expected \[48, 144\]"),
-    "impossible": (lambda f: edit(f, head_dim=-8), "no drafter that can be built"),
+    "impossible": (lambda f: edit(f, head_dim=-8), "head_dim is -8, expected at least 1"),
     "truncated": (truncate, "model.safetensors is corrupt or incomplete"),
     "one bit": (flip_a_bit, "its sha256 is not the one in config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is unreadable"),
+    "config no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json is damaged",
+    ),
     "no layout": (
         lambda f: edit(f, architectures=["Qwen3ForCausalLM"]),
         "Qwen3ForCausalLM.*which no layout calls itself",
@@ -277,6 +280,12 @@ def test_no_value_of_any_key_is_too_strange(target: Target, tmp_path: Path, layo
     assert_nothing_is_too_strange(export(target, tmp_path / "out", layout))
 
 
+STRANGE: tuple[Any, ...] = (
+    *(None, "x", -3, 0, 0.5, True, [], ["x"], {"x": None}),
+    *(10**9, 10**30, float("nan"), float("inf"), "9" * 5000, [[1]], {"rope_type": ["x"]}),
+)
+
+
 def assert_nothing_is_too_strange(folder: Path) -> None:
     """Whatever stands at a key: a finding and a CheckpointError, or no harm; never another error.
 
@@ -290,7 +299,7 @@ def assert_nothing_is_too_strange(folder: Path) -> None:
     places += [(whole["deepspec"], key) for key in whole["deepspec"]]
     for holder, key in places:
         kept = holder[key]
-        for value in (None, "x", -3, 0.5, True, [], ["x"], {"x": None}):
+        for value in STRANGE:
             holder[key] = value
             (folder / "config.json").write_text(json.dumps(whole))
             found = check_export(folder)

@@ -370,8 +370,12 @@ DEEP = "[" * 50_000 + "]" * 50_000  # more than Python's json module recurses
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.jsonl", '{"turns": ["fine"]}\n' + DEEP, "a.jsonl, line 2: nested too deeply"),
-        ("a.json", DEEP, "a.json: nested too deeply"),
+        (
+            "a.jsonl",
+            '{"turns": ["fine"]}\n' + DEEP,
+            "a.jsonl, line 2: nested more than 200 levels",
+        ),
+        ("a.json", DEEP, "a.json: not a JSON array that can be read (nested more than 200"),
     ],
 )
 def test_files_nested_too_deeply_are_named(
@@ -388,4 +392,5 @@ def test_rows_nested_too_deeply_are_counted(field: str, tmp_path: Path) -> None:
     rows = [{"turns": ["fine"]}, {"turns": ["fine"], field: DEEP}]
     conversations, skips = load(write(tmp_path / "a.jsonl", rows))
     assert len(conversations) == 1
-    assert skips == {"a row nested too deeply (first in a-2)": 1}
+    reason = f"{field} as text that is beyond the limits: nested more than 200 levels deep"
+    assert skips == {f"{reason} (first in a-2)": 1}

@@ -481,7 +481,7 @@ def test_files_that_are_damaged(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_deepseek_v4(folder)
     save_file({"embed.weight": torch.zeros(1)}, weights)
-    with pytest.raises(CheckpointError, match=r"holds no mtp\.\* tensors"):
+    with pytest.raises(CheckpointError, match=r"there are no mtp\.\* tensors"):
         deepseek_v4_shape(folder)
 
 

@@ -429,14 +429,14 @@ def truncate_unhashed(folder: Path) -> None:
 CORRUPTIONS = {
     "no folder": (lambda f: f.rename(f.with_name("gone")), "holds no export"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "is unreadable"),
-    "config no object": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "is damaged or unreadable"),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), "should be an object"),
     "another layout": (
         lambda f: edit(f, architectures=["DSparkSpeculator"]),
         r"transformer_layer_config is missing",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"safetensors is missing"),
-    "truncated": (truncate, "corrupt or incomplete: its sha256"),
+    "truncated": (truncate, "corrupt or incomplete: (?!its)"),
     "one bit": (flip_a_bit, "corrupt or incomplete: its sha256"),
     "truncated, no hash": (truncate_unhashed, r"corrupt or incomplete: (?!its)"),
     "no anchor key": (
@@ -457,7 +457,7 @@ CORRUPTIONS = {
         lambda f: edit(f, rope_parameters={"rope_type": "spiral", "rope_theta": 1.0}),
         "no drafter that can be built.*spiral",
     ),
-    "impossible size": (lambda f: edit(f, head_dim=-8), "no drafter that can be built"),
+    "impossible size": (lambda f: edit(f, head_dim=-8), "head_dim is -8, expected at least 1"),
     "causal": (lambda f: edit(f, is_causal=True), "is_causal is True, but only False"),
     "window": (
         lambda f: edit(f, layer_types=["sliding_attention"] * 2),
