@@ -53,10 +53,12 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.outputs import REPORT, require_own
+    from deepspec.features.remote import TOKEN
     from deepspec.regeneration import api_key_of
+    from deepspec.secrets import token_of
     from deepspec.targets.parallel import check_split
     from deepspec.training.engine import open_engine
-    from deepspec.training.resume import starting_point
+    from deepspec.training.resume import say_uncompared, starting_point
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
@@ -66,10 +68,14 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     check_trackers(config.tracking)
     if config.regenerate.enabled:
         api_key_of(config.regenerate)
+    if config.features.source == "remote":
+        token_of(TOKEN)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
         require_own(folder.path, REPORT)
     start = starting_point(config, folder.checkpoints)
+    if start is not None:
+        say_uncompared(config)
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     stored, remote = config.features.source == "stored", config.features.source == "remote"
     target = (
