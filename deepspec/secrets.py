@@ -37,7 +37,7 @@ def hide(text: str, shown: str = STARS) -> None:
 
 
 def hide_url(url: str) -> None:
-    """Have `masked` hide the user info and the query of `url`, also as the header that they make."""
+    """Have `masked` hide the user info and the query of `url`, also as a header has them."""
     if found := _USER_INFO.search(url) or _UNQUOTED.search(url):
         user, _, password = found[0][:-1].partition(":")
         for secret in (password, unquote(password)) if password else (user, unquote(user)):
@@ -51,7 +51,7 @@ def hide_url(url: str) -> None:
 
 
 def masked(text: str) -> str:
-    """Return `text` without what is hidden, the tokens of the environment, and passwords in URLs."""
+    """Return `text` without what is hidden, tokens of the environment, and passwords in URLs."""
     known = dict(_hidden)
     for name in TOKENS:
         if value := os.environ.get(name, "").strip():
@@ -79,7 +79,7 @@ def has_unquoted_password(url: str) -> bool:
 
 
 def mask_streams() -> None:
-    """Mask all that is printed from now on; call again after a library replaced a stream's write."""
+    """Mask all that is printed from now on; call it again after a library replaced the writing."""
     for stream in (sys.stdout, sys.stderr):
         write = stream.write
         if getattr(write, "masks", False):

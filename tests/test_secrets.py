@@ -1,4 +1,4 @@
-"""Secrets are in no file and no line: canaries in variables, URLs and headers, looked for in all."""
+"""Secrets are in no file and no line: canaries in variables, URLs and headers are looked for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CANARIES = {
 PASSWORD = "canary-password-9"
 RECIPE = """\
 defaults: [base, _self_]
-description: of ${{tracking.project}}
+description: "of ${{oc.env:PROJECT}}"
 target: {{path: {target}, dtype: float32, num_layer_ids: 3}}
 data:
   path: ["{folder}/${{oc.env:FOLDER}}/prompts.jsonl"]
@@ -52,7 +52,7 @@ regenerate: {{max_new_tokens: 8, batch_size: 4, api_key_env: OUR_KEY}}
 drafter: {{num_layers: 1, markov_rank: 8, block_size: 4}}
 training: {{max_steps: 2, batch_size: 4, micro_batch_size: 2, anchors_per_sample: 8, save_every: 1,
   evaluate_every: 1, validation_samples: 2, precision: fp32}}
-tracking: {{trackers: {trackers}, project: "${{oc.env:PROJECT}}"}}
+tracking: {{trackers: {trackers}}}
 decoding: {{max_new_tokens: 8}}
 engine: {{device: cpu}}
 evaluation: {{benchmarks: ["{folder}/${{oc.env:FOLDER}}/prompts.jsonl"], limit: 2,
@@ -138,7 +138,7 @@ def test_a_training_keeps_secrets_and_goes_on(
         assert "key ${oc.env:PROMPT}" in (out / name).read_text().replace("&#39;", "'"), name
     last = list_checkpoints(out / "checkpoints")[-1]
     config = json.loads((last / DESCRIPTION).read_text())["config"]
-    assert config["tracking"]["project"] == "${oc.env:PROJECT}"
+    assert config["description"] == "of ${oc.env:PROJECT}"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PROMPT")
         assert command("export", f"checkpoint={last}", f"out={tmp_path / 'out' / 'again'}") == 0
@@ -161,8 +161,15 @@ def test_no_command_shows_a_secret(
             (0, ("train", given, f"out={out / 'run'}")),
             (0, ("train", given, f"out={out / 'run'}")),
             (0, ("evaluate", f"run={out / 'run'}", f"out={out / 'evaluated'}")),
-            (0, ("calibrate", f"run={out / 'run'}", f"out={out / 'calibrated'}")),
-            (0, ("export", f"checkpoint={out / 'run/checkpoints/step-00000002'}", f"out={out / 'export'}")),
+            (2, ("calibrate", f"run={out / 'run'}", f"out={out / 'calibrated'}")),
+            (
+                0,
+                (
+                    "export",
+                    f"checkpoint={out / 'run/checkpoints/step-00000002'}",
+                    f"out={out / 'export'}",
+                ),
+            ),
             (0, ("check", f"export={out / 'export'}")),
             (0, ("regenerate", given, f"out={out / 'a.jsonl'}")),
             (2, ("regenerate", given, f"out={out / 'b.jsonl'}", echo.format(url))),
@@ -216,17 +223,16 @@ def echoing(status: int = 401) -> Iterator[str]:
 
 
 @pytest.mark.usefixtures("environment")
-@pytest.mark.parametrize("status", [200, 400, 401, 404, 418, 503])
+@pytest.mark.parametrize("status", [200, 401, 418])
 def test_servers_that_repeat_what_they_got(status: int, tmp_path: Path) -> None:
     key = token_of("OUR_KEY")
     turn = [{"role": "user", "content": "hello"}]
     asked = RegenerateConfig(retries=0)
     with echoing(status) as url:
-        for model in (None, "m"):
+        for model, given in ((None, None), (None, key), ("m", key)):
+            server = ServerAnswerer(url, model, DataConfig(path=["-"]), given)
             with pytest.raises(ServerError) as error:
-                for given in (None, key):
-                    server = ServerAnswerer(url, model, DataConfig(path=["-"]), given)
-                    regenerate([Conversation("a", turn)], server, asked, tmp_path / "a.jsonl")
+                regenerate([Conversation("a", turn)], server, asked, tmp_path / "a.jsonl")
             assert "me:***@" in str(error.value) or "you sent" in str(error.value)
             assert_kept(tmp_path, "".join(traceback.format_exception(error.value)))
         with pytest.raises(ServerError) as error:
@@ -239,25 +245,24 @@ def test_servers_that_repeat_what_they_got(status: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["", "  ", "pässwört", "tok\nen", "tok\x7fen", "тoken", "a\tb"])
 def test_a_token_that_cannot_be_sent_is_refused_at_start(
-    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEEPSPEC_TOKEN", value)
     with pytest.raises(ConfigError, match="the environment variable DEEPSPEC_TOKEN") as error:
         token_of("DEEPSPEC_TOKEN")
     assert not value.strip() or value not in str(error.value)
-    assert command("serve-target", "recipe=tiny") == 2
-    assert "the environment variable DEEPSPEC_TOKEN" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="DEEPSPEC_TOKEN"):
         RemoteTarget(FeaturesConfig(servers=["http://127.0.0.1:9"], patience=0))
 
 
-def test_a_training_on_servers_refuses_a_bad_token_before_all_else(
+def test_commands_refuse_a_bad_token_before_all_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DEEPSPEC_TOKEN", "pässwört")
     words = ["features=remote", "features.servers=[http://127.0.0.1:9]", "regenerate.enabled=false"]
     assert command("train", "recipe=tiny", *words, f"out={tmp_path / 'run'}") == 2
-    assert "the environment variable DEEPSPEC_TOKEN holds" in capsys.readouterr().err
+    assert command("serve-target", "recipe=tiny") == 2
+    assert capsys.readouterr().err.count("the environment variable DEEPSPEC_TOKEN holds") == 2
     monkeypatch.setenv("DEEPSPEC_TOKEN", " fine \n")
     assert token_of("DEEPSPEC_TOKEN") == "fine"
 
@@ -290,11 +295,13 @@ def test_what_is_printed_is_masked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_xyz")
-    hide("it's \u00e9 \"canary\"\n/x", "${oc.env:A}")
+    hide('it\'s \u00e9 "canary"\n/x', "${oc.env:A}")
     mask_streams()
     mask_streams()
-    print("a hf_xyz b", "it's \u00e9 \"canary\"\n/x")
-    print(repr("it's \u00e9 \"canary\"\n/x"), json.dumps("it's \u00e9 \"canary\"\n/x"), file=sys.stderr)
+    print("a hf_xyz b", 'it\'s \u00e9 "canary"\n/x')
+    print(
+        repr('it\'s \u00e9 "canary"\n/x'), json.dumps('it\'s \u00e9 "canary"\n/x'), file=sys.stderr
+    )
     found = capsys.readouterr()
     assert found.out == "a [HF_TOKEN] b ${oc.env:A}\n"
     assert "canary" not in found.err

@@ -52,8 +52,8 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.commands.feature_sources import feature_source, open_store
     from deepspec.errors import Interrupted
     from deepspec.evaluation.benchmarks import check_benchmarks
-    from deepspec.outputs import REPORT, require_own
     from deepspec.features.remote import TOKEN
+    from deepspec.outputs import REPORT, require_own
     from deepspec.regeneration import api_key_of
     from deepspec.secrets import token_of
     from deepspec.targets.parallel import check_split

@@ -2,8 +2,9 @@
 
 A recipe may refer to a variable in any text, through other keys or through ${oc.decode:...} too.
 What is written and printed has the reference (`as_dict` puts it back), and what reads it again
-takes the variable from the environment of then. What the model reads, such as a system prompt, is
-in the tokens of samples and feature stores all the same.
+takes the variable from the environment of then. A value is seen where it is used: the folder of
+out=, the project of a tracker, and in the tokens of stores what the model reads, such as a system
+prompt.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def by_name(message: str, kept: Mapping[str, Any]) -> str:
     for name in variables_of(dict(kept)):
         if value := os.environ.get(name):
             shown = f"${{oc.env:{name}}}"
-            message = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", lambda _, s=shown: s, message)
+            message = shown.join(re.split(rf"(?<!\w){re.escape(value)}(?!\w)", message))
     return message
 
 

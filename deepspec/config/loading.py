@@ -16,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from deepspec.config.environment import (
@@ -110,9 +110,7 @@ def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
     return _resolved(for_omegaconf(_given(raw, "")), overrides, saved=True)
 
 
-def _resolved(
-    raw: Mapping[str, Any], overrides: Iterable[str], saved: bool = False
-) -> RunConfig:
+def _resolved(raw: Mapping[str, Any], overrides: Iterable[str], saved: bool = False) -> RunConfig:
     """Typed, with every `${...}` of `raw` followed once, and checked. `saved`: variables of the
     environment may be missing."""
     kept: dict[str, Any] = {}
@@ -120,6 +118,7 @@ def _resolved(
     try:
         schema = OmegaConf.structured(RunConfig)
         merged = OmegaConf.merge(schema, _shaped(raw), _shaped(_parsed(overrides)))
+        assert isinstance(merged, DictConfig)
         kept = references(merged)
         unset = unset_variables(kept)
         for key, variable in unset.items():

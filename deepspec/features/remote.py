@@ -63,7 +63,9 @@ class RemoteTarget:
 
     def __init__(self, config: FeaturesConfig, all_finals: bool = True) -> None:
         self._config, self._all_finals = config, all_finals
-        self._servers = [_Server(shown_url(url.rstrip("/")), url.rstrip("/")) for url in config.servers]
+        self._servers = [
+            _Server(shown_url(url.rstrip("/")), url.rstrip("/")) for url in config.servers
+        ]
         self._lock, self._closed = threading.Lock(), threading.Event()
         self.tokens = self.received = 0
         token = token_of(TOKEN)
@@ -102,8 +104,8 @@ class RemoteTarget:
         except _Unavailable as error:
             raise ServerError(
                 f"no feature server has answered for {self._config.patience:g} s; the last said: "
-                f"{error}. Start one of {', '.join(each.address for each in self._servers)} again (deepspec "
-                "serve-target); the same command then goes on from the last checkpoint"
+                f"{error}. Start one of {', '.join(each.address for each in self._servers)} again "
+                "(deepspec serve-target); the same command then goes on from the last checkpoint"
             ) from None
         features = self._features(content, tokens, finals)
         with self._lock:
@@ -123,7 +125,9 @@ class RemoteTarget:
             response = self._client.post(f"{server.url}/v1/features", content=body)
         except httpx.TransportError as error:
             self._rest(server, REST_SECONDS)
-            raise _Unavailable(f"{server.address}: {type(error).__name__} {masked(str(error))}") from None
+            raise _Unavailable(
+                f"{server.address}: {type(error).__name__} {masked(str(error))}"
+            ) from None
         finally:
             with self._lock:
                 server.asked -= 1
@@ -217,8 +221,8 @@ class RemoteTarget:
                 found[server.address] = response.json()
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise ServerError(
-                    f"features.servers: {server.address} is no address ({masked(str(error))}); give such as "
-                    "[http://10.0.0.5:8300]"
+                    f"features.servers: {server.address} is no address ({masked(str(error))}); "
+                    "give such as [http://10.0.0.5:8300]"
                 ) from None
             except (httpx.HTTPError, ValueError) as error:
                 failures.append(f"{server.address} ({type(error).__name__}: {masked(str(error))})")

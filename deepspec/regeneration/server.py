@@ -76,9 +76,9 @@ class ServerAnswerer:
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(
-                f"regenerate.server={self._shown} cannot be reached ({masked(str(error))}); start the server, "
-                "mend the URL (such as http://127.0.0.1:8000/v1), or set regenerate.server=null to "
-                "answer in process"
+                f"regenerate.server={self._shown} cannot be reached ({masked(str(error))}); start "
+                "the server, mend the URL (such as http://127.0.0.1:8000/v1), or set "
+                "regenerate.server=null to answer in process"
             ) from None
         if self._model is not None:
             return self._model

@@ -133,7 +133,9 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
         parts = read_ends(parts, model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
     length, eos = config.context_length, generation_eos(config, parts.text_config)
-    ends = TargetEnds(parts, tokenizer, layers_of(config), as_dict(config)["path"], rollback, length, eos)
+    ends = TargetEnds(
+        parts, tokenizer, layers_of(config), as_dict(config)["path"], rollback, length, eos
+    )
     check_ends(ends, model)
     return ends
 

@@ -34,8 +34,10 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     newest = next(_sound(checkpoints), None)
     different = {} if newest is None else changed(as_dict(config), newest.config)
     if (named := named_start(config.training)) is not None:
-        if newest is not None and not different and same_place(
-            _resumed_by(newest), as_dict(config.training)["resume"]
+        if (
+            newest is not None
+            and not different
+            and same_place(_resumed_by(newest), as_dict(config.training)["resume"])
         ):
             return newest
         if not named.is_dir():
