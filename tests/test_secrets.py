@@ -60,6 +60,12 @@ evaluation: {{benchmarks: ["{folder}/${{oc.env:FOLDER}}/prompts.jsonl"], limit: 
 """
 
 
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test hides is printed by others."""
+    monkeypatch.setattr("deepspec.secrets._hidden", {})
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CANARIES.items():

@@ -102,15 +102,16 @@ def by_name(message: str, kept: Mapping[str, Any]) -> str:
 
 def remember(config: RunConfig, kept: Mapping[str, Any]) -> None:
     """Attach `kept` to `config`, and hide what the variables hold from what is printed."""
+    seen = variables_of(kept.get("out"))  # everybody sees the folder
     for key, written in kept.items():
         group, name = group_of(config, key)
         value = getattr(group, name)
         group.written[name] = (written, value)
-        # a number is no secret, and everybody sees the folder of out=
-        if key == "out" or KEYS[key] in (int, float, bool):
+        if key == "out" or KEYS[key] in (int, float, bool):  # a number is no secret
             continue
         for variable in variables_of(written):
-            hide(os.environ.get(variable, ""), f"${{oc.env:{variable}}}")
+            if variable not in seen:
+                hide(os.environ.get(variable, ""), f"${{oc.env:{variable}}}")
         if any("oc.decode:" in text for text in texts_in(written)):
             for text in texts_in(value):
                 hide(text, f"[{key}]")

@@ -12,6 +12,7 @@ import yaml
 from deepspec.config.loading import config_from, load_config
 from deepspec.config.schema import RunConfig, as_dict, dotted, group_of
 from deepspec.errors import ConfigError
+from deepspec.secrets import masked
 from deepspec.training.decisive import changed
 
 SECRET = 'hunter2\'s \\ "canary" \u00e9{}$'
@@ -63,6 +64,7 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspec.secrets._hidden", {})  # other tests print what is hidden here
     for name, value in {"A": SECRET, "B": "5", "NAME": "B", "P": "data/tiny_target"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NONE", raising=False)
@@ -173,3 +175,18 @@ regenerate: {server: 'https://me:sesame3@h/v1'}"""
     with pytest.raises(ConfigError, match=r"write the signs / \? # of its password") as error:
         load(tmp_path, "features: {servers: ['http://me:ses/ame@h']}")
     assert "ame" not in str(error.value).partition("of its")[0].replace("name", "")
+
+
+def test_what_is_hidden_from_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are; numbers are not, nor the folder that out= names."""
+    monkeypatch.setenv("B", "1234567")
+    monkeypatch.setenv("P", "/scratch/me")
+    load(
+        tmp_path,
+        "seed: ${oc.env:B}\nout: ${oc.env:P}/run\n"
+        "data: {system_prompt: '${oc.env:A}', path: '${oc.env:P}/a'}",
+    )
+    text = f"{SECRET} 1234567 /scratch/me/run"
+    assert masked(text) == "${oc.env:A} 1234567 /scratch/me/run"
