@@ -15,6 +15,7 @@ from types import ModuleType
 from deepspec import __version__
 from deepspec.errors import DeepSpecError, Interrupted
 from deepspec.processes import end_with_launchers, rank
+from deepspec.secrets import mask_streams
 from deepspec.streams import drop_unread, escape_unknown_signs, tell
 
 COMMANDS = (
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.print_help()
         return
     escape_unknown_signs()
+    mask_streams()
     listing = options.command in LISTINGS or getattr(options, "cfg", False)
     try:
         commands[options.command].run(options.settings + rest, options)

@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass
 
 from deepspec.errors import first_line
+from deepspec.secrets import masked, shown_url
 
 SECONDS = 2.0
 
@@ -31,16 +32,17 @@ def look_at_hub(seconds: float = SECONDS) -> Hub:
     if constants.is_offline_mode():
         return Hub(False, "offline (HF_HUB_OFFLINE)")
     endpoint = constants.ENDPOINT
-    found = [Hub(False, f"{endpoint} cannot be reached (no answer within {seconds:g} s)")]
+    shown = shown_url(endpoint)
+    found = [Hub(False, f"{shown} cannot be reached (no answer within {seconds:g} s)")]
 
     def ask() -> None:
         try:
             status = get_session().head(endpoint, timeout=seconds).status_code
         except Exception as error:  # of the HTTP library that the hub's has chosen
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            found.append(Hub(False, f"{endpoint} cannot be reached ({reason})"))
+            reason = f"{type(error).__name__}: {masked(first_line(error))}"
+            found.append(Hub(False, f"{shown} cannot be reached ({reason})"))
         else:
-            found.append(Hub(status < 500, f"{endpoint} answers (HTTP {status})"))
+            found.append(Hub(status < 500, f"{shown} answers (HTTP {status})"))
 
     # a thread, because no timeout bounds the resolution of a name; a daemon, because the process
     # must not wait for it in the end

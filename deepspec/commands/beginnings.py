@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.places import same_place
-from deepspec.config.schema import DrafterConfig, RunConfig
+from deepspec.config.schema import DrafterConfig, RunConfig, as_dict
 from deepspec.data.vocabulary import count_tokens, coverage, frequent_tokens
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.dspark_v4.config import FIXED as V4_FIXED
@@ -163,7 +163,7 @@ def _known(config: RunConfig, checkpoints: Path) -> tuple[str, Any] | None:
         except CheckpointError:
             continue  # `starting_point` says what is wrong with it
         began = checkpoint.config.get("drafter", {}).get("init_from")
-        if same_place(began, config.drafter.init_from):
+        if same_place(began, as_dict(config.drafter)["init_from"]):
             return _drafter_of(checkpoint)
     return None
 

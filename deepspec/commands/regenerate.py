@@ -44,7 +44,9 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     from deepspec.commands.stages import make_answers, open_target, print_skipped
     from deepspec.outputs import answers_output, hold, make_folder, require_own
     from deepspec.processes import rank, together
+    from deepspec.regeneration import api_key_of
 
+    api_key_of(config.regenerate)  # refused before the target is loaded
     out = Path(values["out"]).expanduser()
     if rank() == 0:
         require_own(out.parent, answers_output(out.stem))

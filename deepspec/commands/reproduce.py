@@ -39,6 +39,8 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Say how long it will take, do what is missing, and print what agrees."""
     from deepspec.commands.settings import print_config, take
     from deepspec.config.loading import load_config
+    from deepspec.errors import ConfigError
+    from deepspec.secrets import has_password
 
     values, words = take(settings, "out", "recipe", *SHORT)
     recipe = values.get("recipe", "tiny")
@@ -47,6 +49,11 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     if options.cfg:
         print_config(config)
         return
+    if hidden := [word.partition("=")[0] for word in words if has_password(word)]:
+        raise ConfigError(
+            f"{hidden[0]}=... has a password, which all users of this machine would see in the "
+            "commands that reproduce starts; put it in a recipe as ${oc.env:NAME}"
+        )
     passed_on = [word for word in words if not word.startswith(("reproduce=", "reproduce."))]
     out = Path(values.get("out", "runs/reproduce")).expanduser()
     _reproduce(config, [f"recipe={recipe}", *passed_on], out)

@@ -20,7 +20,6 @@ HAS_CONFIG = True
 def run(settings: Sequence[str], options: argparse.Namespace) -> None:
     """Load the target and serve until stopped."""
     import ipaddress
-    import os
 
     from deepspec.commands.settings import print_config, recipe_config
     from deepspec.errors import ConfigError, MissingDependencyError
@@ -30,6 +29,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         print_config(config)
         return
     from deepspec.features.remote import TOKEN
+    from deepspec.secrets import token_of
 
     try:
         from deepspec.features.server import serve
@@ -37,7 +37,7 @@ def run(settings: Sequence[str], options: argparse.Namespace) -> None:
         raise MissingDependencyError(
             f"serve-target needs {error.name}; run: pip install 'deepspec[serve]'"
         ) from error
-    token = os.environ.get(TOKEN) or None
+    token = token_of(TOKEN)
     host = config.serve.host
     try:
         open_to_others = not ipaddress.ip_address(host).is_loopback

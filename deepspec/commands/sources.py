@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.config.loading import config_from, load_config
+from deepspec.config.references import for_saving
 from deepspec.config.schema import RunConfig
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
@@ -91,7 +92,7 @@ def _from_export(place: Path, overrides: Sequence[str], recipe: str | None) -> S
             raise ConfigError(f"{place} {whose}; say where it is by target.path=DIR or by recipe=R")
         asked = {"path": target, "layer_ids": list(export.shape.target_layer_ids)}
         raw = {"recipe": place.name, "target": asked, "data": {"path": []}}
-        config = config_from(raw, overrides)
+        config = config_from(for_saving(raw), overrides)  # a file of others reads no variable
     if (anchors := num_anchors(export.config)) is not None:  # a fact, whatever the recipe says
         training = replace(config.training, anchors_per_sample=anchors)
         config = replace(config, training=training)

@@ -56,11 +56,13 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.evaluation.benchmarks import check_benchmarks
     from deepspec.export import layouts_for
     from deepspec.export.files import require_replaceable
+    from deepspec.features.remote import TOKEN
     from deepspec.outputs import REPORT, hold, require_own
     from deepspec.regeneration import api_key_of
+    from deepspec.secrets import token_of
     from deepspec.targets.parallel import check_split
     from deepspec.training.engine import open_engine
-    from deepspec.training.resume import starting_point
+    from deepspec.training.resume import say_uncompared, starting_point
     from deepspec.training.tracking import check_trackers
 
     # what can be refused is refused before anything is written
@@ -70,12 +72,16 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     check_trackers(config.tracking)
     if config.regenerate.enabled:
         api_key_of(config.regenerate)
+    if config.features.source == "remote":
+        token_of(TOKEN)
     if config.evaluation.enabled:
         check_benchmarks(config.evaluation.benchmarks)
         require_own(folder.path, REPORT)
     if layouts_for(config.drafter.kind, config.drafter):
         require_replaceable(folder.export)
     start = starting_point(config, folder.checkpoints)
+    if start is not None:
+        say_uncompared(config)
     engine = open_engine(config.engine, config.training, config.tracking, folder.path)
     stored, remote = config.features.source == "stored", config.features.source == "remote"
     target = (

@@ -27,6 +27,8 @@ TYPES: dict[Any, str] = {
 def _keys_of(schema: type, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(schema).items():
+        if name == "written":  # what the keys of a group are written as
+            continue
         if isinstance(hint, UnionType):  # `int | None`
             hint = next(part for part in get_args(hint) if part is not NoneType)
         found[f"{prefix}{name}"] = hint

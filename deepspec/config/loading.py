@@ -17,9 +17,18 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from deepspec.config.environment import (
+    by_name,
+    check_references,
+    forbid,
+    references,
+    remember,
+    set_aside,
+    unset_variables,
+)
 from deepspec.config.keys import (
     KEYS,
     is_group,
@@ -30,6 +39,7 @@ from deepspec.config.keys import (
     unknown_key,
     wrong_type,
 )
+from deepspec.config.references import for_omegaconf, literal
 from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
@@ -86,7 +96,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             "another file name"
         ) from None
     changes = [word for word in overrides if word not in choices]
-    named = {"recipe": _literal(path.stem, "recipe"), **{str(k): v for k, v in raw.items()}}
+    named = {"recipe": literal(path.stem), **{str(k): v for k, v in raw.items()}}
     return _resolved(named, changes)
 
 
@@ -101,35 +111,57 @@ def _composed(path: Path, *choices: str) -> dict[Any, Any]:
 
 
 def config_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    """A RunConfig from plain containers (a saved run's config) and `key=value` changes, whose texts
-    are all taken as they stand: `${...}` has a meaning in recipes only."""
-    return _resolved(_literal(raw, ""), overrides)
+    """A RunConfig from plain containers (a saved run's config) and `key=value` changes.
+
+    `${...}` has a meaning in recipes only, except that what `as_dict` keeps by name is taken from
+    the environment as it now is. A variable that is not set is missed when its key is read.
+    """
+    return _resolved(for_omegaconf(_given(raw, "")), overrides, saved=True)
 
 
-def _resolved(raw: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
-    """Typed, with every `${...}` of `raw` followed once, and checked."""
+def _resolved(raw: Mapping[str, Any], overrides: Iterable[str], saved: bool = False) -> RunConfig:
+    """Typed, with every `${...}` of `raw` followed once, and checked. `saved`: variables of the
+    environment may be missing."""
+    kept: dict[str, Any] = {}
+    unset: dict[str, str] = {}
     try:
         merged = OmegaConf.merge(_schema(), _shaped(raw), _shaped(_parsed(overrides)))
+        assert isinstance(merged, DictConfig)
+        kept = references(merged)
+        unset = unset_variables(kept)
+        for key, variable in unset.items():
+            if not saved:
+                raise ConfigError(f"{key}: the environment variable {variable} is not set; set it")
+            set_aside(merged, key, kept[key])
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(
                 f"{missing[0]} is not set; add {missing[0]}=... or put it in the recipe"
             )
         config = OmegaConf.to_object(merged)
+        assert isinstance(config, RunConfig)
+        check_references(merged, {key: kept[key] for key in kept if key not in unset})
+        validate(config)
     except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        if isinstance(error, ValidationError) and key.partition("[")[0] in KEYS:
-            raise wrong_type(key, error.value) from None
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None  # ${...} to nowhere
-    assert isinstance(config, RunConfig)
-    validate(config)
+        raise ConfigError(by_name(str(_in_words(error)), kept)) from None
+    except ConfigError as error:
+        raise ConfigError(by_name(str(error), kept)) from None
     config.out = os.path.expanduser(config.out)  # not every shell does in `out=~/runs`
+    remember(config, kept)
+    forbid(config, unset)
     return config
 
 
 @cache
 def _schema() -> Any:
     return OmegaConf.structured(RunConfig)
+
+
+def _in_words(error: OmegaConfBaseException) -> ConfigError:
+    key = str(error.full_key)
+    if isinstance(error, ValidationError) and key.partition("[")[0] in KEYS:
+        return wrong_type(key, error.value)
+    return ConfigError(f"{key}: {str(error).splitlines()[0]}")  # ${...} to nowhere
 
 
 def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
@@ -142,20 +174,19 @@ def _parsed(overrides: Iterable[str]) -> dict[str, Any]:
         if key not in KEYS:
             raise unknown_key(key)
         typed = KEYS[key] == dict[str, Any]  # the schema does not have the types of its values
-        OmegaConf.update(changes, key, _literal(read_value(word, typed), key))
+        OmegaConf.update(changes, key, literal(_given(read_value(word, typed), key)))
     return OmegaConf.to_container(changes, resolve=False)  # type: ignore[return-value]
 
 
-def _literal(node: Any, key: str) -> Any:
-    """`node` with the `${` in its texts escaped for OmegaConf. Raises ConfigError for ???, which it
-    would pass over."""
+def _given(node: Any, key: str) -> Any:
+    """Return `node`. Raises ConfigError for ???, which OmegaConf would pass over."""
     if isinstance(node, Mapping):
-        return {name: _literal(value, f"{key}.{name}".lstrip(".")) for name, value in node.items()}
+        return {name: _given(value, f"{key}.{name}".lstrip(".")) for name, value in node.items()}
     if isinstance(node, list):
-        return [_literal(value, key) for value in node]
+        return [_given(value, key) for value in node]
     if node == MISSING:
         raise ConfigError(f"{key}={node} sets nothing: a recipe marks by it what has to be given")
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
+    return node
 
 
 def _shaped(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
 
+from deepspec.config.references import each_text, for_saving, texts_in
+from deepspec.secrets import shown_url
+
 # keys that hold a mapping, which is a value as lists are and no group of keys
 MAPPINGS = ("data.fields.roles", "data.template_options")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+URL = {"url": True}  # of a key that holds URLs, which may have a password
 COLLECTIVE = ("tensor", "zero3")  # target.parallel: each forward is one of all processes
+
+_NOTHING = object()
 
 # the paper's table 1 and figures 2 to 8
 FIGURES = (
@@ -30,7 +36,24 @@ FIGURES = (
 
 
 @dataclass
-class TargetConfig:
+class Group:
+    """Keys that belong together.
+
+    `written`: by the name of a key whose value depends on the environment, what is written instead
+    of the value, and the value. It is no key itself.
+    """
+
+    written: dict[str, tuple[Any, Any]] = field(
+        default_factory=dict,
+        kw_only=True,
+        repr=False,
+        compare=False,
+        metadata={"omegaconf_ignore": True},
+    )
+
+
+@dataclass
+class TargetConfig(Group):
     """The frozen model that is drafted for."""
 
     path: str = MISSING
@@ -48,7 +71,7 @@ class TargetConfig:
 
 
 @dataclass
-class FieldsConfig:
+class FieldsConfig(Group):
     """Where a data row keeps its parts; the first listed name that is present wins."""
 
     messages: list[str] = field(default_factory=lambda: ["messages", "conversations", "turns"])
@@ -84,7 +107,7 @@ class FieldsConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Group):
     """Conversations or prompts to train on."""
 
     path: list[str] = MISSING
@@ -101,7 +124,7 @@ class DataConfig:
 
 
 @dataclass
-class RegenerateConfig:
+class RegenerateConfig(Group):
     """Answers by the target itself, replacing the data's assistant turns."""
 
     enabled: bool = True
@@ -112,7 +135,7 @@ class RegenerateConfig:
     samples_per_prompt: int = 1
     batch_size: int = 32
     seed: int = 0
-    server: str | None = None
+    server: str | None = field(default=None, metadata=URL)
     server_model: str | None = None
     api_key_env: str | None = None
     concurrency: int = 32
@@ -121,7 +144,7 @@ class RegenerateConfig:
 
 
 @dataclass
-class DrafterConfig:
+class DrafterConfig(Group):
     """The drafter's shape. A null is taken from the target."""
 
     kind: str = "dspark"  # dspark | dflash | dspark_v4 | eagle3 | mtp | ngram
@@ -145,7 +168,7 @@ class DrafterConfig:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Group):
     """Loss weights (paper: 0.1, 0.9, 1.0) and how the loss is computed."""
 
     ce_weight: float = 0.1
@@ -158,12 +181,12 @@ class ObjectiveConfig:
 
 
 @dataclass
-class FeaturesConfig:
+class FeaturesConfig(Group):
     """Where the training loop gets the target's features from."""
 
     source: str = "online"  # online | stored | hybrid | remote
     path: str | None = None
-    servers: list[str] = field(default_factory=list)
+    servers: list[str] = field(default_factory=list, metadata=URL)
     prefetch: int = 8
     overlap: bool = False
     verify: bool = True
@@ -172,7 +195,7 @@ class FeaturesConfig:
 
 
 @dataclass
-class ExtractConfig:
+class ExtractConfig(Group):
     """A store of features."""
 
     dtype: str = "auto"  # auto | bfloat16 | float8
@@ -183,7 +206,7 @@ class ExtractConfig:
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(Group):
     """A server of features."""
 
     host: str = "127.0.0.1"
@@ -195,7 +218,7 @@ class ServeConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Group):
     """The optimizer, the schedule, and when to look and save."""
 
     epochs: float = 1.0
@@ -221,7 +244,7 @@ class TrainingConfig:
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Group):
     """How the optimizer state and gradients are laid out over processes."""
 
     kind: str = "single"  # single | zero0 | zero1 | zero2 | zero3
@@ -235,7 +258,7 @@ class EngineConfig:
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Group):
     """Where metrics go besides metrics.jsonl."""
 
     trackers: list[str] = field(default_factory=list)  # wandb, tensorboard
@@ -244,7 +267,7 @@ class TrackingConfig:
 
 
 @dataclass
-class DecodingConfig:
+class DecodingConfig(Group):
     """The verifying decoder."""
 
     max_new_tokens: int = 2048
@@ -261,7 +284,7 @@ class DecodingConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Group):
     """What the acceptance report is measured on."""
 
     benchmarks: list[str] = field(default_factory=lambda: ["gsm8k", "math500", "mbpp"])
@@ -274,7 +297,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Group):
     """Files for serving engines."""
 
     format: str = "flat"  # flat | speculators | deepseek_v4
@@ -282,7 +305,7 @@ class ExportConfig:
 
 
 @dataclass
-class ReproduceConfig:
+class ReproduceConfig(Group):
     """The paper's figures: which, and how much work goes into them."""
 
     figures: list[str] = field(default_factory=lambda: list(FIGURES))
@@ -303,7 +326,7 @@ class ReproduceConfig:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Group):
     """Everything a run is made of; goes resolved into every checkpoint and report."""
 
     recipe: str = MISSING
@@ -327,9 +350,41 @@ class RunConfig:
     reproduce: ReproduceConfig = field(default_factory=ReproduceConfig)
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config, or a group of one, as plain containers."""
-    return asdict(config)
+def as_dict(config: Group) -> dict[str, Any]:
+    """A config, or a group of one, as plain containers, as it is written and printed: what comes
+    from the environment by its name (see `config.environment`), URLs without passwords."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value = vars(config)[each.name]
+        written, was = config.written.get(each.name, (None, _NOTHING))
+        if each.name == "written":
+            continue
+        if isinstance(value, Group):
+            found[each.name] = as_dict(value)
+            continue
+        found[each.name] = each_text(written, str) if value == was else for_saving(value)
+        if each.metadata == URL:
+            found[each.name] = each_text(found[each.name], shown_url)
+    return found
+
+
+def addresses(config: Group) -> Iterator[str]:
+    """The URLs in `config`."""
+    for each in fields(config):
+        value = vars(config)[each.name]
+        if isinstance(value, Group):
+            yield from addresses(value)
+        elif each.metadata == URL:
+            yield from texts_in(value)
+
+
+def group_of(config: RunConfig, key: str) -> tuple[Group, str]:
+    """The group of a dotted key, and the key's name in it."""
+    *groups, name = key.split(".")
+    group: Group = config
+    for part in groups:
+        group = getattr(group, part)
+    return group, name
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.config.keys import KEYS
-from deepspec.config.schema import COLLECTIVE, FIGURES, ROLES, RunConfig
+from deepspec.config.schema import COLLECTIVE, FIGURES, ROLES, RunConfig, addresses
 from deepspec.errors import ConfigError
+from deepspec.secrets import has_unquoted_password, shown_url
 
 CHOICES: dict[str, Sequence[str]] = {
     "target.dtype": ("auto", "float32", "bfloat16"),
@@ -188,6 +189,11 @@ def _conversations(config: RunConfig) -> None:
     key = "data.fields.roles"
     fine = set(value_of(config, key).values()) <= set(ROLES)
     _require(fine, config, key, f"a mapping to {', '.join(ROLES)}")
+    for url in addresses(config):
+        if has_unquoted_password(url):
+            raise ConfigError(
+                f"{shown_url(url)}: write the signs / ? # of its password as %2F %3F %23"
+            )
     variable = config.regenerate.api_key_env
     if variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
         raise ConfigError(  # the value is not printed: it may be the key

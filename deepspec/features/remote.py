@@ -7,7 +7,6 @@ asked again until it is answered.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from deepspec.errors import ServerError
 from deepspec.features.encoding import decode
 from deepspec.progress import say
 from deepspec.records import Sample, TargetFeatures
+from deepspec.secrets import hide_url, masked, shown_url, token_of
 
 TOKEN = "DEEPSPEC_TOKEN"
 IDENTITY = "x-target-weights"  # in every answer: a server may be started again with another model
@@ -55,7 +55,8 @@ class _Unavailable(Exception):
 
 @dataclass
 class _Server:
-    address: str
+    address: str  # as it is shown
+    url: str
     asked: int = 0  # requests on their way
     rested: float = 0.0  # when it may be asked again
 
@@ -69,10 +70,14 @@ class RemoteTarget:
 
     def __init__(self, config: FeaturesConfig, all_finals: bool = True) -> None:
         self._config, self._all_finals = config, all_finals
-        self._servers = [_Server(address.rstrip("/")) for address in config.servers]
+        self._servers = [
+            _Server(shown_url(url.rstrip("/")), url.rstrip("/")) for url in config.servers
+        ]
         self._lock, self._closed = threading.Lock(), threading.Event()
         self.tokens = self.received = 0
-        token = os.environ.get(TOKEN)
+        token = token_of(TOKEN)
+        for url in config.servers:
+            hide_url(url)
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(config.timeout, connect=CONNECT_SECONDS),
@@ -106,8 +111,8 @@ class RemoteTarget:
         except _Unavailable as error:
             raise ServerError(
                 f"no feature server has answered for {self._config.patience:g} s; the last said: "
-                f"{error}. Start one of {', '.join(self._config.servers)} again (deepspec "
-                "serve-target); the same command then goes on from the last checkpoint"
+                f"{error}. Start one of {', '.join(each.address for each in self._servers)} again "
+                "(deepspec serve-target); the same command then goes on from the last checkpoint"
             ) from None
         features = self._features(content, tokens, finals)
         with self._lock:
@@ -124,14 +129,16 @@ class RemoteTarget:
     def _ask(self, body: bytes) -> bytes:
         server = self._choose()
         try:
-            response = self._client.post(f"{server.address}/v1/features", content=body)
+            response = self._client.post(f"{server.url}/v1/features", content=body)
         except httpx.TransportError as error:
             self._rest(server, REST_SECONDS)
-            raise _Unavailable(f"{server.address}: {type(error).__name__} {error}") from None
+            raise _Unavailable(
+                f"{server.address}: {type(error).__name__} {masked(str(error))}"
+            ) from None
         finally:
             with self._lock:
                 server.asked -= 1
-        said = f"{server.address}: HTTP {response.status_code} {response.text[:200]}"
+        said = f"{server.address}: HTTP {response.status_code} {masked(response.text)[:200]}"
         if response.status_code in (429, 502, 503, 504):
             self._rest(server, _pause(response))
             raise _Unavailable(said)
@@ -210,7 +217,7 @@ class RemoteTarget:
         found, failures = {}, []
         for server in self._servers:
             try:
-                response = self._client.get(f"{server.address}/v1/target")
+                response = self._client.get(f"{server.url}/v1/target")
                 if response.status_code in (401, 403):
                     raise ServerError(
                         f"{server.address}: HTTP {response.status_code}; {_advice(401)}"
@@ -221,11 +228,11 @@ class RemoteTarget:
                 found[server.address] = response.json()
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise ServerError(
-                    f"features.servers: {server.address} is no address ({error}); give such as "
-                    "[http://10.0.0.5:8300]"
+                    f"features.servers: {server.address} is no address ({masked(str(error))}); "
+                    "give such as [http://10.0.0.5:8300]"
                 ) from None
             except (httpx.HTTPError, ValueError) as error:
-                failures.append(f"{server.address} ({type(error).__name__}: {error})")
+                failures.append(f"{server.address} ({type(error).__name__}: {masked(str(error))})")
         if not found:
             raise _Unavailable("; ".join(failures))
         return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from deepspec.config.schema import DataConfig, RegenerateConfig
+from deepspec.config.schema import DataConfig, RegenerateConfig, as_dict
 from deepspec.data.chat_template import ChatEncoder
 from deepspec.decoding import Completion, Sampling, plain_decode
 from deepspec.errors import DataError, DeepSpecError, TemplateRefusal
@@ -35,13 +35,14 @@ class TargetAnswerer:
 
     def describe(self) -> dict[str, Any]:
         """Fingerprint of the target, and what the template is told."""
+        written = as_dict(self._data)  # what comes from the environment stays out of files
         return {
             "answerer": "in process",
             **self._target.identity,
             "thinking": self._data.thinking,
-            "system_prompt": self._data.system_prompt,
+            "system_prompt": written["system_prompt"],
             "date": self._data.date,
-            "template_options": self._data.template_options,
+            "template_options": written["template_options"],
         }
 
     def answer(

@@ -18,11 +18,12 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig
+from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig, as_dict
 from deepspec.data.chat_template import SWITCHES
 from deepspec.data.turns import OURS, Message, Unusable, parse_turn
 from deepspec.errors import ConfigError, DeepSpecError, ServerError
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
+from deepspec.secrets import hide_url, masked, shown_url, token_of
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
@@ -54,7 +55,9 @@ class ServerAnswerer:
         api_key: str | None = None,
         first_pause: float = 1.0,
     ) -> None:
+        hide_url(server)
         self._server = server.rstrip("/")
+        self._shown = shown_url(self._server)
         self._model = model
         self._data = data
         self._api_key = api_key
@@ -73,9 +76,9 @@ class ServerAnswerer:
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(
-                f"regenerate.server={self._server} cannot be reached ({error}); start the server, "
-                "mend the URL (such as http://127.0.0.1:8000/v1), or set regenerate.server=null to "
-                "answer in process"
+                f"regenerate.server={self._shown} cannot be reached ({masked(str(error))}); start "
+                "the server, mend the URL (such as http://127.0.0.1:8000/v1), or set "
+                "regenerate.server=null to answer in process"
             ) from None
         if self._model is not None:
             return self._model
@@ -85,24 +88,25 @@ class ServerAnswerer:
             names = [entry["id"] for entry in response.raise_for_status().json()["data"]]
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
             raise ServerError(
-                f"regenerate.server={self._server} does not say which models it has "
-                f"({type(error).__name__}: {error}); set regenerate.server_model"
+                f"regenerate.server={self._shown} does not say which models it has "
+                f"({type(error).__name__}: {masked(str(error))}); set regenerate.server_model"
             ) from None
         if len(names) != 1:
             raise ServerError(
-                f"regenerate.server={self._server} has {len(names)} models "
+                f"regenerate.server={self._shown} has {len(names)} models "
                 f"({', '.join(names[:5])}); set regenerate.server_model to the one to ask"
             )
         return names[0]
 
     def describe(self) -> dict[str, Any]:
         """The model's name, and what the template is told. The server may move."""
+        written = as_dict(self._data)  # what comes from the environment stays out of files
         return {
             "answerer": "server",
             "model": self.model,
             "thinking": self._data.thinking,
-            "system_prompt": self._data.system_prompt,
-            "template_options": self._data.template_options,
+            "system_prompt": written["system_prompt"],
+            "template_options": written["template_options"],
         }
 
     def answer(
@@ -136,7 +140,7 @@ class ServerAnswerer:
                 failed_in_a_row = 0 if failure is None or failure.own else failed_in_a_row + 1
                 if failure is not None and failed_in_a_row >= max(config.concurrency, 10):
                     raise ServerError(
-                        f"regenerate.server={self._server} failed {failed_in_a_row} samples in a "
+                        f"regenerate.server={self._shown} failed {failed_in_a_row} samples in a "
                         f"row; the last with {failure.reason} ({failure.detail}). Answers so far "
                         "are kept: mend the server and start again"
                     )
@@ -171,7 +175,7 @@ class ServerAnswerer:
         except httpx.RequestError as error:
             timed_out = isinstance(error, httpx.TimeoutException)
             reason = "timeout" if timed_out else "no connection"
-            dialogue.give_up(reason, f"{type(error).__name__}: {error}", own=False)
+            dialogue.give_up(reason, f"{type(error).__name__}: {masked(str(error))}", own=False)
         else:
             self._has_answered = True
             _take(dialogue, response, self._excerpt(response))
@@ -189,22 +193,22 @@ class ServerAnswerer:
             return (
                 "check regenerate.server_model and the URL"
                 if self._server.endswith("/v1")
-                else f"did you mean regenerate.server={self._server}/v1?"
+                else f"did you mean regenerate.server={self._shown}/v1?"
             )
         return ""
 
     def _refusal(self, response: httpx.Response) -> ServerError:
         return ServerError(
-            f"regenerate.server={self._server} answers HTTP {response.status_code} to "
+            f"regenerate.server={self._shown} answers HTTP {response.status_code} to "
             f"{response.url.path} ({self._excerpt(response)}); {self._way_out(response)}"
         )
 
     def _excerpt(self, response: httpx.Response) -> str:
-        """The beginning of the response's text, without the key, which some servers repeat."""
+        """The beginning of the response's text, without secrets, which some servers repeat."""
         text = response.text
         if self._api_key:
             text = text.replace(self._api_key, "[API key]")
-        return " ".join(text.split())[:300]
+        return " ".join(masked(text).split())[:300]
 
     async def _ask(
         self, client: httpx.AsyncClient, request: dict[str, Any], retries: int
@@ -287,18 +291,12 @@ def api_key_of(config: RegenerateConfig) -> str | None:
     name = config.api_key_env
     if name is None:
         return None
-    key = os.environ.get(name, "").strip()
-    if not key:
+    if not os.environ.get(name, "").strip():
         raise ConfigError(
             f"regenerate.api_key_env={name}: this environment variable is not set; set it to the "
             "server's API key, or regenerate.api_key_env=null to send none"
         )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(
-            f"regenerate.api_key_env={name}: this environment variable holds characters that no "
-            "HTTP header can carry; set it to the API key alone"
-        )
-    return key
+    return token_of(name)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.config.schema import TargetConfig
+from deepspec.config.schema import TargetConfig, as_dict
 from deepspec.errors import TargetError
 from deepspec.targets.agreement import check_ends
 from deepspec.targets.checkpoint import (
@@ -135,7 +135,9 @@ def load_ends(config: TargetConfig, device: torch.device | str) -> TargetEnds:
         parts = read_ends(parts, model, config, torch.device(device))
     rollback = resolve_rollback(config.rollback, model, parts)
     length, eos = config.context_length, generation_eos(config, parts.text_config)
-    ends = TargetEnds(parts, tokenizer, layers_of(config), config.path, rollback, length, eos)
+    ends = TargetEnds(
+        parts, tokenizer, layers_of(config), as_dict(config)["path"], rollback, length, eos
+    )
     check_ends(ends, model)
     return ends
 

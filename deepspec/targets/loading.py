@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepspec.config.schema import TargetConfig
+from deepspec.config.schema import TargetConfig, as_dict
 from deepspec.errors import TargetError
 from deepspec.targets.agreement import check_agreement, check_ends
 from deepspec.targets.checkpoint import (
@@ -52,7 +52,7 @@ def load_target(config: TargetConfig, device: torch.device | str, checked: bool 
             model,
             tokenizer,
             layers_of(config),
-            config.path,
+            as_dict(config)["path"],
             rollback=config.rollback,
             context_length=config.context_length,
         )
@@ -83,7 +83,7 @@ def load_target(config: TargetConfig, device: torch.device | str, checked: bool 
         model,
         tokenizer,
         layers_of(config),
-        config.path,
+        as_dict(config)["path"],
         files,
         parts,
         config.rollback,

@@ -36,6 +36,11 @@ NEUTRAL = {  # of these groups, what the weights do not depend on
 }
 
 
+def decides(key: str) -> bool:
+    """Whether a drafter's weights depend on the dotted `key`."""
+    return key.partition(".")[0] in GROUPS and key not in NEUTRAL
+
+
 def changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `config` that `before` has otherwise, by dotted key; one that `before` lacks, as a
     config of an older version may, had its default. A path written in another way is the same."""
@@ -43,7 +48,5 @@ def changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return {
         key: value
         for key, value in dotted(config).items()
-        if key.partition(".")[0] in GROUPS
-        and key not in NEUTRAL
-        and not (same_place if key in PATHS else eq)(known.get(key), value)
+        if decides(key) and not (same_place if key in PATHS else eq)(known.get(key), value)
     }

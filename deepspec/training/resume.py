@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from deepspec.config.places import same_place
+from deepspec.config.references import variables_of
 from deepspec.config.schema import RunConfig, TrainingConfig, as_dict, dotted
 from deepspec.errors import CheckpointError, ConfigError
 from deepspec.progress import say
@@ -16,7 +17,7 @@ from deepspec.training.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from deepspec.training.decisive import changed
+from deepspec.training.decisive import changed, decides
 
 
 def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
@@ -33,7 +34,11 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
     newest = next(_sound(checkpoints), None)
     different = {} if newest is None else changed(as_dict(config), newest.config)
     if (named := named_start(config.training)) is not None:
-        if newest is not None and not different and same_place(_resumed_by(newest), resume):
+        if (
+            newest is not None
+            and not different
+            and same_place(_resumed_by(newest), as_dict(config.training)["resume"])
+        ):
             return newest
         if not named.is_dir():
             raise ConfigError(
@@ -56,6 +61,15 @@ def starting_point(config: RunConfig, checkpoints: Path) -> Checkpoint | None:
             f"training.resume={newest.folder} to go on with the new settings"
         )
     return newest
+
+
+def say_uncompared(config: RunConfig) -> None:
+    """Name the settings that a resumed run may have otherwise than before, without being noticed:
+    of those from the environment only the names are saved."""
+    settings = dotted(as_dict(config)).items()
+    found = [f"{key}={value}" for key, value in settings if decides(key) and variables_of(value)]
+    if found:
+        say(f"not compared with the checkpoint, because only the name is saved: {', '.join(found)}")
 
 
 def named_start(config: TrainingConfig) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 
 from deepspec.config.schema import TrackingConfig, dotted
 from deepspec.errors import MissingDependencyError
+from deepspec.secrets import mask_streams, masked
 
 
 def check_trackers(config: TrackingConfig) -> None:
@@ -34,4 +36,6 @@ def start_trackers(
             key: value if isinstance(value, str | int | float | bool) else str(value)
             for key, value in dotted(settings).items()
         }
+        sys.argv[1:] = [masked(word) for word in sys.argv[1:]]  # wandb keeps the command,
         accelerator.init_trackers(config.project, scalars, options)
+        mask_streams()  # and what is printed
