@@ -59,7 +59,10 @@ AT_LEAST_ONE = (
     "extract.batch_tokens",
     "serve.queue",
     "serve.max_body_mib",
+    "serve.bodies_mib",
     "serve.max_tokens",
+    "serve.connections",
+    "serve.connections_per_client",
     "training.batch_size",
     "training.micro_batch_size",
     "training.anchors_per_sample",
@@ -110,6 +113,7 @@ POSITIVE = (
     "engine.peak_tflops",
     "features.timeout",
     "features.patience",
+    "serve.request_seconds",
     "extract.limit_gib",
     "extract.shard_mib",
     "data.limit",
@@ -176,6 +180,8 @@ def validate(config: RunConfig) -> None:
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
     _require(config.serve.port in range(65536), config, "serve.port", "from 0 to 65535")
+    fine = config.serve.bodies_mib >= config.serve.max_body_mib
+    _require(fine, config, "serve.bodies_mib", "at least serve.max_body_mib")
     _conversations(config)
     _reproduction(config)
     _cross(config)

@@ -82,9 +82,8 @@ def address_of(process: subprocess.Popen[str]) -> str:
 @contextmanager
 def serving(target: Target, config: ServeConfig, token: str | None = None) -> Iterator[str]:
     """A server in a thread of this process, whose target a test may slow down."""
-    app = FeatureServer(target, config, token).app
-    settings = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
-    server, socket = uvicorn.Server(settings), settings.bind_socket()
+    server = FeatureServer(target, config, token).http_server()
+    socket = uvicorn.Config(server.config.app, host="127.0.0.1", port=0).bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     while not server.started:
