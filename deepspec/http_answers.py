@@ -21,7 +21,8 @@ async def fetch(
     """Return the whole response to a request, whose body has at most `limit` bytes.
 
     Raises httpx.ReadTimeout when it is not complete after `seconds`, however often some bytes
-    came, and UnusableAnswerError as soon as it is seen to be too large. Redirects are not followed.
+    came, and UnusableAnswerError as soon as it is seen to be too large or compressed; the body of an
+    HTTP error is cut instead. Redirects are not followed.
     """
     request = client.build_request(method, url, **options)
     request.headers.update(PLAIN)
@@ -40,18 +41,23 @@ async def fetch(
 
 
 async def _body(response: httpx.Response, limit: int) -> bytes:
+    """Return the body; of an error, whose text is only shown, as much as can be."""
     encoding = response.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
+        if response.is_error:
+            return b""
         raise UnusableAnswerError(f"the answer is compressed ({shown(encoding)})")
-    declared = response.headers.get("content-length", "0")
     body = bytearray()
-    if len(declared) < 20 and int(declared) <= limit:  # else it is not read at all
+    declared = int(response.headers.get("content-length", 0))
+    if declared <= limit or response.is_error:  # else it is not read at all
         async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > limit:
                 break
         else:
             return bytes(body)
+    if response.is_error:
+        return bytes(body[:limit])
     raise UnusableAnswerError(f"the answer has more than the {limit} bytes it can have")
 
 

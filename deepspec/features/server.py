@@ -185,7 +185,7 @@ class FeatureServer:
         declared = request.headers.get("content-length")
         if declared is None:
             raise HTTPException(411, "a request needs the header Content-Length")
-        length = int(declared) if len(declared) < 20 else limit + 1
+        length = int(declared)
         if length > limit:
             raise HTTPException(413, f"the body exceeds serve.max_body_mib ({limit} bytes)")
         if self._held.total() + length > budget or self._held[client] + length > own:
