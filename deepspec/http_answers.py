@@ -21,8 +21,8 @@ async def fetch(
     """Return the whole response to a request, whose body has at most `limit` bytes.
 
     Raises httpx.ReadTimeout when it is not complete after `seconds`, however often some bytes
-    came, and UnusableAnswerError as soon as it is seen to be too large or compressed; the body of an
-    HTTP error is cut instead. Redirects are not followed.
+    came, and UnusableAnswerError as soon as it is seen to be too large or compressed; the body of
+    an HTTP error is cut instead. Redirects are not followed.
     """
     request = client.build_request(method, url, **options)
     request.headers.update(PLAIN)

@@ -190,9 +190,7 @@ class RemoteTarget:
         seconds = self._config.timeout
         headers = {PATIENCE: f"{seconds:g}"}
         url = f"{address}/v1/features"
-        return await fetch(
-            self._client, "POST", url, seconds, limit, content=body, headers=headers
-        )
+        return await fetch(self._client, "POST", url, seconds, limit, content=body, headers=headers)
 
     async def _cancel(self) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:

@@ -22,6 +22,7 @@ PATIENCE = "x-seconds-left"  # in every request: how long its client will wait f
 MAX_HEADER = 4096  # bytes of a safetensors header; ours are of a few hundred
 INTEGERS = (torch.int32, torch.int64)
 SHOWN = 60
+Looks = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # data type and shape by name
 
 
 class TooManyTokensError(ValueError):
@@ -76,31 +77,30 @@ def read_request(body: bytes, vocab_size: int, max_tokens: int) -> Wanted:
     return Wanted(samples, "loss_mask" not in tensors)
 
 
-def expected_answer(
-    dtype: str, tokens: int, finals: int, layers: int, width: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def expected_answer(dtype: str, tokens: int, finals: int, layers: int, width: int) -> Looks:
     """Return data type and shape of every tensor of an answer, as `encoding.encode` gives them."""
     kind = DTYPES[dtype]
-    expected = {"context": (kind, (tokens, layers * width)), "final": (kind, (finals, width))}
+    expected: Looks = {
+        "context": (kind, (tokens, layers * width)),
+        "final": (kind, (finals, width)),
+    }
     if dtype != "float8":
         return expected
     scales = {"context_scale": (tokens, layers), "final_scale": (finals, 1)}
     return expected | {name: (torch.float32, shape) for name, shape in scales.items()}
 
 
-def largest_answer(expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+def largest_answer(expected: Looks) -> int:
     """Return the most bytes that an answer of the tensors `expected` can have."""
     sizes = (kind.itemsize * torch.Size(shape).numel() for kind, shape in expected.values())
     return 8 + MAX_HEADER + sum(sizes)
 
 
-def read_answer(
-    body: bytes, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> dict[str, Tensor]:
+def read_answer(body: bytes, expected: Looks) -> dict[str, Tensor]:
     """Return the tensors of an answer. Raises ValueError where they are not as `expected`."""
     tensors = read_tensors(body)
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if found != dict(expected):
+    found: Looks = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != expected:
         raise ValueError(f"found {_in_words(found)}, expected {_in_words(expected)}")
     return tensors
 
@@ -115,7 +115,7 @@ def _vector(tensors: Mapping[str, Tensor], name: str, kinds: Sequence[torch.dtyp
     return tensor
 
 
-def _in_words(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+def _in_words(tensors: Looks) -> str:
     parts = [f"{name[:SHOWN]!a} {kind} {shape}" for name, (kind, shape) in sorted(tensors.items())]
     more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
     return ", ".join(parts[:4]).replace("torch.", "") + more

@@ -79,7 +79,8 @@ BAD = {
     "mask of float": request(loss_mask=torch.ones(4)),
     "mask too short": request(loss_mask=torch.ones(3).bool()),
     "mask of twos": raw(
-        {**FOUR, "loss_mask": entry("BOOL", [4], 20, 24)}, bytes([5, 0, 0, 0] * 4 + [4, 0, 0, 0] + [2] * 4)
+        {**FOUR, "loss_mask": entry("BOOL", [4], 20, 24)},
+        bytes([5, 0, 0, 0] * 4 + [4, 0, 0, 0] + [2] * 4),
     ),
     "header beyond the body": raw(FOUR, length=2**40),
     "header of all bits": b"\xff" * 64,
@@ -89,7 +90,7 @@ BAD = {
     "overlap": raw({**FOUR, "lengths": entry("I32", [1], 12, 16)}, bytes(16)),
     "hole": raw({**FOUR, "lengths": entry("I32", [1], 20, 24)}, bytes(24)),
     "size of nothing": raw({**FOUR, "lengths": entry("I32", [0], 16, 16)}, bytes(16)),
-    "shape that overflows": raw({**FOUR, "lengths": entry("I32", [2**40, 2**40], 16, 20)}, bytes(20)),
+    "shape that overflows": raw({**FOUR, "lengths": entry("I32", [2**40] * 2, 16, 20)}, bytes(20)),
     "dtype of torch's future": raw({**FOUR, "lengths": entry("F4", [8], 16, 20)}, bytes(20)),
     "dtype unknown": raw({**FOUR, "lengths": entry("X9", [1], 16, 20)}, bytes(20)),
     "too few bytes": b"\x01",
@@ -115,7 +116,9 @@ def metrics(address: str) -> dict[str, float]:
 
 
 @contextmanager
-def connected(address: str, sent: bytes = b"", source: str = "127.0.0.1") -> Iterator[socket.socket]:
+def connected(
+    address: str, sent: bytes = b"", source: str = "127.0.0.1"
+) -> Iterator[socket.socket]:
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 5, (source, 0)) as own:
         own.sendall(sent)
@@ -123,7 +126,9 @@ def connected(address: str, sent: bytes = b"", source: str = "127.0.0.1") -> Ite
 
 
 def head(length: int, more: str = "") -> bytes:
-    return f"POST /v1/features HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{more}\r\n".encode()
+    return (
+        f"POST /v1/features HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{more}\r\n".encode()
+    )
 
 
 def until(happens: Callable[[], bool], seconds: float = 5) -> bool:
@@ -217,13 +222,15 @@ def test_bodies_have_a_budget(target: Target) -> None:
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             assert is_served(address)  # it is small
         assert until(lambda: metrics(address)["deepspec_body_bytes"] == 0)
-    with serving(target, ServeConfig(**LIMITS)) as address:  # a client has a quarter: 1 MiB
-        with connected(address, head(1_000_000) + large, "127.0.0.2"):
-            assert until(lambda: metrics(address)["deepspec_body_bytes"] == len(large))
-            with connected(address, head(900_000), "127.0.0.2") as own:
-                assert own.recv(20).split()[1] == b"503"
-            answer = httpx.post(f"{address}/v1/features", content=large)
-            assert answer.status_code == 400
+    with (  # of 4 MiB a client has a quarter
+        serving(target, ServeConfig(**LIMITS)) as address,
+        connected(address, head(1_000_000) + large, "127.0.0.2"),
+    ):
+        assert until(lambda: metrics(address)["deepspec_body_bytes"] == len(large))
+        with connected(address, head(900_000), "127.0.0.2") as own:
+            assert own.recv(20).split()[1] == b"503"
+        answer = httpx.post(f"{address}/v1/features", content=large)
+        assert answer.status_code == 400
 
 
 def test_connections_are_limited(target: Target) -> None:
@@ -280,9 +287,7 @@ def test_requests_whose_client_has_gone_are_not_computed(
                 held.enter_context(connected(address, head(len(body)) + body))
                 assert until(lambda: metrics(address)["deepspec_waiting"] == count)  # noqa: B023
         assert until(lambda: metrics(address)["deepspec_waiting"] == 1)  # it is computed already
-        late = httpx.post(
-            f"{address}/v1/features", content=body, headers={"x-seconds-left": "0.2"}
-        )
+        late = httpx.post(f"{address}/v1/features", content=body, headers={"x-seconds-left": "0.2"})
         assert late.status_code == 504
         slow.set()
         assert is_served(address)

@@ -154,7 +154,7 @@ def test_a_server_does_not_choose_its_rest_freely(given: str, expected: float) -
     assert math.isclose(found, expected)
     with (
         remote(sends(response(b"later", "503 Busy", Retry_After=given))) as target,
-        pytest.raises(ServerError, match="no feature server has answered.*HTTP 503 later"),
+        pytest.raises(ServerError, match=r"no feature server has answered.*HTTP 503 later"),
     ):
         target.features(SAMPLES)
 
