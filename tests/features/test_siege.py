@@ -30,6 +30,7 @@ from tests.features.test_remote import (  # noqa: F401
 )
 
 IDS = torch.arange(40, dtype=torch.int32)
+EVERY = 8.0  # seconds between the requests of one of a hundred: far from what two cores can
 BODY = save({"input_ids": IDS, "lengths": torch.tensor([len(IDS)])})
 
 
@@ -41,7 +42,11 @@ async def honest(address: str, clients: int, seconds: float, every: float) -> li
         await asyncio.sleep(every * number / clients)
         for _ in range(max(1, round(seconds / every))):
             begun = time.monotonic()
-            answer = await http.post(f"{address}/v1/features", content=BODY)
+            while True:
+                answer = await http.post(f"{address}/v1/features", content=BODY)
+                if answer.status_code != 503:
+                    break
+                await asyncio.sleep(1)  # as it is told to; this counts as time without an answer
             assert answer.status_code == 200, answer.text
             found.append(time.monotonic() - begun)
             await asyncio.sleep(max(0, begun + every - time.monotonic()))
@@ -88,12 +93,12 @@ def test_a_siege_of_two_hundred(
 ) -> None:  # fmt: skip
     ((process, address),) = start_servers(1)
     server = psutil.Process(process.pid)
-    asyncio.run(honest(address, clients, 5, 4))
-    alone = asyncio.run(honest(address, clients, seconds / 2, 4))
+    asyncio.run(honest(address, clients, EVERY, EVERY))
+    alone = asyncio.run(honest(address, clients, seconds / 2, EVERY))
     before = server.memory_info().rss
-    found, got = besieged(address, clients, seconds, 4)
+    found, got = besieged(address, clients, seconds, EVERY)
     after = server.memory_info().rss
-    again = asyncio.run(honest(address, clients, seconds / 2, 4))
+    again = asyncio.run(honest(address, clients, seconds / 2, EVERY))
     print()
     for name, times in (("alone", alone), ("under attack", found), ("alone again", again)):
         tenth = statistics.quantiles(times, n=20)
