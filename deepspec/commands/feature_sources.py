@@ -86,7 +86,7 @@ def open_remote(config: RunConfig, target: TargetEnds) -> RemoteTarget:
     Raises ServerError, or ConfigError where they capture other layers than the drafter reads.
     """
     remote = RemoteTarget(config.features, drafter_kind(config.drafter.kind).all_finals)
-    layers = remote.description["layer_ids"]
+    layers = remote.description.layer_ids
     _require_layers(target, layers, "the servers capture", "start them with the latter")
     target.adopt(remote.identity, "the target that is served")
     return remote

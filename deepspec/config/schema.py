@@ -214,7 +214,11 @@ class ServeConfig(Group):
     dtype: str = "auto"  # auto | bfloat16 | float8
     queue: int = 64
     max_body_mib: int = 16
+    bodies_mib: int = 256
     max_tokens: int = 131072
+    request_seconds: float = 20.0
+    connections: int = 512
+    connections_per_client: int = 128
 
 
 @dataclass

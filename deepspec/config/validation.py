@@ -60,7 +60,10 @@ AT_LEAST_ONE = (
     "extract.batch_tokens",
     "serve.queue",
     "serve.max_body_mib",
+    "serve.bodies_mib",
     "serve.max_tokens",
+    "serve.connections",
+    "serve.connections_per_client",
     "training.batch_size",
     "training.micro_batch_size",
     "training.anchors_per_sample",
@@ -111,6 +114,7 @@ POSITIVE = (
     "engine.peak_tflops",
     "features.timeout",
     "features.patience",
+    "serve.request_seconds",
     "extract.limit_gib",
     "extract.shard_mib",
     "data.limit",
@@ -177,6 +181,8 @@ def validate(config: RunConfig) -> None:
     fine = set(trackers) <= {"wandb", "tensorboard"}
     _require(fine, config, "tracking.trackers", "a list of wandb and tensorboard")
     _require(config.serve.port in range(65536), config, "serve.port", "from 0 to 65535")
+    fine = config.serve.bodies_mib >= config.serve.max_body_mib
+    _require(fine, config, "serve.bodies_mib", "at least serve.max_body_mib")
     _conversations(config)
     _reproduction(config)
     _cross(config)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -22,11 +24,14 @@ from deepspec.config.schema import DataConfig, FieldsConfig, RegenerateConfig, a
 from deepspec.data.chat_template import SWITCHES
 from deepspec.data.turns import OURS, Message, Unusable, parse_turn
 from deepspec.errors import ConfigError, DeepSpecError, ServerError
+from deepspec.http_answers import UnusableAnswerError, fetch
+from deepspec.json_files import parse_json
 from deepspec.regeneration.dialogue import BROKEN, Dialogue
 from deepspec.secrets import hide_url, masked, shown_url, token_of
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
+LARGEST_ANSWER = 64 * 2**20  # bytes; with token ids and log-probabilities some megabytes
 IDS = "return_token_ids"  # vLLM's; other servers ignore or refuse it
 
 
@@ -71,9 +76,8 @@ class ServerAnswerer:
     def model(self) -> str:
         """The model's name on the server. Raises ServerError when that is not to be had."""
         try:
-            response = httpx.get(
-                f"{self._server}/models", timeout=CONNECT_SECONDS, headers=self._headers
-            )
+            with ThreadPoolExecutor(1) as aside:  # this thread may be running an event loop
+                response = aside.submit(asyncio.run, self._models()).result()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(
                 f"regenerate.server={self._shown} cannot be reached ({masked(str(error))}); start "
@@ -85,7 +89,9 @@ class ServerAnswerer:
         if self._way_out(response):
             raise self._refusal(response)
         try:
-            names = [entry["id"] for entry in response.raise_for_status().json()["data"]]
+            names = [
+                entry["id"] for entry in parse_json(response.raise_for_status().content)["data"]
+            ]
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
             raise ServerError(
                 f"regenerate.server={self._shown} does not say which models it has "
@@ -97,6 +103,11 @@ class ServerAnswerer:
                 f"({', '.join(names[:5])}); set regenerate.server_model to the one to ask"
             )
         return names[0]
+
+    async def _models(self) -> httpx.Response:
+        async with httpx.AsyncClient(headers=self._headers) as client:
+            url = f"{self._server}/models"
+            return await fetch(client, "GET", url, CONNECT_SECONDS, LARGEST_ANSWER)
 
     def describe(self) -> dict[str, Any]:
         """The model's name, and what the template is told. The server may move."""
@@ -175,6 +186,7 @@ class ServerAnswerer:
         except httpx.RequestError as error:
             timed_out = isinstance(error, httpx.TimeoutException)
             reason = "timeout" if timed_out else "no connection"
+            reason = "unusable answer" if isinstance(error, UnusableAnswerError) else reason
             dialogue.give_up(reason, f"{type(error).__name__}: {masked(str(error))}", own=False)
         else:
             self._has_answered = True
@@ -254,7 +266,9 @@ class ServerAnswerer:
         )
 
         async def post() -> httpx.Response:
-            response = await client.post(f"{self._server}/chat/completions", json=request)
+            url = f"{self._server}/chat/completions"
+            seconds = client.timeout.read or math.inf  # of the whole answer, too
+            response = await fetch(client, "POST", url, seconds, LARGEST_ANSWER, json=request)
             return response.raise_for_status()
 
         answered: httpx.Response = await retrying(post)
@@ -323,7 +337,7 @@ def _with_text(call: dict[str, Any], place: int) -> dict[str, Any]:
 def _take(dialogue: Dialogue, response: httpx.Response, excerpt: str) -> None:
     """Give the answer to `dialogue`: its ids where the server returned them, else its text."""
     try:
-        body = response.json()
+        body = parse_json(response.content)
         choice = body["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
         content = (message["content"] or "").rstrip(BROKEN if reason == "length" else "")

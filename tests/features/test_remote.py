@@ -16,7 +16,6 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load, save
 
 from deepspec.config.schema import FeaturesConfig, ServeConfig
@@ -82,14 +81,13 @@ def address_of(process: subprocess.Popen[str]) -> str:
 @contextmanager
 def serving(target: Target, config: ServeConfig, token: str | None = None) -> Iterator[str]:
     """A server in a thread of this process, whose target a test may slow down."""
-    app = FeatureServer(target, config, token).app
-    settings = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
-    server, socket = uvicorn.Server(settings), settings.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    server = FeatureServer(target, config, token).http_server()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join(timeout=10)
 

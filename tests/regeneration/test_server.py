@@ -609,3 +609,24 @@ def test_a_full_disk_while_answering(
         counts, rows, _ = run(server.url, out, conversations)  # with room again, it goes on
     assert 0 < counts.resumed < 40
     assert len(rows) == 40
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(b"[" * 100_000 + b"]" * 100_000, "not a chat completion"), (b" " * 2**21, "unusable answer")],
+    ids=["deep", "large"],
+)
+def test_answers_are_read_within_limits(
+    body: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepspec.regeneration.server.LARGEST_ANSWER", 2**20)
+
+    def reply(request: dict[str, Any], asked: int) -> Reply:
+        fine = request["messages"][-1]["content"] == "fine"
+        return echo(request, asked) if fine else (200, body)
+
+    conversations = [talk("good", "fine"), talk("bad", "x")]
+    with Scripted(reply) as server:
+        _, rows, failed = run(server.url, tmp_path / "a.jsonl", conversations, retries=0)
+    assert set(rows) == {"good"}
+    assert {name: row["reason"] for name, row in failed.items()} == {"bad": reason}
