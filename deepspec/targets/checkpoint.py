@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepspec.config.schema import TargetConfig
-from deepspec.data.chat_template import media_tokens
+from deepspec.data.special_tokens import media_tokens
 from deepspec.errors import TargetError, first_line
 from deepspec.machine import lacks_bf16
 from deepspec.progress import say_once
