@@ -146,8 +146,8 @@ def _shut_off(kept: int) -> None:
     for each in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for each in range(3):
-        os.dup2(nothing, each)
+    for stream in range(3):
+        os.dup2(nothing, stream)
     os.closerange(3, kept)
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
     gc.freeze()  # what came from the parent stays shared

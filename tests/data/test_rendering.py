@@ -108,7 +108,8 @@ def test_work_without_end_is_refused(name: str, with_template: Callable[[str], A
     assert time.monotonic() - begun < 10
     assert error or "refused by the chat template" in str(skips)
     if error:
-        assert "chat template of" in str(error) and "more time or memory" in str(error)
+        assert "chat template of" in str(error)
+        assert "more time or memory" in str(error)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # KiB
 
 
@@ -132,7 +133,8 @@ def test_rows_that_make_a_template_run_on_are_counted_and_the_others_kept(
     rows = [Conversation(id=str(n), messages=bad if n % 2 else ASKED) for n in range(4)]
     skips = SkipCounts()
     assert [each.sample_id for each in encode_all(rows, encoder, skips)] == ["0", "2"]
-    assert sum(skips.values()) == 2 and "more than 0.2 s" in str(skips)
+    assert sum(skips.values()) == 2
+    assert "more than 0.2 s" in str(skips)
     with pytest.raises(TemplateError, match=f"more than {OVERRUNS} conversations"):
         encode_all([Conversation(id="b", messages=bad)] * (OVERRUNS + 1), encoder, skips)
 
@@ -167,7 +169,8 @@ def test_the_process_holds_nothing_of_its_parent_open(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w"):
         shown = Renderer(lambda: " ".join(os.readlink(f"/proc/self/fd/{n}") for n in range(3)))()
         held = Renderer(lambda: str([os.path.realpath(e) for e in Path("/proc/self/fd").iterdir()]))
-        assert shown == "/dev/null /dev/null /dev/null" and "lock" not in held()
+        assert shown == "/dev/null /dev/null /dev/null"
+        assert "lock" not in held()
 
 
 def test_a_forked_process_makes_its_own() -> None:
@@ -180,4 +183,5 @@ def test_a_forked_process_makes_its_own() -> None:
         os._exit(0)
     os.waitpid(pid, 0)
     theirs = os.read(reading, 100).decode()
-    assert theirs.split()[1] == str(pid) and renderer() == ours
+    assert theirs.split()[1] == str(pid)
+    assert renderer() == ours

@@ -1,0 +1,127 @@
+"""Readers return or raise a DeepSpecError, whatever they are given.
+
+FUZZ_SECONDS: how long each reader is fed; FUZZ_SEED: which inputs are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save
+from starlette.exceptions import HTTPException
+
+from deepspec.config.loading import load_config
+from deepspec.data.files import read_rows
+from deepspec.errors import DeepSpecError
+from deepspec.export.files import read_config, read_headers
+from deepspec.features.server import FeatureServer
+from deepspec.features.store import _index, read_header
+from deepspec.json_files import parse_json
+from deepspec.training.checkpoint import DESCRIPTION, FIELDS, FORMAT, read_checkpoint
+from tests.fuzz.harness import Reader, failures
+
+SEED = int(os.environ.get("FUZZ_SEED", "1"))
+QUICK = 1.0
+SLOW = float(os.environ.get("FUZZ_SECONDS", "600"))
+RECIPE = Path("recipes/tiny.yaml").resolve()
+TENSORS = save({"input_ids": torch.arange(6), "lengths": torch.tensor([2, 4])})
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+EMPTY = {int: 0, str: "", dict: {}, list: [], float: 0.0, bool: False}
+
+
+def ours(error: Exception) -> bool:
+    return isinstance(error, DeepSpecError)
+
+
+def _file(folder: Path, name: str, raw: bytes) -> Path:
+    (folder / name).write_bytes(raw)
+    return folder / name
+
+
+def _wanted(_: Path, raw: bytes) -> object:
+    server = SimpleNamespace(
+        _target=SimpleNamespace(vocab_size=100), _config=SimpleNamespace(max_tokens=1000)
+    )
+    return FeatureServer._wanted(server, raw)  # type: ignore[arg-type]
+
+
+def _words(_: Path, raw: bytes) -> object:
+    return load_config("tiny", raw.decode("utf-8", "replace").split("\n"))
+
+
+def _recipe(folder: Path, raw: bytes) -> object:
+    return load_config(str(_file(folder, "r.yaml", raw)))
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _empty(kind: object) -> object:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return next((EMPTY[each] for each in kinds if each in EMPTY), None)
+
+
+READERS = {
+    "json": Reader(
+        lambda _, raw: parse_json(raw), [_json(MESSAGES)], lambda e: isinstance(e, ValueError)
+    ),
+    "rows": Reader(
+        lambda folder, raw: list(read_rows(_file(folder, "a.jsonl", raw))),
+        [_json({"id": "a", "messages": MESSAGES}) + b"\n"],
+        ours,
+    ),
+    "checkpoint": Reader(
+        lambda folder, raw: read_checkpoint(_file(folder, DESCRIPTION, raw).parent),
+        [_json({"format": FORMAT, **{name: _empty(kind) for name, kind in FIELDS.items()}})],
+        ours,
+    ),
+    "store": Reader(
+        lambda folder, raw: read_header(_file(folder, "store.json", raw).parent),
+        [_json({"format": 1, "dtype": "bfloat16", "identity": {}, "layer_ids": [1]})],
+        ours,
+    ),
+    "index": Reader(
+        lambda folder, raw: _index(_file(folder, "0.json", raw)),
+        [_json({"sha256": "a", "samples": [{"id": "a", "length": 3, "digest": "b"}]})],
+        ours,
+    ),
+    "export config": Reader(
+        lambda folder, raw: read_config(_file(folder, "config.json", raw).parent),
+        [_json({"architectures": ["A"], "deepspec": {"format": 1}})],
+        ours,
+    ),
+    "headers": Reader(
+        lambda folder, raw: read_headers(_file(folder, "model.safetensors", raw).parent),
+        [TENSORS],
+        ours,
+    ),
+    "requests": Reader(
+        _wanted, [TENSORS], lambda e: isinstance(e, HTTPException) and 400 <= e.status_code < 500
+    ),
+    "recipes": Reader(_recipe, [RECIPE.read_bytes()], ours),
+    "words": Reader(_words, [b"data.limit=3\nseed=1", b"data={limit: 3}", b"out=[a, b]"], ours),
+}
+
+
+def _hold(name: str, folder: Path, seconds: float) -> None:
+    found = failures(READERS[name], folder, SEED, seconds)
+    again = f"again: FUZZ_SEED={SEED} FUZZ_SECONDS={seconds:g} pytest tests/fuzz -k '{name}'"
+    assert not found, "\n".join([*found, again])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_input_is_refused(name: str, tmp_path: Path) -> None:
+    _hold(name, tmp_path, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_input_is_refused_for_long(name: str, tmp_path: Path) -> None:
+    _hold(name, tmp_path, SLOW)
