@@ -7,22 +7,33 @@ from __future__ import annotations
 
 import json
 import os
+from copy import copy
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 from starlette.exceptions import HTTPException
+from transformers import AutoTokenizer
 
 from deepspec.config.loading import load_config
+from deepspec.config.resources import resource
+from deepspec.data import rendering
+from deepspec.data.chat_template import ChatEncoder, encode_all
+from deepspec.data.conversations import Conversation, SkipCounts
 from deepspec.data.files import read_rows
 from deepspec.errors import DeepSpecError
 from deepspec.export.files import read_config, read_headers
 from deepspec.features.server import FeatureServer
-from deepspec.features.store import _index, read_header
+from deepspec.features.store import FORMAT as STORE_FORMAT
+from deepspec.features.store import StoreHeader, _index, read_header
 from deepspec.json_files import parse_json
 from deepspec.training.checkpoint import DESCRIPTION, FIELDS, FORMAT, read_checkpoint
+from tests.conftest import CALLING, MARKED
 from tests.fuzz.harness import Reader, failures
 
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -31,6 +42,8 @@ SLOW = float(os.environ.get("FUZZ_SECONDS", "600"))
 RECIPE = Path("recipes/tiny.yaml").resolve()
 TENSORS = save({"input_ids": torch.arange(6), "lengths": torch.tensor([2, 4])})
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+HOSTILE = (b"{% for a in range(9999) %}x{% endfor %}", b"{{ 'x' * 10 ** 8 }}{{ 9 ** 9 }}")
+STORE = StoreHeader("a", {"weights": "b"}, [1, 2], 8, "bfloat16", 1, "c")
 EMPTY = {int: 0, str: "", dict: {}, list: [], float: 0.0, bool: False}
 
 
@@ -58,6 +71,19 @@ def _recipe(folder: Path, raw: bytes) -> object:
     return load_config(str(_file(folder, "r.yaml", raw)))
 
 
+@cache
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(str(resource("data/tiny_target")))
+
+
+def _template(_: Path, raw: bytes) -> object:
+    rendering.SECONDS = 0.5  # of the forked process alone
+    tokenizer = copy(_tokenizer())
+    tokenizer.chat_template = raw.decode("utf-8", "replace") or " "
+    rows = [Conversation(id="a", messages=tuple(MESSAGES))]
+    return encode_all(rows, ChatEncoder(tokenizer, 64), SkipCounts())
+
+
 def _json(value: object) -> bytes:
     return json.dumps(value).encode()
 
@@ -83,7 +109,7 @@ READERS = {
     ),
     "store": Reader(
         lambda folder, raw: read_header(_file(folder, "store.json", raw).parent),
-        [_json({"format": 1, "dtype": "bfloat16", "identity": {}, "layer_ids": [1]})],
+        [_json({"format": STORE_FORMAT, **asdict(STORE)})],
         ours,
     ),
     "index": Reader(
@@ -105,6 +131,7 @@ READERS = {
         _wanted, [TENSORS], lambda e: isinstance(e, HTTPException) and 400 <= e.status_code < 500
     ),
     "recipes": Reader(_recipe, [RECIPE.read_bytes()], ours),
+    "templates": Reader(_template, [MARKED.encode(), CALLING.encode(), *HOSTILE], ours),
     "words": Reader(_words, [b"data.limit=3\nseed=1", b"data={limit: 3}", b"out=[a, b]"], ours),
 }
 
