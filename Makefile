@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 ARGS ?=
 
-.PHONY: help demo reproduce test test-slow storm lint clean
+.PHONY: help demo reproduce test test-slow storm fuzz lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test        lint, format, types and the tests"
 	@echo "make test-slow   the slow suites too, with freshly drawn inputs"
 	@echo "make storm       30 faults of a training at random moments: kills, cuts, damaged files"
+	@echo "make fuzz        damaged input for each reader (FUZZ_SECONDS=600 each, FUZZ_SEED=1)"
 	@echo "make clean       remove the environment and caches"
 
 # Remade when the dependencies change. pip takes a torch build that is at hand when the range
@@ -45,6 +46,10 @@ test-slow: lint
 
 storm: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses=0 -s -m slow tests/faults
+
+fuzz: $(VENV)/.installed
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) FUZZ_SEED=$(or $(FUZZ_SEED),1) \
+	    $(BIN)/python -m pytest -m slow tests/fuzz
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

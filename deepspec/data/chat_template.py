@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import Any, Self
+from contextlib import suppress
+from functools import cached_property, lru_cache, partial
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -19,13 +19,15 @@ from deepspec.config.schema import DataConfig
 from deepspec.data import tool_calls
 from deepspec.data.conversations import Conversation, Message, SkipCounts, counter_of
 from deepspec.data.emission import EMPTY, Emission, Turn
+from deepspec.data.rendering import LimitError, Renderer, text_of
+from deepspec.data.special_tokens import media_tokens, special_tokens
 from deepspec.data.stops import ASKED, STOP_INSIDE, Tools
 from deepspec.data.turns import OURS, squeezed
 from deepspec.errors import TemplateError, TemplateRefusal
 from deepspec.records import Sample
 
 TODAY = datetime.date.fromisoformat(DataConfig().date)
-CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+OVERRUNS = 10  # conversations at which a template may overrun its limits, each of them seconds
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 
@@ -62,13 +64,15 @@ class ChatEncoder:
             **(options or {}),
         }
         self._chosen = tuple(options or ())
-        self._today = today
+        self._renderer = _renderer(tokenizer, str(tokenizer.chat_template), today)
+        self._overruns = 0
         self._stop_ids = frozenset(stop_token_ids)
         stops = [tokenizer.decode([each]) for each in self._stop_ids]
         self._media = frozenset(tokenizer.convert_tokens_to_ids(media_tokens(tokenizer)))
         self._emission = Emission(
-            self._render, self._source, stops, _special_tokens(tokenizer), self._thinks
+            self._render, self._source, stops, special_tokens(tokenizer), self._thinks
         )
+        self._require_end()
         self._require_effect()
 
     @classmethod
@@ -270,6 +274,19 @@ class ChatEncoder:
             return False
         return on != off
 
+    def _require_end(self) -> None:
+        """Raises TemplateError where the template overruns its limits on one short question."""
+        with suppress(TemplateRefusal):  # it may want tools, for one
+            self._render(ASKED, (), True)
+        if self._overruns:
+            self._give_up("one short question")
+
+    def _give_up(self, what: str) -> NoReturn:
+        raise TemplateError(
+            f"the {self._template} takes more time or memory than it may to render {what}; mend "
+            "it, or take the tokenizer's own"
+        )
+
     def _require_effect(self) -> None:
         """Raises TemplateError for options that the template does not read, and where `thinking` is
         on and it has another switch."""
@@ -325,16 +342,14 @@ class ChatEncoder:
         offered = [dict(tool) for tool in tools] or None
         for form in tool_calls.forms(messages):
             try:
-                template = self.tokenizer.get_chat_template(tools=offered)
-                text: str = self.tokenizer.apply_chat_template(
-                    form,
-                    tools=offered,
-                    chat_template=_dated(template, self._today),
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                    **{**self._options, **options},
-                )
-            except Exception as error:  # raise_exception() of the template, or any error in it
+                text = self._renderer(form, offered, prompt, {**self._options, **options})
+            except LimitError as error:  # another form of the calls would cost as much again
+                self._overruns += 1
+                if self._overruns > OVERRUNS:
+                    self._give_up(f"more than {OVERRUNS} conversations")
+                first = error
+                break
+            except ValueError as error:  # raise_exception() of the template, or any error in it
                 first = first or error
                 continue
             if not tool_calls.shown_as_python(form, text):
@@ -346,32 +361,16 @@ class ChatEncoder:
         )
 
 
-def _dated(template: str, today: datetime.date) -> str:
-    """`template` with the day of `today` where it asks for the current date.
-
-    Transformers gives templates a clock and no way to set it.
-    """
-    return CLOCK.sub(lambda call: repr(today.strftime(call.group(2))), template)
+@lru_cache(maxsize=4)  # processes at once
+def _renderer(tokenizer: Any, _template: str, today: datetime.date) -> Renderer:
+    """Encoders of the same tokenizer share its process, which is 20 to 60 ms to start."""
+    return Renderer(partial(text_of, tokenizer, today))
 
 
 def _without_ours(message: Message) -> Message:
     """`message` as templates see it. A turn of tool calls may have no content."""
     seen = {key: value for key, value in message.items() if key not in OURS}
     return {**seen, "content": ""} if seen.get("content") is None else seen
-
-
-def media_tokens(tokenizer: Any) -> list[str]:
-    """Tokens that stand for images or sound, which no text has; the text-only models of a
-    multimodal family have them in the tokenizer and not in the embedding (Gemma 3 1B)."""
-    named = getattr(tokenizer, "special_tokens_map", {})
-    media = ("image_token", "audio_token", "video_token")
-    return [str(named[key]) for key in media if key in named]
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    """The special tokens as text: those that are flagged so, whether or not they have a name."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
 
 
 def encode_all(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deepspec.config.schema import TargetConfig
-from deepspec.data.chat_template import media_tokens
+from deepspec.data.special_tokens import media_tokens
 from deepspec.errors import TargetError, first_line
 from deepspec.json_files import read_as, read_json
 from deepspec.machine import lacks_bf16
