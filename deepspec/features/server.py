@@ -147,6 +147,8 @@ class FeatureServer:
         try:
             left = until - time.monotonic()
             await asyncio.wait((turn, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for _ in range(3):  # what closed the connection at once is seen by then
+                await asyncio.sleep(0)
             if gone.done():
                 raise ClientDisconnect
             if not turn.done() or time.monotonic() > until:
