@@ -30,8 +30,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.export.files import read_config, read_headers
 from deepspec.export.layouts import open_export, write_export
 from deepspec.features.server import FeatureServer
-from deepspec.features.store import FORMAT as STORE_FORMAT
-from deepspec.features.store import StoreHeader, _index, read_header
+from deepspec.features.store_index import UNPROTECTED, StoreHeader, read_header, read_index
 from deepspec.json_files import parse_json
 from deepspec.targets import Target
 from deepspec.training.checkpoint import DESCRIPTION, FIELDS, FORMAT, read_checkpoint
@@ -112,11 +111,11 @@ READERS = {
     ),
     "store": Reader(
         lambda folder, raw: read_header(_file(folder, "store.json", raw).parent),
-        [_json({"format": STORE_FORMAT, **asdict(STORE)})],
+        [_json({"format": UNPROTECTED, **asdict(STORE)})],
         ours,
     ),
     "index": Reader(
-        lambda folder, raw: _index(_file(folder, "0.json", raw)),
+        lambda folder, raw: read_index(_file(folder, "0.json", raw), STORE),
         [_json({"sha256": "a", "samples": [{"id": "a", "length": 3, "digest": "b"}]})],
         ours,
     ),
