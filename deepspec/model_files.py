@@ -50,7 +50,7 @@ def _wild_numbers(value: Any, place: str, finite: bool) -> Iterator[str]:
         if finite and isinstance(value, float) and not math.isfinite(value):
             yield f"{place:.100} is {value}, expected a finite number"
         elif most is not None and not value <= most:  # nor is NaN
-            yield f"{place:.100} is {value:.6g}, expected at most {most}"
+            yield f"{place:.100} is {value!r:.40}, expected at most {most}"
 
 
 @dataclass(frozen=True)
