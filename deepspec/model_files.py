@@ -33,18 +33,20 @@ def read_model_config(
     read and for sizes that no model has, at any depth.
     """
     config = read_json(file, error, way_out)
-    for problem in _wild_numbers(config, "", finite):
+    for problem in wild_numbers(config, "", finite):
         raise error(f"{file}: {problem}; {way_out}")
     return config
 
 
-def _wild_numbers(value: Any, place: str, finite: bool) -> Iterator[str]:
+def wild_numbers(value: Any, place: str, finite: bool) -> Iterator[str]:
+    """Yield what is wrong with the numbers in `value`, at any depth: sizes that no model has and,
+    where they have to be `finite`, those that are not. `place` is where `value` stands."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _wild_numbers(part, f"{place}.{key}".lstrip("."), finite)
+            yield from wild_numbers(part, f"{place}.{key}".lstrip("."), finite)
     elif isinstance(value, list):
         for part in value:
-            yield from _wild_numbers(part, place, finite)
+            yield from wild_numbers(part, place, finite)
     elif isinstance(value, int | float):
         most = MOST.get(place.rpartition(".")[2])
         if finite and isinstance(value, float) and not math.isfinite(value):

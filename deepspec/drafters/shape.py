@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self, TypeVar
 
 from deepspec.config.schema import DrafterConfig
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.json_files import as_kind
+from deepspec.model_files import wild_numbers
 from deepspec.targets.attributes import common
+
+S = TypeVar("S")
 
 # rotations of a target of which its drafters take the base alone
 BASE_ALONE = ("default", "proportional", "longrope", "llama3", "dynamic")
+
+POSITIVE = (
+    *("hidden_size", "vocab_size", "num_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "moe_intermediate_size", "block_size", "longest"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,21 +53,31 @@ class DrafterShape:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises CheckpointError naming missing or unknown keys."""
-        check_fields(cls, values)
-        return cls(**{**values, "target_layer_ids": tuple(values["target_layer_ids"])})
+        """The inverse of `to_dict`. Raises CheckpointError, as `read_shape`."""
+        return read_shape(cls, values)
 
 
-def check_fields(kind: type, values: dict[str, Any]) -> None:
-    """Raises CheckpointError unless `values` has the fields of the config class `kind`, no more,
-    and none less but those that have a default."""
-    known = {field.name for field in fields(kind)}
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    if not needed <= set(values) <= known:
+def read_shape(kind: type[S], values: dict[str, Any]) -> S:
+    """Return the shape of the class `kind` that its `to_dict` made `values` of.
+
+    Raises CheckpointError naming keys that are missing or unknown, and values of another type or
+    that no drafter has.
+    """
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    problems = [f"unexpected keys {unknown}"] if unknown else []
+    problems += wild_numbers(values, "", finite=True)
+    sizes = [(name, values[name]) for name in POSITIVE if isinstance(values.get(name), int)]
+    problems += [f"{name} is {size}, expected 1 or more" for name, size in sizes if size < 1]
+    try:
+        shape = as_kind(kind, {name: value for name, value in values.items() if name in known})
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
         raise CheckpointError(
-            f"the drafter config has unexpected keys {sorted(set(values) - known)} and misses "
-            f"{sorted(needed - set(values))}; was the checkpoint written by another version?"
+            f"the drafter config is damaged, or of another version: {'; '.join(problems)}"
         )
+    return shape
 
 
 def resolve_shape(config: DrafterConfig, target: Any) -> dict[str, Any]:

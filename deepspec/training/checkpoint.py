@@ -15,11 +15,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +31,7 @@ from deepspec.config.places import located, places_of
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.registry import drafter_kind
 from deepspec.errors import CheckpointError, TrainingError
+from deepspec.json_files import as_kind, read_json
 from deepspec.progress import say
 from deepspec.targets.identity import differing
 from deepspec.training.decisive import changed
@@ -36,16 +39,22 @@ from deepspec.training.decisive import changed
 FORMAT = 1
 WEIGHTS, OPTIMIZER, DESCRIPTION = "drafter.safetensors", "optimizer.safetensors", "checkpoint.json"
 NAME = re.compile(r"step-(\d{8})")
-FIELDS = {  # of checkpoint.json, with the type each has in JSON
-    "step": int,
-    "kind": str,
-    "shape": dict,
-    "identity": dict,
-    "target": str,
-    "config": dict,
-    "metrics": dict,
-    "sha256": dict,
-}
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What checkpoint.json has at least; other keys are passed over."""
+
+    step: Annotated[int, Field(ge=0, lt=10**8)]
+    kind: str
+    shape: dict[str, Any]
+    identity: dict[str, str]
+    target: str
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    sha256: dict[str, str]
+    format: int = 0
+    places: Any = None
 
 
 @dataclass(frozen=True)
@@ -118,32 +127,30 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The description in `folder`. Raises CheckpointError when it is not a checkpoint."""
-    file = folder / DESCRIPTION
+    file, another = folder / DESCRIPTION, f"use another checkpoint of {folder.parent}"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file, CheckpointError, another)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} holds no checkpoint ({DESCRIPTION} is missing); give a step-... folder"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} is unreadable: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} is unreadable: expected a JSON object, found {raw!r:.60}")
     if raw.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file} has format {raw.get('format')}, this version reads {FORMAT}; install the "
-            "DeepSpec version that wrote it"
+            f"{file} has format {raw.get('format')!r:.40}, this version reads {FORMAT}; install "
+            "the DeepSpec version that wrote it"
         )
-    damaged = [name for name, kind in FIELDS.items() if not isinstance(raw.get(name), kind)]
-    if damaged:
-        raise CheckpointError(
-            f"{file} is damaged: {', '.join(damaged)} missing or of the wrong type; use another "
-            f"checkpoint of {folder.parent}"
-        )
-    found = {name: raw[name] for name in FIELDS}
-    if isinstance(places := raw.get("places"), dict):  # earlier versions kept none
-        found["config"] = located(raw["config"], places)
-    return Checkpoint(folder, **found)
+    try:
+        found = as_kind(_Description, raw)
+        named = NAME.fullmatch(folder.name)
+        if named and int(named[1]) != found.step:
+            raise ValueError(f"step: found {found.step} in the folder of another step")
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); {another}") from None
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    del values["format"], values["places"]
+    if isinstance(found.places, dict):  # earlier versions kept none
+        values["config"] = located(found.config, found.places)
+    return Checkpoint(folder, **values)
 
 
 def check_files(checkpoint: Checkpoint) -> None:
@@ -183,14 +190,33 @@ def _checked(checkpoint: Checkpoint, name: str) -> Path:
 
 
 def load_drafter(checkpoint: Checkpoint) -> Drafter:
-    """The trained drafter, fp32, in evaluation mode."""
+    """The trained drafter, fp32, in evaluation mode. Raises CheckpointError."""
     kind = drafter_kind(checkpoint.kind)
-    drafter = kind.build(kind.load(checkpoint.shape))
-    try:
-        drafter.load_state_dict(read_tensors(checkpoint, WEIGHTS))
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.folder / WEIGHTS}: {error}") from None
+    shape = _named(checkpoint, kind.load, checkpoint.shape)
+    with torch.device("meta"):  # takes no memory, whatever sizes a damaged description has
+        expected = {name: tuple(t.shape) for name, t in kind.build(shape).state_dict().items()}
+    found = _shapes(_checked(checkpoint, WEIGHTS))
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{checkpoint.folder / WEIGHTS} does not fit {DESCRIPTION}: {name} has shape "
+                f"{found.get(name)}, expected {expected.get(name)}; use another checkpoint"
+            )
+    drafter = kind.build(shape)
+    drafter.load_state_dict(read_tensors(checkpoint, WEIGHTS))
     return drafter.eval()
+
+
+def _named(checkpoint: Checkpoint, read: Callable[[dict[str, Any]], Any], values: Any) -> Any:
+    try:
+        return read(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder / DESCRIPTION}: {error}") from None
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from deepspec.features.server import FeatureServer
 from deepspec.features.store_index import UNPROTECTED, StoreHeader, read_header, read_index
 from deepspec.json_files import parse_json
 from deepspec.targets import Target
-from deepspec.training.checkpoint import DESCRIPTION, FIELDS, FORMAT, read_checkpoint
+from deepspec.training.checkpoint import DESCRIPTION, FORMAT, read_checkpoint
 from tests.conftest import CALLING, MARKED
 from tests.export.conftest import make_drafter
 from tests.fuzz.harness import Reader, failures
@@ -46,7 +46,6 @@ TENSORS = save({"input_ids": torch.arange(6), "lengths": torch.tensor([2, 4])})
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 HOSTILE = (b"{% for a in range(9999) %}x{% endfor %}", b"{{ 'x' * 10 ** 8 }}{{ 9 ** 9 }}")
 STORE = StoreHeader("a", {"weights": "b"}, [1, 2], 8, "bfloat16", 1, "c")
-EMPTY = {int: 0, str: "", dict: {}, list: [], float: 0.0, bool: False}
 
 
 def ours(error: Exception) -> bool:
@@ -90,9 +89,10 @@ def _json(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
-def _empty(kind: object) -> object:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return next((EMPTY[each] for each in kinds if each in EMPTY), None)
+CHECKPOINT = {
+    **{"format": FORMAT, "step": 1, "kind": "dspark", "shape": {}, "identity": {}, "target": ""},
+    **{"config": {}, "metrics": {"a": 0.5}, "sha256": {"a": "b"}, "places": {}},
+}
 
 
 READERS = {
@@ -106,7 +106,7 @@ READERS = {
     ),
     "checkpoint": Reader(
         lambda folder, raw: read_checkpoint(_file(folder, DESCRIPTION, raw).parent),
-        [_json({"format": FORMAT, **{name: _empty(kind) for name, kind in FIELDS.items()}})],
+        [_json(CHECKPOINT)],
         ours,
     ),
     "store": Reader(

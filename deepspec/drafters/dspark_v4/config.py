@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from deepspec.config.schema import DrafterConfig
 from deepspec.drafters.mask_token import resolve_mask_token
-from deepspec.drafters.shape import check_fields
+from deepspec.drafters.shape import read_shape
 from deepspec.errors import ConfigError
 
 FAMILY = "deepseek_v4"
@@ -93,9 +93,8 @@ class DSparkV4Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DSparkV4Config:
-        """The inverse of `to_dict`. Raises CheckpointError naming missing or unknown keys."""
-        check_fields(cls, values)
-        return cls(**{**values, "target_layer_ids": tuple(values["target_layer_ids"])})
+        """The inverse of `to_dict`. Raises CheckpointError, as `read_shape`."""
+        return read_shape(cls, values)
 
 
 def shape_for(text: Any, **chosen: Any) -> DSparkV4Config:

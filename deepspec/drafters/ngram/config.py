@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepspec.config.schema import DrafterConfig
+from deepspec.drafters.shape import read_shape
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class NgramConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NgramConfig:
-        """The inverse of `to_dict`."""
-        return cls(**values)
+        """The inverse of `to_dict`. Raises CheckpointError, as `read_shape`."""
+        return read_shape(cls, values)
 
 
 def resolve_config(config: DrafterConfig, target: Any) -> NgramConfig:
