@@ -65,7 +65,7 @@ def answers_output(stem: str) -> Output:
     return Output(f"{name}.json", ANSWER_KEYS, (f"{name}.failed.jsonl",))
 
 
-_RUN = ("metrics.jsonl", "skipped.json", "checkpoints")
+_RUN = ("metrics.jsonl", "metrics.damaged.jsonl", "skipped.json", "checkpoints")
 RUN = Output("config.yaml", frozenset(("recipe", "target", "drafter")), _RUN)
 CHECKPOINTS = Output(
     "checkpoints/step-*/checkpoint.json", frozenset(("format", "step", "config")), _RUN

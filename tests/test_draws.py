@@ -16,7 +16,7 @@ from tests.conftest import FRESH, seed_generators
 # generators that no seed was given to
 UNSEEDED = re.compile(
     r"default_rng\(\)|\bRandom\(\)|Generator\([^()]*\)(?!\.manual_seed)|SystemRandom|urandom"
-    r"|\bsecrets\b|\buuid4\b|\.seed\(\)"
+    r"|\bimport secrets\b|\bfrom secrets\b|\buuid4\b|\.seed\(\)"
 )
 
 

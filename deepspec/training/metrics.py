@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from deepspec.atomic import naming, write_text
-from deepspec.errors import TrainingError
+from deepspec.json_files import parse_json
 from deepspec.objective import LossOutput
+from deepspec.progress import say
 from deepspec.records import BlockBatch
+
+SHOWN = 5
 
 
 class Ratios:
@@ -59,12 +62,21 @@ def expected_accept_length(acceptance: Tensor, weights: Tensor) -> Tensor:
 
 
 class MetricsLog:
-    """metrics.jsonl: one row an event, always written; a resumed run drops what it will repeat."""
+    """metrics.jsonl: one row an event, always written; a resumed run drops what it will repeat.
+
+    Lines that are no rows are moved to metrics.damaged.jsonl: a log stops no training.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
+        rows, damaged = _split(path)
+        if damaged:
+            aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
+            with naming(aside), aside.open("ab") as stream:
+                stream.writelines(line.rstrip(b"\r\n") + b"\n" for line in damaged.values())
+            say(f"{_which(path, damaged)}: moved to {aside.name}")
         # of a training that begins anew nothing is kept, whatever the file holds
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+        kept = [row for row in rows if row["step"] <= step] if step else []
         # a link to another disk stays a link
         write_text(path.resolve(), "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -75,22 +87,34 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a half-written last line, which a killed process leaves, is left
-    out. Raises TrainingError for any other line that is no row."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:  # not UTF-8, or not JSON
-            if line.startswith(b"{") and not line.endswith(b"\n"):
-                break
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise TrainingError(
-                f"{path}, line {number}: not a row of metrics, found {line[:40]!r}; delete the "
-                "line, or move the file away: a training goes on without it"
-            )
-        rows.append(row)
+    """Return the rows of a metrics.jsonl, and say which lines are none."""
+    rows, damaged = _split(path)
+    if damaged:
+        say(f"{_which(path, damaged)}: left out")
     return rows
+
+
+def _split(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """Return the rows, and by number the lines that are none. A half-written last line is neither:
+    a training that goes on, or was killed, leaves it."""
+    rows: list[dict[str, Any]] = []
+    damaged: dict[int, bytes] = {}
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no row")
+            rows.append(row)
+        except ValueError:
+            if number < len(lines) or line.endswith(b"\n") or not line.startswith(b"{"):
+                damaged[number] = line
+    return rows, damaged
+
+
+def _which(path: Path, damaged: Mapping[int, bytes]) -> str:
+    numbers = list(map(str, damaged))
+    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+    return (
+        f"{path}: no rows of metrics in {len(numbers)} lines ({', '.join(numbers[:SHOWN])}{more})"
+    )

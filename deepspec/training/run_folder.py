@@ -3,7 +3,7 @@
 config.yaml        the resolved config, defaults included
 answers.jsonl      the training conversations, answered by the target
 skipped.json       rows left out, by stage and reason
-metrics.jsonl      a row an event of the training
+metrics.jsonl      a row an event of the training; lines found damaged: metrics.damaged.jsonl
 checkpoints/       step-N folders, newest and best
 features/          the target's features, where features=hybrid keeps them
 export/            the best drafter in the layout of `export.format`
@@ -24,7 +24,8 @@ import yaml
 from deepspec.atomic import write_text
 from deepspec.config.schema import RunConfig, as_dict
 from deepspec.errors import TrainingError
-from deepspec.outputs import FOLDER, RUN, claim, hold
+from deepspec.json_files import read_as
+from deepspec.outputs import FOLDER, RUN, claim, hold, make_folder
 from deepspec.processes import rank
 
 
@@ -49,10 +50,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         if rank() == 0:  # the others may look while it writes
             claim(self.path, RUN)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"out={self.path} cannot be written: {error}") from None
+        make_folder(self.path)
         self._held.enter_context(hold(self.path, FOLDER))
         return self
 
@@ -77,7 +75,4 @@ class RunFolder:
         """What `save_skipped` wrote; nothing where it never did."""
         if not self.skipped.is_file():
             return {}
-        try:
-            return dict(json.loads(self.skipped.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise TrainingError(f"{self.skipped} is damaged ({error}); delete it") from None
+        return read_as(dict[str, dict[str, int]], self.skipped, TrainingError, "delete it")

@@ -15,7 +15,6 @@ from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
-from rich.console import Console
 from rich.table import Table
 
 from deepspec.evaluation import figures
@@ -37,6 +36,7 @@ from deepspec.evaluation.results import (
     mean_over_seeds,
     read_report,
 )
+from deepspec.terminal import Terminal
 
 HOSTILE = "<script>x|`[b]$"
 FIGURES: list[Callable[[Report], str | None]] = [
@@ -131,7 +131,7 @@ def written(report: Report, folder: Path) -> tuple[str, str]:
 def shown(table: Table) -> str:
     """What a terminal of 100 columns prints."""
     stream = io.StringIO()
-    Console(file=stream, width=80).print(table)
+    Terminal(file=stream, width=80).print(table)
     return stream.getvalue()
 
 
