@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from deepspec.atomic import write_text
 from deepspec.config.yaml_text import read_yaml
 from deepspec.errors import ConfigError, InUseError
+from deepspec.json_files import parse_json
 from deepspec.processes import rank
 from deepspec.progress import say
 
@@ -234,12 +235,12 @@ def _ourselves() -> dict[str, str | int]:
 def _holder(note: Path) -> str:
     """Return the words of `note`, or nothing where there is none to read."""
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = parse_json(note.read_bytes())
         return (
             f" ({found['command']}, process {found['process']} on {found['host']}, since "
             f"{found['since']})"
         )
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return ""
 
 
@@ -292,11 +293,8 @@ def _is_empty(entry: Path) -> bool:
 def _keys(file: Path) -> set[str]:
     """The keys of the mapping in a JSON or YAML file; empty where it holds none."""
     try:
-        if file.suffix == ".yaml":
-            found = read_yaml(file)
-        else:
-            found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_yaml(file) if file.suffix == ".yaml" else parse_json(file.read_bytes())
+    except (OSError, ValueError):
         return set()
     return {key for key in found if isinstance(key, str)} if isinstance(found, dict) else set()
 

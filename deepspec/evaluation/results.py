@@ -14,6 +14,7 @@ from typing import Any
 
 from deepspec.atomic import write_text
 from deepspec.errors import CheckpointError
+from deepspec.json_files import as_kind, read_json
 
 REPORT_FORMAT = 1
 
@@ -123,22 +124,11 @@ class Report:
 def read_report(path: Path) -> Report:
     """The inverse of `Report.save`. Raises CheckpointError when it is not a report."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("format") != REPORT_FORMAT:
+        raw = read_json(path, CheckpointError, "evaluate again")
+        if raw.get("format") != REPORT_FORMAT:
             raise CheckpointError(f"{path} was written by another version; evaluate again")
-        raw["results"] = [
-            BenchmarkResult(
-                **{
-                    **row,
-                    "baseline": row["baseline"] and Baseline(**row["baseline"]),
-                    "lookup": row.get("lookup") and Lookup(**row["lookup"]),
-                }
-            )
-            for row in raw["results"]
-        ]
-        raw["averages"] = [Average(**row) for row in raw["averages"]]
-        return Report(**raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return as_kind(Report, raw)
+    except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{path} is not a report: {error}") from None
 
 

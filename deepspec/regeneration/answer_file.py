@@ -21,6 +21,7 @@ from typing import Any, Self
 from deepspec.atomic import write_text
 from deepspec.data.files import read_jsonl
 from deepspec.errors import DataError
+from deepspec.json_files import parse_json
 from deepspec.regeneration.dialogue import Dialogue, is_answer, prompts_of
 from deepspec.targets.identity import ALL
 
@@ -184,12 +185,14 @@ class AnswerFile:
         """Hold `settings` against those on file, or put them there before the first row."""
         if not self.path.stat().st_size:
             with suppress(OSError, ValueError):
-                if json.loads(path.read_text(encoding="utf-8")) == settings:
+                if parse_json(path.read_bytes()) == settings:
                     return  # another process of the job has put them there
             write_text(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("no object")
         except (OSError, ValueError):
             raise DataError(
                 f"{self.path} has rows, but {path.name} beside it, which says how they were made, "

@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deepspec.atomic import sha256, write_text
 from deepspec.errors import CheckpointError, ConfigError
+from deepspec.json_files import as_kind, read_json
 from deepspec.scheduling.calibration import Scaling
 
 NAME = "calibration.json"
 FORMAT = 2  # 1 said once, for all fits, how they were made
+AGAIN = "run deepspec calibrate again"
 MADE = ("method", "benchmarks", "prompts", "checked")  # of a fit: how
 CARRIED = ("temperature", "top_p", "top_k", "scaling", "method")  # of a fit, into exports
 FIT, HELD_OUT = "fit", "held_out"  # the two halves of the prompts
@@ -176,43 +178,17 @@ def _way(temperature: float, top_p: float, top_k: int) -> tuple[float, ...]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(path, CheckpointError, AGAIN)
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path} is unreadable: {error}") from None
 
 
 def _parsed(path: Path, raw: dict[str, Any]) -> Calibration:
+    if raw.get("format") not in (1, FORMAT):
+        raise CheckpointError(f"the calibration in {path} was written by another version; {AGAIN}")
+    made = {key: raw[key] for key in MADE if key in raw}
     try:
-        if raw.pop("format") not in (1, FORMAT):
-            raise CheckpointError(
-                f"the calibration in {path} was written by another version; run deepspec calibrate "
-                "again"
-            )
-        made = {key: raw.pop(key) for key in MADE if key in raw}
-        fits = tuple(_fit({**made, **fit}) for fit in raw.pop("fits"))
-        return Calibration(fits, **raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"the calibration in {path} is damaged ({type(error).__name__}: {error}); run deepspec "
-            "calibrate again"
-        ) from None
-
-
-def _fit(raw: dict[str, Any]) -> Fit:
-    halves = {name: _half(half) for name, half in raw.get("halves", {}).items()}
-    scaling = {
-        name: tuple(float(value) for value in raw["scaling"][name])
-        for name in ("temperatures", "shifts")
-    }
-    own = {"scaling": Scaling(**scaling), "halves": halves}
-    return Fit(**{**raw, **own, "benchmarks": tuple(raw.get("benchmarks", ()))})
-
-
-def _half(raw: dict[str, Any]) -> Half:
-    return Half(**{**raw, **{name: _reliabilities(raw[name]) for name in ("before", "after")}})
-
-
-def _reliabilities(rows: Sequence[dict[str, Any]]) -> tuple[Reliability, ...]:
-    return tuple(
-        Reliability(**{**row, "bins": tuple(Bin(**each) for each in row["bins"])}) for row in rows
-    )
+        fits = as_kind(list[dict[str, Any]], raw.get("fits"))
+        return as_kind(Calibration, {**raw, "fits": [{**made, **fit} for fit in fits]})
+    except ValueError as error:
+        raise CheckpointError(f"the calibration in {path} is damaged ({error}); {AGAIN}") from None

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from deepspec.atomic import write_text
 from deepspec.errors import ConfigError
+from deepspec.json_files import parse_json
 from deepspec.scheduling.calibration import Floats
 
 FORMAT = 1
@@ -97,7 +98,7 @@ def read_throughput(file: str) -> Throughput:
     if path.suffix.lower() == ".csv":
         return _from_csv(file, text)
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         if raw["format"] != FORMAT:
             raise ConfigError(
                 f"decoding.throughput={file} was written by another version; run deepspec profile "

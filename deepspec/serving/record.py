@@ -14,6 +14,7 @@ import numpy as np
 
 from deepspec.atomic import atomic_file, write_text
 from deepspec.errors import DataError
+from deepspec.json_files import as_kind, read_json
 from deepspec.scheduling.schedulers import Ints
 from deepspec.serving.traffic import Arrival
 
@@ -134,10 +135,10 @@ class Meter:
 def read_records(path: Path) -> tuple[list[LoadRecord], dict[str, Any]]:
     """Those of a load.json, and what they are about. Raises DataError."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, DataError, "run deepspec load again")
         if raw["format"] != FORMAT:
             raise DataError(f"{path} was written by another version; run deepspec load again")
-        return [LoadRecord(**row) for row in raw["records"]], dict(raw["about"])
+        return as_kind(list[LoadRecord], raw["records"]), dict(raw["about"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} holds no load ({type(error).__name__}: {error}); expected the load.json of "

@@ -6,7 +6,6 @@ not known how far their drafts would have been accepted. Legend: N rounds, P req
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from deepspec.errors import DataError
+from deepspec.json_files import parse_json
 from deepspec.scheduling.calibration import Floats, Scaling, calibrated, survival
 from deepspec.scheduling.schedulers import Ints
 
@@ -49,7 +49,7 @@ def read_recordings(path: Path, scaling: Scaling | None) -> dict[str, Recording]
     try:
         with path.open(encoding="utf-8") as stream:
             for line in stream:
-                row = json.loads(line)
+                row = parse_json(line)
                 request = row.get("drafter", "drafter"), row["request"]
                 run = tuple(row.get(key) for key in ("concurrency", "rate", "temperature", "seed"))
                 texts.setdefault(request, {}).setdefault(run, []).append(row)

@@ -332,11 +332,14 @@ def test_broken_checkpoint(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "is unreadable"),
+        ("", "is damaged or unreadable"),
         ('{"format": 9}', "has format 9, this version reads 1"),
-        ('{"format": 1}', "is damaged: step, kind"),
-        ('{"format": 1, "step": "2"}', "is damaged: step, kind"),
-        ("[]", "expected a JSON object"),
+        ('{"format": 1}', "is damaged (step: Field required; kind: Field required"),
+        (
+            '{"format": 1, "step": "2"}',
+            "is damaged (step: Input should be a valid integer, found '2'",
+        ),
+        ("[]", "found []"),
     ],
 )
 def test_broken_description(text: str, expected: str, refused: Refused, run: Path) -> None:

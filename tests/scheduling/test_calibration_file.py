@@ -114,11 +114,10 @@ def test_other_weights_are_refused(folder: Path) -> None:
     ("damage", "expected"),
     [
         (lambda raw: raw.update(format=7), "another version"),
-        (lambda raw: raw.pop("fits"), "damaged.*fits"),
+        (lambda raw: raw.pop("fits"), "damaged.*array, found None"),
         (lambda raw: raw["fits"][0].pop("scaling"), "damaged.*scaling"),
         (lambda raw: raw["fits"][0]["scaling"].update(shifts=["x"]), "damaged.*'x'"),
         (lambda raw: raw["fits"][0].pop("top_k"), "damaged.*top_k"),
-        (lambda raw: raw.update(colour="red"), "damaged.*colour"),
         (lambda raw: raw.update(fits=3), "damaged"),
         (lambda raw: raw["fits"][1]["halves"]["fit"].pop("after"), "damaged.*after"),
     ],

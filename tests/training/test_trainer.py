@@ -185,7 +185,7 @@ def test_an_old_checkpoint_that_is_unreadable_stops_nothing(
     damaged = list_checkpoints(checkpoints)[0] / DESCRIPTION
     damaged.write_text("{")
     assert best_checkpoint(checkpoints).step == 2
-    assert f"passed over: {damaged} is unreadable" in capsys.readouterr().err
+    assert f"passed over: {damaged} is damaged or unreadable" in capsys.readouterr().err
     prune(checkpoints, 1)
     assert [place.name for place in list_checkpoints(checkpoints)] == ["step-00000002"]
 
