@@ -115,6 +115,5 @@ def _split(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
 def _which(path: Path, damaged: Mapping[int, bytes]) -> str:
     numbers = list(map(str, damaged))
     more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
-    return (
-        f"{path}: no rows of metrics in {len(numbers)} lines ({', '.join(numbers[:SHOWN])}{more})"
-    )
+    lines = "line" if len(numbers) == 1 else "lines"
+    return f"{path}: no row of metrics in {lines} {', '.join(numbers[:SHOWN])}{more}"

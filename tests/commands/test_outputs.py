@@ -582,12 +582,12 @@ def test_lines_that_are_no_metrics_stop_nothing(
     (run / "metrics.jsonl").write_bytes(b"\n".join((first, *DAMAGED, *others)) + b"\n")
     main(["train", *settings, "evaluation.enabled=false", f"out={run}"])
     said = capsys.readouterr().err
-    numbers = "(2, 3, 4, 5, 6 and 1 more): moved to metrics.damaged.jsonl"
-    assert f"{run / 'metrics.jsonl'}: no rows of metrics in 6 lines {numbers}" in said
+    numbers = "2, 3, 4, 5, 6 and 1 more: moved to metrics.damaged.jsonl"
+    assert f"{run / 'metrics.jsonl'}: no row of metrics in lines {numbers}" in said
     assert (run / "metrics.damaged.jsonl").read_bytes().splitlines() == list(DAMAGED)
     (run / "metrics.jsonl").write_bytes(b"\n".join((first, *DAMAGED, *others)) + b"\n")
     assert [json.loads(row) for row in (first, *others)] == read_metrics(run / "metrics.jsonl")
-    assert "(2, 3, 4, 5, 6 and 1 more): left out" in capsys.readouterr().err
+    assert "2, 3, 4, 5, 6 and 1 more: left out" in capsys.readouterr().err
 
 
 def test_a_half_written_last_row_is_left_out(tmp_path: Path) -> None:
