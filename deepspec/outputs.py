@@ -27,11 +27,11 @@ from tempfile import TemporaryFile
 from filelock import FileLock, Timeout
 
 from deepspec.atomic import write_text
-from deepspec.config.yaml_text import read_yaml
 from deepspec.errors import ConfigError, InUseError
 from deepspec.json_files import parse_json
 from deepspec.processes import rank
 from deepspec.progress import say
+from deepspec.yaml_files import read_yaml
 
 SHOWN = 3
 FOLDER, RESULTS = ".lock", ".results.lock"

@@ -125,9 +125,9 @@ def check_settings(config: RunConfig, out: Path) -> None:
     from deepspec.atomic import write_text
     from deepspec.config.places import PATHS, same_place
     from deepspec.config.schema import as_dict, dotted
-    from deepspec.config.yaml_text import read_yaml
     from deepspec.errors import ConfigError
     from deepspec.json_files import as_kind
+    from deepspec.yaml_files import read_yaml
 
     now = {key: value for key, value in dotted(as_dict(config)).items() if key not in FREE}
     path = out / "config.yaml"

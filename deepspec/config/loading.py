@@ -44,8 +44,8 @@ from deepspec.config.resources import resource
 from deepspec.config.schema import RunConfig
 from deepspec.config.validation import validate
 from deepspec.config.values import read_value
-from deepspec.config.yaml_text import read_yaml
 from deepspec.errors import ConfigError
+from deepspec.yaml_files import read_yaml
 
 OmegaConf.register_new_resolver(
     "deepspec", lambda path: str(resource(path)), replace=True

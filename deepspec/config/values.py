@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from deepspec.config.yaml_text import load_yaml
 from deepspec.errors import ConfigError
+from deepspec.yaml_files import load_yaml
 
 NULL = "tag:yaml.org,2002:null"
 

@@ -9,9 +9,9 @@ import pytest
 
 from deepspec.config.loading import load_config
 from deepspec.config.values import read_value
-from deepspec.config.yaml_text import MAX_NODES, load_yaml, read_yaml
 from deepspec.errors import ConfigError
 from deepspec.outputs import _keys
+from deepspec.yaml_files import MAX_NODES, load_yaml, read_yaml
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 20)
