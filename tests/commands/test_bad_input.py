@@ -403,7 +403,7 @@ def test_an_export_does_without_a_broken_report(
     out = run.parent / "drafter"
     main(["export", f"checkpoint={run}", f"out={out}"])
     said = capsys.readouterr().err
-    assert f"no measured acceptance: {run / 'report.json'} is not a report" in said
+    assert f"no measured acceptance: {run / 'report.json'} is damaged or unreadable" in said
     assert "Not measured yet." in (out / "README.md").read_text()
 
 

@@ -129,7 +129,7 @@ CONTENTS = st.lists(
 SAID = CONTENTS.filter(lambda text: bool(text.strip()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     parts=PARTS,
     talk=st.lists(st.tuples(SAID, SAID.map(str.strip), SAID), min_size=1, max_size=3),
