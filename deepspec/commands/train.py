@@ -53,32 +53,11 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from deepspec.commands import stages
     from deepspec.commands.feature_sources import feature_source, open_store
     from deepspec.errors import Interrupted
-    from deepspec.evaluation.benchmarks import check_benchmarks
-    from deepspec.export import layouts_for
-    from deepspec.export.files import require_replaceable
-    from deepspec.features.remote import TOKEN
-    from deepspec.outputs import REPORT, hold, require_own
-    from deepspec.regeneration import api_key_of
-    from deepspec.secrets import token_of
-    from deepspec.targets.parallel import check_split
+    from deepspec.outputs import hold
     from deepspec.training.engine import open_engine
     from deepspec.training.resume import say_uncompared, starting_point
-    from deepspec.training.tracking import check_trackers
 
-    # what can be refused is refused before anything is written
-    stages.check_trained(config)
-    check_split(config)
-    stages.check_export(config)
-    check_trackers(config.tracking)
-    if config.regenerate.enabled:
-        api_key_of(config.regenerate)
-    if config.features.source == "remote":
-        token_of(TOKEN)
-    if config.evaluation.enabled:
-        check_benchmarks(config.evaluation.benchmarks)
-        require_own(folder.path, REPORT)
-    if layouts_for(config.drafter.kind, config.drafter):
-        require_replaceable(folder.export)
+    _check(config, folder)
     start = starting_point(config, folder.checkpoints)
     if start is not None:
         say_uncompared(config)
@@ -113,6 +92,34 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     engine.close()
     if engine.is_main:  # the rest is for one
         _finish(config, folder, target, best)
+
+
+def _check(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse what can be refused before anything is written."""
+    from deepspec.commands import stages
+    from deepspec.evaluation.benchmarks import check_benchmarks
+    from deepspec.export import layouts_for
+    from deepspec.export.files import require_replaceable
+    from deepspec.features.remote import TOKEN
+    from deepspec.outputs import REPORT, require_own
+    from deepspec.regeneration import api_key_of
+    from deepspec.secrets import token_of
+    from deepspec.targets.parallel import check_split
+    from deepspec.training.tracking import check_trackers
+
+    stages.check_trained(config)
+    check_split(config)
+    stages.check_export(config)
+    check_trackers(config.tracking)
+    if config.regenerate.enabled:
+        api_key_of(config.regenerate)
+    if config.features.source == "remote":
+        token_of(TOKEN)
+    if config.evaluation.enabled:
+        check_benchmarks(config.evaluation.benchmarks)
+        require_own(folder.path, REPORT)
+    if layouts_for(config.drafter.kind, config.drafter):
+        require_replaceable(folder.export)
 
 
 def _finish(config: RunConfig, folder: RunFolder, target: TargetEnds, best: Checkpoint) -> None:

@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,28 +41,12 @@ NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
-class _Description:
-    """What checkpoint.json has at least; other keys are passed over."""
-
-    step: Annotated[int, Field(ge=0, lt=10**8)]
-    kind: str
-    shape: dict[str, Any]
-    identity: dict[str, str]
-    target: str
-    config: dict[str, Any]
-    metrics: dict[str, float]
-    sha256: dict[str, str]
-    format: int = 0
-    places: Any = None
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder's description: its `config` with paths that lead to where they led when
     it was saved; `metrics` of the validation at its step, where there was one; hashes of files."""
 
     folder: Path
-    step: int
+    step: Annotated[int, Field(ge=0, lt=10**8)]
     kind: str
     shape: dict[str, Any]
     identity: dict[str, str]
@@ -140,17 +123,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "the DeepSpec version that wrote it"
         )
     try:
-        found = as_kind(_Description, raw)
+        found = as_kind(Checkpoint, {**raw, "folder": folder})
         named = NAME.fullmatch(folder.name)
         if named and int(named[1]) != found.step:
             raise ValueError(f"step: found {found.step} in the folder of another step")
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}); {another}") from None
-    values = {field.name: getattr(found, field.name) for field in fields(found)}
-    del values["format"], values["places"]
-    if isinstance(found.places, dict):  # earlier versions kept none
-        values["config"] = located(found.config, found.places)
-    return Checkpoint(folder, **values)
+    if isinstance(places := raw.get("places"), dict):  # earlier versions kept none
+        return replace(found, config=located(found.config, places))
+    return found
 
 
 def check_files(checkpoint: Checkpoint) -> None:
@@ -192,7 +173,10 @@ def _checked(checkpoint: Checkpoint, name: str) -> Path:
 def load_drafter(checkpoint: Checkpoint) -> Drafter:
     """The trained drafter, fp32, in evaluation mode. Raises CheckpointError."""
     kind = drafter_kind(checkpoint.kind)
-    shape = _named(checkpoint, kind.load, checkpoint.shape)
+    try:
+        shape = kind.load(checkpoint.shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder / DESCRIPTION}: {error}") from None
     with torch.device("meta"):  # takes no memory, whatever sizes a damaged description has
         expected = {name: tuple(t.shape) for name, t in kind.build(shape).state_dict().items()}
     found = _shapes(_checked(checkpoint, WEIGHTS))
@@ -205,13 +189,6 @@ def load_drafter(checkpoint: Checkpoint) -> Drafter:
     drafter = kind.build(shape)
     drafter.load_state_dict(read_tensors(checkpoint, WEIGHTS))
     return drafter.eval()
-
-
-def _named(checkpoint: Checkpoint, read: Callable[[dict[str, Any]], Any], values: Any) -> Any:
-    try:
-        return read(values)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.folder / DESCRIPTION}: {error}") from None
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
