@@ -23,16 +23,7 @@ COLLECTIVE = ("tensor", "zero3")  # target.parallel: each forward is one of all 
 _NOTHING = object()
 
 # the paper's table 1 and figures 2 to 8
-FIGURES = (
-    "table1",
-    "positions",
-    "depth",
-    "blocks",
-    "thresholds",
-    "reliability",
-    "throughput",
-    "budget",
-)
+FIGURES = tuple("table1 positions depth blocks thresholds reliability throughput budget".split())
 
 
 @dataclass
